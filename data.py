@@ -1,0 +1,682 @@
+"""Text to tokens on disk, and tokens on disk to the batch of a step.
+
+    python data.py --source stdlib --out data/stdlib --tokenizer train:4096
+
+The way of a corpus:
+1. `read_documents` streams the documents of the source: files, folders, Python's standard library, a download.
+2. An exact duplicate of an earlier document is dropped and counted.
+3. The hash of a document decides whether it is for validation, so adding data never moves one.
+4. All cores turn documents into tokens, BOS before and EOS after each.
+5. The tokens are written to flat files `{train,val}_{00000…}.bin`, described by meta.json, in a folder
+   that gets its name only when it is complete.
+
+A dataset is read by `TokenDataset`. Which windows a step trains on is a pure function of (seed, step).
+"""
+
+import base64
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sqlite3
+import sys
+import sysconfig
+import traceback
+import urllib.error
+import urllib.request
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+SEPARATOR = "<|endoftext|>"    # divides the documents of a .txt file that has it
+PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blank line after this many characters
+TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
+TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
+SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A public corpus that `--source NAME` downloads."""
+
+    urls: tuple[str, ...]
+    suffix: str
+    licence: str
+    sha256: str = ""           # of the only file; where it is empty, the server's own checksum is used
+
+
+CORPORA = {
+    "tinyshakespeare": Corpus(
+        ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
+        ".txt",
+        "public domain",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "tinystories": Corpus(
+        ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt",),
+        ".txt",
+        "CDLA-Sharing-1.0",
+    ),
+    "fineweb-edu": Corpus(
+        tuple(
+            f"https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_{i:05d}.parquet"
+            for i in range(16)
+        ),
+        ".parquet",
+        "ODC-By 1.0",
+    ),
+    "c4": Corpus(
+        tuple(
+            f"https://huggingface.co/datasets/allenai/c4/resolve/main/en/c4-train.{i:05d}-of-01024.json.gz"
+            for i in range(8)
+        ),
+        ".jsonl.gz",
+        "ODC-By 1.0",
+    ),
+}
+
+
+# ---- tokenizers ----
+
+
+class Tokenizer:
+    """Text to ids and back; the special ids come only from bos_id and eos_id, never from text.
+
+    spec is a sentencepiece model (`tokenizer.model`), a tiktoken ranks file (`*.tiktoken`), a folder that holds
+    one of them, or a name: `gpt2`, `cl100k_base`, `bytes`. Raises ValueError for anything else.
+
+    >>> Tokenizer("bytes").encode("né", bos=True)
+    [256, 110, 195, 169]
+    """
+
+    FILES = ("tokenizer.model", "tokenizer.tiktoken", "tokenizer.bytes")
+
+    def __init__(self, spec: str | Path):
+        path = Path(spec)
+        if path.is_dir():
+            found = [path / name for name in self.FILES if (path / name).exists()]
+            if not found:
+                raise ValueError(f"{path} holds no tokenizer (looked for {', '.join(self.FILES)})")
+            path = found[0]
+        if str(spec) in ("gpt2", "cl100k_base"):
+            self.name, self.file, self.data = str(spec), "tokenizer.tiktoken", _download_ranks(str(spec))
+        elif str(spec) == "bytes" or path.name == "tokenizer.bytes":
+            self.name, self.file, self.data = "bytes", "tokenizer.bytes", b"ids 0 to 255 are bytes\n"
+        elif path.is_file():
+            self.name, self.data = path.name, path.read_bytes()
+            self.file = "tokenizer.tiktoken" if path.suffix == ".tiktoken" else "tokenizer.model"
+        else:
+            raise ValueError(f"no tokenizer {spec}: neither a file nor one of gpt2, cl100k_base, bytes")
+        self.sha256 = hashlib.sha256(self.data).hexdigest()
+        try:
+            {"tokenizer.model": self._sentencepiece, "tokenizer.tiktoken": self._tiktoken, "tokenizer.bytes": self._bytes}[self.file]()
+        except RuntimeError as error:
+            raise ValueError(f"{spec} is not a tokenizer file: {error}") from None
+
+    def _bytes(self):
+        self.bos_id, self.eos_id, self.vocab_size = 256, 257, 258
+        self._encode = lambda text: list(text.encode())
+        self._decode = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def _sentencepiece(self):
+        from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_proto=self.data)
+        self.bos_id, self.eos_id, self.vocab_size = model.bos_id(), model.eos_id(), model.vocab_size()
+        self._encode, self._decode = model.encode, model.decode
+        if not model.encode_as_pieces("a")[0].startswith("▁"):
+            # Made by train_tokenizer: nothing is added or normalised, so that only U+2581, which sentencepiece
+            # uses for the blank, would not come back. It is spelled out in bytes.
+            block = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+
+            def encode(text: str) -> list[int]:
+                first, *rest = map(model.encode, text.split("▁"))
+                return first + [i for part in rest for i in block + part]
+
+            self._encode = encode
+
+    def _tiktoken(self):
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        try:
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, self.data.splitlines())}
+        except ValueError:
+            raise ValueError(f"{self.name} is not a tiktoken ranks file (lines of base64 and a number)") from None
+        # the split pattern is not in the file; how many ranks it has tells which of OpenAI's encodings it is
+        cl100k = (
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+            r"|\s*[\r\n]|\s+(?!\S)|\s"
+        )
+        known = {50_256: (r50k_pat_str, 50_256, 50_257), 100_256: (cl100k, 100_257, 100_277)}
+        if len(ranks) not in known:
+            raise ValueError(f"{self.name} has {len(ranks)} ranks; gpt2 has 50256 and cl100k_base 100256")
+        pattern, end_of_text, self.vocab_size = known[len(ranks)]
+        self.bos_id = self.eos_id = end_of_text
+        model = tiktoken.Encoding(
+            self.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": end_of_text}
+        )
+        self._encode = model.encode_ordinary
+        self._decode = lambda ids: model.decode([i for i in ids if i < len(ranks)])
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids of text as ordinary text: `<s>` or `[INST]` typed in it are characters like any other."""
+        return [self.bos_id] * bos + self._encode(text) + [self.eos_id] * eos
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """BOS and the ids of a text to be continued.
+
+        Blanks at its end are left off, because a vocabulary of words holds them with the word that follows
+        (LLaMA-2: "Answer: A" ends in the id of " A", "Answer: " in a lone blank that never precedes a word).
+        """
+        return self.encode(text if self.name == "bytes" else text.rstrip(" "), bos=True)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; special ids give nothing, broken UTF-8 gives U+FFFD."""
+        return self._decode([int(i) for i in ids])
+
+    def save(self, folder: str | Path):
+        (Path(folder) / self.file).write_bytes(self.data)
+
+
+def _download_ranks(name: str) -> bytes:
+    import tiktoken
+
+    try:
+        ranks = tiktoken.get_encoding(name)._mergeable_ranks
+    except OSError as error:
+        raise ValueError(
+            f"{name} has to be downloaded once and that failed ({type(error).__name__}); "
+            f"without a network give --tokenizer the path of a .tiktoken file"
+        ) from None
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
+    """Train a byte-pair encoding on texts: whitespace kept, pieces may span blanks and line ends, every Unicode
+    text comes back exactly. Raises ValueError when the texts have too few different pairs for vocab_size."""
+    from sentencepiece import SentencePieceTrainer
+
+    try:
+        with open(path, "wb") as file:
+            SentencePieceTrainer.train(
+                sentence_iterator=_sentences(texts),
+                model_writer=file,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_by_whitespace=False,
+                split_digits=True,
+                max_sentence_length=8192,
+                minloglevel=2,
+            )
+    except RuntimeError as error:
+        raise ValueError(f"--tokenizer train:{vocab_size}: {str(error).splitlines()[-1]}") from None
+
+
+def _sentences(texts: Iterator[str], size: int = 2048) -> Iterator[str]:
+    """Runs of whole lines of at most size characters, which is what the trainer takes as a sentence."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = text.rfind("\n", start, start + size) + 1 if start + size < len(text) else len(text)
+            end = end or min(start + size, len(text))
+            yield text[start:end]
+            start = end
+
+
+# ---- documents ----
+
+
+def find_files(source: tuple[str, ...], download_folder: Path) -> list[Path]:
+    """The files of `stdlib`, of named corpora (downloaded here), and of local paths, in a fixed order."""
+    files = []
+    for item in source:
+        if item == "stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+            skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
+            files += [path for path in sorted(root.rglob("*.py")) if not skip.intersection(path.relative_to(root).parts)]
+        elif item in CORPORA:
+            files += [download(url, download_folder / item, CORPORA[item]) for url in CORPORA[item].urls]
+        elif Path(item).is_dir():
+            inside = (path for path in sorted(Path(item).rglob("*")) if path.is_file() and not path.name.startswith("."))
+            found = [path for path in inside if path.name.endswith(SUFFIXES)]
+            if not found:
+                raise ValueError(f"{item} holds no files that end in {', '.join(SUFFIXES)}")
+            files += found
+        elif Path(item).is_file():
+            if not item.endswith(SUFFIXES):
+                raise ValueError(f"{item} must end in one of {', '.join(SUFFIXES)}")
+            files.append(Path(item))
+        else:
+            raise ValueError(f"--source {item} is neither a file, a folder, stdlib nor one of {', '.join(CORPORA)}")
+    return files
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of one file, in order, holding one in memory at a time. Raises ValueError naming file and line.
+
+    A .py or .md file is one document, a line of .jsonl and a row of .parquet another (their field `text`). A .txt
+    file is divided at `<|endoftext|>`; one without it, a book or a play, is cut into pieces at blank lines.
+    """
+    if path.name.endswith(".parquet"):
+        yield from _read_parquet(path)
+        return
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="") as file:
+            if path.name.endswith((".jsonl", ".jsonl.gz")):
+                yield from _read_jsonl(path, file)
+            elif path.name.endswith(".txt"):
+                yield from _cut_text(file)
+            else:
+                yield file.read()
+    except UnicodeDecodeError as error:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+        raise
+
+
+def _read_jsonl(path: Path, file) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: no field `text`") from None
+        if not isinstance(text, str):
+            raise ValueError(f"{path}:{number}: field `text` is {type(text).__name__}, not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}:{number}: field `text` has half of a surrogate pair, which is not Unicode text") from None
+        yield text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    table = pyarrow.parquet.ParquetFile(path)
+    if "text" not in table.schema_arrow.names:
+        raise ValueError(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
+    for batch in table.iter_batches(256, columns=["text"]):
+        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+
+
+def _cut_text(file) -> Iterator[str]:
+    buffer, separated = "", False
+    for block in itertools.chain(iter(lambda: file.read(PIECE_CHARS), ""), [""]):
+        *documents, buffer = (buffer + block).split(SEPARATOR)
+        separated = separated or bool(documents)
+        yield from (document.strip() for document in documents)
+        while not separated and len(buffer) > (4 if block else 1) * PIECE_CHARS:  # the last block cuts the rest
+            end = _end_of_piece(buffer)
+            yield buffer[:end]
+            buffer = buffer[end:]
+    yield buffer.strip() if separated else buffer
+
+
+def _end_of_piece(text: str) -> int:
+    """Just after the first blank line past PIECE_CHARS; without one after a line, without a line right there."""
+    for mark in ("\n\n", "\n"):
+        if (found := text.find(mark, PIECE_CHARS, 4 * PIECE_CHARS)) >= 0:
+            return found + len(mark)
+    return PIECE_CHARS
+
+
+def download(url: str, folder: Path, corpus: Corpus) -> Path:
+    """Fetch url into folder, continuing where an earlier attempt stopped; checked by size and SHA-256.
+
+    Raises ValueError without a network, and when the checksum differs (the file is then deleted).
+    """
+    path = folder / (url.rsplit("/", 1)[1].split(".")[0] + corpus.suffix)
+    if path.exists():
+        return path
+    from tqdm import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            have = have if response.status == 206 else 0
+            size = have + int(response.headers["Content-Length"])
+            checksum = corpus.sha256 or response.headers.get("X-Linked-ETag", "").strip('"')
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                total=size, initial=have, unit="B", unit_scale=True, desc=path.name, file=sys.stderr
+            ) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except (OSError, EOFError) as error:
+        raise ValueError(
+            f"{url} could not be fetched ({getattr(error, 'reason', error)}); without a network, give --source a local "
+            f"file or folder; typed again, the command continues the download"
+        ) from None
+    if part.stat().st_size < size:
+        raise ValueError(f"{url} broke off at {part.stat().st_size} of {size} bytes; type the command again to continue")
+    with open(part, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(checksum) == 64 and found != checksum:
+        part.unlink()
+        raise ValueError(f"{url} has SHA-256 {found}, expected {checksum}; it was deleted")
+    os.replace(part, path)
+    return path
+
+
+# ---- preparation ----
+
+
+def split_documents(files: list[Path], val_fraction: float, database: Path, counts: Counter) -> Iterator[tuple[str, str]]:
+    """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one.
+
+    The first 8 bytes of a document's SHA-256, as a fraction of 2^64, lie under val_fraction for validation. The
+    hashes seen so far are kept in a database file, so that memory does not grow with the corpus.
+    """
+    seen = sqlite3.connect(database, isolation_level=None)
+    seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
+    for path in files:
+        for text in read_documents(path):
+            if not text.strip():
+                counts["empty"] += 1
+                continue
+            digest = hashlib.sha256(text.encode()).digest()
+            if not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount:
+                counts["duplicates"] += 1
+                continue
+            yield "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train", text
+    seen.close()
+    database.unlink()
+
+
+def _tasks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Group documents of one split into tasks of about TASK_CHARS characters."""
+    waiting, sizes = {"train": [], "val": []}, Counter()
+    for split, text in documents:
+        waiting[split].append(text)
+        sizes[split] += len(text)
+        if sizes[split] >= TASK_CHARS:
+            yield split, waiting[split]
+            waiting[split], sizes[split] = [], 0
+    yield from ((split, texts) for split, texts in waiting.items() if texts)
+
+
+@functools.cache
+def _worker_tokenizer(path: str) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def _tokenize(task: tuple[str, list[str]], tokenizer_path: str) -> tuple[str, np.ndarray, int, int]:
+    """In a worker: (split, tokens of all documents with BOS and EOS, number of documents, their UTF-8 bytes)."""
+    split, texts = task
+    tokenizer = _worker_tokenizer(tokenizer_path)
+    ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype=np.uint32) for text in texts]
+    return split, np.concatenate(ids), len(texts), sum(len(text.encode()) for text in texts)
+
+
+def _map_in_order(function, tasks, workers: int) -> Iterator:
+    """function over tasks in other processes: results in order, and never more than 3 tasks a worker in memory."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running = deque()
+        for task in tasks:
+            running.append(pool.submit(function, task))
+            if len(running) >= 3 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
+class ShardWriter:
+    """Writes `{split}_{00000…}.bin` and keeps what meta.json says of each file."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self.folder, self.dtype, self.files = folder, dtype, {"train": [], "val": []}
+
+    def write(self, split: str, tokens: np.ndarray, documents: int, num_bytes: int):
+        files = self.files[split]
+        if not files or files[-1]["tokens"] >= SHARD_TOKENS:
+            files.append({"file": f"{split}_{len(files):05d}.bin", "tokens": 0, "documents": 0, "bytes": 0})
+        if tokens.max() > np.iinfo(self.dtype).max:
+            raise ValueError(f"token id {tokens.max()} does not fit in {self.dtype}")
+        with open(self.folder / files[-1]["file"], "ab") as file:
+            file.write(tokens.astype(self.dtype).tobytes())
+        for name, number in (("tokens", len(tokens)), ("documents", documents), ("bytes", num_bytes)):
+            files[-1][name] += number
+
+
+def prepare(
+    source: tuple[str, ...], out: str | Path, tokenizer: str, val_fraction: float = 0.05, workers: int | None = None
+) -> dict:
+    """Make the dataset folder out and return its meta.json. The result does not depend on the number of workers.
+
+    Raises ValueError for bad input; out appears only when everything in it is complete.
+    """
+    from tqdm import tqdm
+
+    out, workers = Path(out), workers or os.cpu_count()
+    if out.exists():
+        raise ValueError(f"--out {out} exists; choose another folder or delete it")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction {val_fraction} must lie between 0 and 1")
+    trained = tokenizer.removeprefix("train:") if tokenizer.startswith("train:") else None
+    if trained is not None and not (trained.isdigit() and int(trained) > 300):
+        raise ValueError(f"--tokenizer {tokenizer}: give a vocabulary size above 300, such as train:4096")
+    if trained is None:
+        chosen = Tokenizer(tokenizer)
+    files = find_files(source, out.parent / "downloads")
+    total = sum(path.stat().st_size for path in files)
+
+    aside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if trained is not None:
+        path = aside / "tokenizer.model"
+        print(f"training a tokenizer of {trained} pieces on {min(total, TOKENIZER_CHARS) / 1e6:.1f} MB", file=sys.stderr)
+        train_tokenizer(_tokenizer_texts(files, val_fraction, aside / "seen.db", total), int(trained), path)
+        chosen = Tokenizer(path)
+    chosen.save(aside)
+
+    counts = Counter()
+    writer = ShardWriter(aside, token_dtype(chosen.vocab_size))
+    tasks = _tasks(split_documents(files, val_fraction, aside / "seen.db", counts))
+    work = functools.partial(_tokenize, tokenizer_path=str(aside / chosen.file))
+    compressed = any(path.name.endswith((".gz", ".parquet")) for path in files)
+    with tqdm(total=None if compressed else total, unit="B", unit_scale=True, desc="tokenizing", file=sys.stderr) as bar:
+        for split, tokens, documents, num_bytes in _map_in_order(work, tasks, workers):
+            writer.write(split, tokens, documents, num_bytes)
+            bar.update(num_bytes)
+
+    meta = {
+        "format": "plainllama tokens 1",
+        "tokenizer": {"name": chosen.name, "file": chosen.file, "sha256": chosen.sha256},
+        "vocab_size": chosen.vocab_size,
+        "dtype": writer.dtype.name,
+        "bos": chosen.bos_id,
+        "eos": chosen.eos_id,
+        "documents_are": "BOS, text, EOS",
+        "val_fraction": val_fraction,
+        "empty_documents": counts["empty"],
+        "duplicate_documents": counts["duplicates"],
+        "splits": {
+            split: {name: sum(file[name] for file in files) for name in ("tokens", "documents", "bytes")} | {"files": files}
+            for split, files in writer.files.items()
+        },
+        "command": f"python data.py --source {' '.join(source)} --out {out} --tokenizer {tokenizer} --val_fraction {val_fraction}",
+        "python": sys.version.split()[0],
+    }
+    for split, numbers in meta["splits"].items():
+        if not numbers["documents"]:
+            shutil.rmtree(aside)
+            found = sum(other["documents"] for other in meta["splits"].values())
+            raise ValueError(f"none of the {found} documents went to {split}; choose another --val_fraction than {val_fraction}")
+    (aside / "meta.json").write_text(json.dumps(meta, indent=2))
+    os.replace(aside, out)
+    return meta
+
+
+def _tokenizer_texts(files: list[Path], val_fraction: float, database: Path, total: int) -> Iterator[str]:
+    """Training documents for the tokenizer, about TOKENIZER_CHARS of them spread over the whole corpus."""
+    read = kept = 0
+    for split, text in split_documents(files, val_fraction, database, Counter()):
+        read += len(text)
+        if split == "train" and kept <= read * min(1.0, TOKENIZER_CHARS / total) and kept < TOKENIZER_CHARS:
+            kept += len(text)
+            yield text
+
+
+# ---- reading ----
+
+
+class TokenDataset:
+    """One split of a dataset folder as windows of seq_len + 1 tokens: the inputs and, one later, the targets.
+
+    Windows start every seq_len tokens, do not reach over the end of a file, and run over document boundaries.
+    Raises ValueError when the folder is missing or incomplete, or its files are not what meta.json says.
+    """
+
+    def __init__(self, folder: str | Path, split: str, seq_len: int):
+        self.meta = read_meta(folder)
+        self.seq_len, self.files = seq_len, []
+        for entry in self.meta["splits"][split]["files"]:
+            path = Path(folder) / entry["file"]
+            expected = entry["tokens"] * np.dtype(self.meta["dtype"]).itemsize
+            found = path.stat().st_size if path.exists() else 0
+            if found != expected:
+                raise ValueError(f"{path} has {found} bytes, meta.json says {expected}; prepare the dataset again")
+            self.files.append(np.memmap(path, np.dtype(self.meta["dtype"]).newbyteorder("<"), "r"))
+        self.counts = [max(0, (len(tokens) - 1) // seq_len) for tokens in self.files]
+        if not sum(self.counts):
+            raise ValueError(f"{folder}: no {split} file has {seq_len + 1} tokens, one window of --seq_len {seq_len}")
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def window(self, index: int) -> np.ndarray:
+        for tokens, count in zip(self.files, self.counts):
+            if index < count:
+                return tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
+            index -= count
+        raise IndexError(index)
+
+    def windows(self, indices) -> np.ndarray:
+        """(len(indices), seq_len + 1) tokens, int64."""
+        return np.stack([self.window(int(index)) for index in indices]).astype(np.int64)
+
+    def batch_indices(self, step: int, batch_size: int, seed: int) -> list[int]:
+        """The windows of optimizer step `step` (from 0), over all ranks: an epoch is each window once, shuffled anew."""
+        drawn = range(step * batch_size, (step + 1) * batch_size)
+        return [shuffled(i % len(self), len(self), (seed, i // len(self))) for i in drawn]
+
+    def spread_indices(self, count: int) -> list[int]:
+        """At most count windows spaced evenly over the split, always the same."""
+        count = min(count, len(self))
+        return [i * len(self) // count for i in range(count)]
+
+
+def shuffled(index: int, size: int, key: tuple[int, int]) -> int:
+    """Where index goes in a permutation of range(size) drawn by key: a Feistel network (Luby and Rackoff 1988).
+
+    A pure function with no table, so that a corpus of any size needs no memory and no state. Four rounds permute
+    numbers of an even number of bits; what falls outside the range is sent on until it falls inside.
+
+    >>> sorted(shuffled(i, 10, (0, 0)) for i in range(10))
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    half = max(1, math.ceil((size - 1).bit_length() / 2))
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            digest = hashlib.blake2b(b"%d %d %d %d" % (*key, turn, right), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def read_meta(folder: str | Path) -> dict:
+    """meta.json of a dataset folder, its tokenizer file checked against the hash. Raises ValueError."""
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
+        made = f"python data.py --source PATH --out {folder}"
+        raise ValueError(f"{folder} holds no dataset (no meta.json); make one: {made}")
+    meta = json.loads((folder / "meta.json").read_text())
+    found = Tokenizer(folder).sha256
+    if found != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{folder}: {meta['tokenizer']['file']} has SHA-256 {found[:12]}…, the dataset was made with {meta['tokenizer']['sha256'][:12]}…")
+    return meta
+
+
+# ---- command line ----
+
+
+def run_command(main, config_class):
+    """Parse the flags and call main. Bad input ends with one sentence and exit code 2; a bug keeps its traceback.
+
+    Bad input is a ValueError or OSError raised by one of this project's files; from deeper down it is a bug.
+    """
+    import tyro
+
+    config = tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    try:
+        main(config)
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_in.parent != Path(__file__).parent:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@dataclass
+class Config:
+    """Prepare a dataset folder from text."""
+
+    source: tuple[str, ...] = ("stdlib",)
+    """stdlib, files or folders, or the name of a public corpus (see CORPORA)"""
+    out: str = "data/stdlib"            # the folder to make
+    tokenizer: str = "train:4096"       # tokenizer.model, gpt2, cl100k_base, a .tiktoken file, bytes, or train:SIZE
+    val_fraction: float = 0.05          # of the documents, chosen by their hash
+    workers: int = 0                    # processes; 0 takes all cores
+
+
+def main(config: Config):
+    meta = prepare(config.source, config.out, config.tokenizer, config.val_fraction, config.workers)
+    for split, numbers in meta["splits"].items():
+        per_token = numbers["bytes"] / numbers["tokens"]
+        print(f"{split:5}  {numbers['documents']:,} documents  {numbers['bytes']:,} bytes  {numbers['tokens']:,} tokens  ({per_token:.2f} bytes a token)")
+    print(f"dropped {meta['duplicate_documents']:,} exact duplicates and {meta['empty_documents']:,} empty documents; wrote {config.out}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

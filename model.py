@@ -1,0 +1,566 @@
+"""LLaMA-2, the whole model in one file (Touvron et al. 2023, arXiv:2307.09288).
+
+Comments give tensor shapes in these letters:
+
+    B  sequences in the batch    H  query heads               D  model width
+    T  tokens in a sequence      G  key/value heads, G <= H   F  feed-forward width
+    V  vocabulary                K  width of one head         S  slots of the key/value cache
+
+Read it upwards from `Transformer.forward`, or downwards from the leaves. The second half of the file reads
+and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files and this project's checkpoints.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # a target with this id is not trained on
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    dim: int                       # D, a multiple of num_heads
+    num_layers: int
+    num_heads: int                 # H
+    num_kv_heads: int              # G: equal to H is multi-head, 1 is multi-query, between is grouped-query attention
+    ffn_dim: int                   # F
+    vocab_size: int = 32_000       # V
+    max_seq_len: int = 4096        # tokens; the context window
+    rope_theta: float = 10_000.0   # base of the rotary wavelengths
+    rope_scale: float = 1.0        # position interpolation (Chen et al. 2023): positions are divided by this
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False   # one matrix for the embedding and the output
+
+    def __post_init__(self):
+        for field in fields(self):
+            if not getattr(self, field.name) > 0 and field.type is not bool:
+                raise ValueError(f"{field.name} {getattr(self, field.name)} must be above 0")
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"dim {self.dim} must be a multiple of 2 * num_heads = {2 * self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+SIZES = {
+    # LLaMA-2
+    "7B": ModelConfig(4096, 32, 32, 32, 11008),
+    "13B": ModelConfig(5120, 40, 40, 40, 13824),
+    "70B": ModelConfig(8192, 80, 64, 8, 28672),
+    # LLaMA-1, OpenLLaMA, TinyLlama
+    "33B": ModelConfig(6656, 60, 52, 52, 17920, max_seq_len=2048, norm_eps=1e-6),
+    "65B": ModelConfig(8192, 80, 64, 64, 22016, max_seq_len=2048),
+    "3B": ModelConfig(3200, 26, 32, 32, 8640, max_seq_len=2048, norm_eps=1e-6),
+    "1.1B": ModelConfig(2048, 22, 32, 4, 5632, max_seq_len=2048),
+    # tinyllamas, the models of llama2.c
+    "110M": ModelConfig(768, 12, 12, 12, 2048, max_seq_len=1024, tie_embeddings=True),
+    "42M": ModelConfig(512, 8, 8, 8, 1376, max_seq_len=1024, tie_embeddings=True),
+    "15M": ModelConfig(288, 6, 6, 6, 768, max_seq_len=256, tie_embeddings=True),
+    "260K": ModelConfig(64, 5, 8, 4, 172, vocab_size=512, max_seq_len=512, tie_embeddings=True),
+    # for two laptop cores
+    "laptop": ModelConfig(256, 4, 4, 4, 704, vocab_size=4096, max_seq_len=256, tie_embeddings=True),
+}
+
+
+class RMSNorm(nn.Module):
+    """Divide each token by its root mean square, then scale every channel by a learned weight."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()  # a mean of squares needs more than the 8 bits of bf16
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle of every channel pair at these positions (…, T): two fp32 tensors (…, T, K/2).
+
+    Computed where it is used, never stored: a stored table is rounded by `model.to(torch.bfloat16)`, which
+    leaves 769 distinct positions of 4,096, and is garbage after initialisation on the meta device.
+    """
+    channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    inverse_wavelength = 1.0 / (config.rope_theta ** (channel / config.head_dim)) / config.rope_scale
+    angles = positions[..., None].float() * inverse_wavelength
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel pairs (i, i + K/2) of x (B, T, heads, K) by the angles of their positions.
+
+    This is the order of Hugging Face folders; Meta's and llama2.c's files pair neighbours (see `_halves`).
+    """
+    cos, sin = (table.unsqueeze(-2) for table in rope)  # (…, T, 1, K/2)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
+
+
+class KVCache:
+    """The keys and values of the tokens read so far; row b holds the tokens 0 … lengths[b] - 1 of sequence b.
+
+    Pass it to `Transformer.forward` with the next chunk (B, T) of tokens, of any size. Rows may differ in
+    length: pad a chunk on the right, then `trim` to the true lengths; what was padding is overwritten by the
+    next chunk and until then no query can see it, because its position lies in the future.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, device=None, dtype: torch.dtype = torch.float32):
+        self.keys, self.values = torch.zeros(
+            2, config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim, device=device, dtype=dtype
+        )  # (layers, B, G, S, K) each
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.longest = 0  # the largest of lengths, known to the host without waiting for the device
+
+    def begin(self, num_tokens: int) -> Tensor:
+        """Positions (B, T) of the next chunk; sets the mask that its attention uses."""
+        if (need := self.longest + num_tokens) > self.keys.size(3):
+            raise ValueError(f"{need} tokens do not fit in a cache of {self.keys.size(3)}")
+        positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
+        slots = torch.arange(need, device=self.lengths.device)
+        self.positions = positions
+        self.mask = (slots <= positions[..., None])[:, None] if self.longest else None  # (B, 1, T, S); None is causal
+        return positions
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the chunk's k and v (B, G, T, K); return those of all tokens so far (B, G, S, K)."""
+        slots = self.positions[:, None, :, None].expand_as(k)
+        filled = self.longest + k.size(2)
+        return tuple(
+            store[layer].scatter_(2, slots, new.to(store.dtype))[:, :, :filled]
+            for store, new in ((self.keys, k), (self.values, v))
+        )
+
+    def end(self, num_tokens: int):
+        self.lengths += num_tokens
+        self.longest += num_tokens
+
+    def trim(self, lengths: list[int]):
+        """Forget all but the first lengths[b] tokens of each row b."""
+        self.lengths.copy_(torch.tensor(lengths))
+        self.longest = max(lengths)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, H query heads sharing G key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        self.query = nn.Linear(config.dim, config.dim, bias=False)
+        self.key = nn.Linear(config.dim, kv_dim, bias=False)
+        self.value = nn.Linear(config.dim, kv_dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.query, self.key, self.value))
+        q, k = rotate(q, rope), rotate(k, rope)               # (B, T, H, K), (B, T, G, K)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)             # (B, G, S, K)
+            mask = cache.mask
+        # is_causal is right only where queries and keys start together; a filled cache brings its mask
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+        return self.out(y.transpose(1, 2).flatten(2))         # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a SiLU gate multiplies the up-projection, then project back down (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer: each half normalises its input and adds its output to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.unembedding.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal(0, 0.02); the two matrices that write to the residual stream get 0.02 / sqrt(2 * layers)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for block in self.blocks:
+            for writer in (block.attention.out, block.feed_forward.down):
+                nn.init.normal_(writer.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normalised residual stream (B, T, D), which `unembedding` turns into logits.
+
+        Raises ValueError when the tokens do not fit in the context window or in the cache.
+        """
+        num_tokens = tokens.size(1)
+        if num_tokens > self.config.max_seq_len:
+            raise ValueError(f"{num_tokens} tokens exceed the context window of {self.config.max_seq_len}")
+        positions = torch.arange(num_tokens, device=tokens.device) if cache is None else cache.begin(num_tokens)
+        rope = rope_table(self.config, positions)
+        x = self.embedding(tokens)                            # (B, T, D)
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.end(num_tokens)
+        return self.norm(x)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        num_targets: Tensor | float | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """fp32 logits (B, T, V) of the token after each of tokens (B, T); with targets (B, T), the loss in nats.
+
+        Targets are the tokens one later; `IGNORE` marks those that do not count. The loss is the sum over
+        the targets divided by num_targets: the number of targets given, unless the caller counts over more
+        than this batch (train.py divides by those of the whole step). No targets at all is a loss of 0.
+        """
+        logits = self.unembedding(self.hidden(tokens, cache)).float()
+        if targets is None:
+            return logits
+        if num_targets is None:
+            num_targets = (targets != IGNORE).sum().clamp(min=1)
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return total / num_targets
+
+
+# ---- weights on disk ----
+
+HF_NAMES = {  # this project's name of a module -> Hugging Face's
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "unembedding": "lm_head",
+    "blocks": "model.layers",
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+META_NAMES = {  # the same for Meta's release; the number is the dimension that model parallelism splits
+    "embedding": ("tok_embeddings", 1),
+    "norm": ("norm", None),
+    "unembedding": ("output", 0),
+    "blocks": ("layers", None),
+    "attention_norm": ("attention_norm", None),
+    "attention.query": ("attention.wq", 0),
+    "attention.key": ("attention.wk", 0),
+    "attention.value": ("attention.wv", 0),
+    "attention.out": ("attention.wo", 1),
+    "feed_forward_norm": ("ffn_norm", None),
+    "feed_forward.gate": ("feed_forward.w1", 0),
+    "feed_forward.up": ("feed_forward.w3", 0),
+    "feed_forward.down": ("feed_forward.w2", 1),
+}
+
+Named = Iterator[tuple[str, Tensor]]
+
+
+def _translate(name: str, table: dict[str, str]) -> str:
+    """`blocks.3.attention.out.weight` -> `model.layers.3.self_attn.o_proj.weight`, or back with the table reversed."""
+    for ours, theirs in table.items():
+        if name == f"{ours}.weight":
+            return f"{theirs}.weight"
+        if name.startswith(f"{ours}.") and name.split(".")[-1] == "weight":
+            number, rest = name.removeprefix(f"{ours}.").split(".", 1)
+            if number.isdigit():
+                return f"{theirs}.{number}.{_translate(rest, table)}"
+    return name
+
+
+def _halves(weight: Tensor, num_heads: int) -> Tensor:
+    """Reorder the rows of a query or key matrix from neighbouring rotary pairs to pairs K/2 apart."""
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Named]:
+    config = config_from_hugging_face(json.loads((folder / "config.json").read_text()), folder)
+    table = {theirs: ours for ours, theirs in HF_NAMES.items()}
+
+    def tensors() -> Named:
+        from safetensors import safe_open
+
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    if not (config.tie_embeddings and name == "lm_head.weight"):
+                        yield _translate(name, table), file.get_tensor(name)
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            if not (folder / name).exists():
+                raise ValueError(f"{folder}: {name} is missing, though {index.name} names it")
+    return config, tensors()
+
+
+def _read_meta(folder: Path) -> tuple[ModelConfig, Named]:
+    """Meta's release: params.json and one consolidated.NN.pth for each model-parallel rank."""
+    params = json.loads((folder / "params.json").read_text())
+    parts = [
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for path in sorted(folder.glob("consolidated.*.pth"))
+    ]
+    config = ModelConfig(
+        dim=params["dim"],
+        num_layers=params["n_layers"],
+        num_heads=params["n_heads"],
+        num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
+        ffn_dim=sum(part["layers.0.feed_forward.w1.weight"].size(0) for part in parts),
+        vocab_size=sum(part["output.weight"].size(0) for part in parts),
+        rope_theta=params.get("rope_theta", 10_000.0),
+        norm_eps=params["norm_eps"],
+    )
+    names = {theirs: ours for ours, (theirs, _) in META_NAMES.items()}
+    split_dims = dict(META_NAMES.values())
+
+    def tensors() -> Named:
+        for name in parts[0]:
+            if name == "rope.freqs":
+                continue
+            kind = ".".join(name.split(".")[2:-1] if name.startswith("layers.") else name.split(".")[:-1])
+            dim = split_dims.get(kind)
+            pieces = [part[name] for part in parts]
+            whole = pieces[0] if dim is None else torch.cat(pieces, dim)
+            if kind in ("attention.wq", "attention.wk"):
+                whole = _halves(whole, config.num_heads if kind == "attention.wq" else config.num_kv_heads)
+            yield _translate(name, names), whole
+
+    return config, tensors()
+
+
+def _read_llama2c(path: Path) -> tuple[ModelConfig, Named]:
+    """llama2.c's version 0: seven int32 (a negative vocabulary means untied), then fp32 matrices, layers stacked."""
+    dim, ffn_dim, layers, heads, kv_heads, vocab, seq_len = struct.unpack("7i", path.read_bytes()[:28])
+    config = ModelConfig(
+        dim, layers, heads, kv_heads, ffn_dim, abs(vocab), max_seq_len=seq_len, tie_embeddings=vocab > 0
+    )
+    kv_dim, rope_pairs = kv_heads * config.head_dim, config.head_dim // 2
+    stacks = [
+        ("attention_norm", (dim,)), ("attention.query", (dim, dim)), ("attention.key", (kv_dim, dim)),
+        ("attention.value", (kv_dim, dim)), ("attention.out", (dim, dim)), ("feed_forward_norm", (dim,)),
+        ("feed_forward.gate", (ffn_dim, dim)), ("feed_forward.down", (dim, ffn_dim)), ("feed_forward.up", (ffn_dim, dim)),
+    ]  # fmt: skip
+    layout = [("embedding.weight", (abs(vocab), dim))]
+    layout += [(f"blocks.{i}.{name}.weight", shape) for name, shape in stacks for i in range(layers)]
+    layout += [("norm.weight", (dim,)), ("", (2 * seq_len * rope_pairs,))]  # llama2.c stores its rotary tables too
+    layout += [] if config.tie_embeddings else [("unembedding.weight", (abs(vocab), dim))]
+    expected, found = 28 + 4 * sum(int(np.prod(shape)) for _, shape in layout), path.stat().st_size
+    if expected != found:
+        raise ValueError(f"{path}: {found} bytes, but its header asks for {expected}; is it a llama2.c version 0 file?")
+
+    def tensors() -> Named:
+        data, start = np.memmap(path, "<f4", "r", offset=28), 0
+        for name, shape in layout:
+            values = torch.from_numpy(data[start : start + int(np.prod(shape))].copy()).view(shape)
+            start += values.numel()
+            if name.endswith(("query.weight", "key.weight")):
+                values = _halves(values, heads if "query" in name else kv_heads)
+            if name:
+                yield name, values
+
+    return config, tensors()
+
+
+def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
+    """The model at path, its weights converted to dtype one tensor at a time.
+
+    path is a Hugging Face style folder, Meta's folder (params.json, consolidated.*.pth), a llama2.c .bin, or a
+    run or checkpoint folder of train.py. Meta's params.json names no context window; LLaMA-2's 4,096 is taken.
+    Raises ValueError naming the tensor, the expected and the found shape where a file does not fit its config.
+    """
+    path = checkpoint_folder(Path(path))
+    if path.is_file():
+        config, tensors = _read_llama2c(path)
+    elif (path / ".metadata").exists():
+        return _load_checkpoint(path, device, dtype)
+    elif (path / "params.json").exists():
+        config, tensors = _read_meta(path)
+    elif (path / "config.json").exists() and any(path.glob("*.safetensors")):
+        config, tensors = _read_hugging_face(path)
+    else:
+        raise ValueError(f"{path}: no model here (looked for safetensors with config.json, params.json, or a checkpoint)")
+    model = _empty(config, device, dtype)
+    missing = dict(model.named_parameters())
+    for name, tensor in tensors:
+        if name not in missing:
+            raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")
+        target = missing.pop(name)
+        if target.shape != tensor.shape:
+            raise ValueError(f"{path}: tensor {name} should be {tuple(target.shape)} and is {tuple(tensor.shape)}")
+        target.data.copy_(tensor)
+    if missing:
+        name, target = next(iter(missing.items()))
+        raise ValueError(f"{path}: tensor {name} {tuple(target.shape)} is missing")
+    return model
+
+
+def _empty(config: ModelConfig, device, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.unembedding.weight = model.embedding.weight
+    return model
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The last complete checkpoint of a run folder; any other path unchanged. Raises ValueError if there is nothing."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if (path / "run.json").exists():
+        if not (path / "last").exists():
+            raise ValueError(f"{path}: this run has no complete checkpoint yet")
+        return path / (path / "last").read_text().strip()
+    return path
+
+
+def _load_checkpoint(folder: Path, device, dtype: torch.dtype) -> Transformer:
+    import torch.distributed.checkpoint as dcp
+
+    config = config_from_hugging_face(json.loads((folder / "config.json").read_text()), folder)
+    model = _empty(config, device, dtype)
+    state = {"model": model.state_dict()}
+    if config.tie_embeddings:
+        del state["model"]["unembedding.weight"]
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return model
+
+
+def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:
+    """A ModelConfig from config.json, as written by transformers 4 or 5. Raises ValueError for what is not LLaMA."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    unfit = {
+        "model_type": values.get("model_type", "llama") != "llama",
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "attention_bias": values.get("attention_bias", False),
+        "mlp_bias": values.get("mlp_bias", False),
+        "head_dim": (values.get("head_dim") or 0) * values["num_attention_heads"] not in (0, values["hidden_size"]),
+    }
+    for name in filter(unfit.get, unfit):
+        raise ValueError(f"{path}: {name} {values[name]} is not LLaMA-2's")
+    if rope_type not in ("default", "linear"):
+        raise ValueError(f"{path}: rope_type {rope_type} is not supported (default and linear are)")
+    return ModelConfig(
+        dim=values["hidden_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+        ffn_dim=values["intermediate_size"],
+        vocab_size=values["vocab_size"],
+        max_seq_len=values["max_position_embeddings"],
+        rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10_000.0,
+        rope_scale=rope["factor"] if rope_type == "linear" else 1.0,
+        norm_eps=values["rms_norm_eps"],
+        tie_embeddings=values.get("tie_word_embeddings", False),
+    )
+
+
+def config_to_hugging_face(config: ModelConfig) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scale == 1 else {"rope_type": "linear", "factor": config.rope_scale},
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes: int = 5_000_000_000):
+    """Write the model in the Hugging Face layout, for `load`, transformers and vLLM; tokenizer is a data.Tokenizer.
+
+    Written beside the folder and renamed when complete. Raises ValueError if the folder exists.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another folder")
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, weight in model.named_parameters():  # a tied matrix is named once
+        if shards[-1] and used + weight.nbytes > max_shard_bytes:
+            shards.append({})
+            used = 0
+        shards[-1][_translate(name, HF_NAMES)] = weight.detach()
+        used += weight.nbytes
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: weight.cpu().contiguous() for name, weight in shard.items()}, aside / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(weight.nbytes for shard in shards for weight in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = config_to_hugging_face(model.config) | {"torch_dtype": str(model.norm.weight.dtype).removeprefix("torch.")}
+    if tokenizer is not None:
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        tokenizer.save(aside)
+    (aside / "config.json").write_text(json.dumps(config, indent=2))
+    os.replace(aside, folder)

@@ -1,0 +1,537 @@
+"""Train a LLaMA-2: one loop for one laptop or many GPUs.
+
+    python train.py                                             # the standard library, three minutes on two cores
+    python train.py --data data/NAME --size 15M --out out/RUN
+    torchrun --nproc_per_node 8 train.py --data data/NAME ...   # the same run on 8 GPUs
+    python train.py --resume out/RUN                            # continues it exactly
+
+Every run joins a process group and shards its model over it, also a run of one process. The batch of a step
+is a pure function of (dataset, seed, step); processes and micro-batches only divide the work.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grad_norm_
+
+from data import TokenDataset, Tokenizer, read_meta, run_command
+from model import IGNORE, SIZES, ModelConfig, Transformer, config_to_hugging_face, load
+
+HERE = Path(__file__).parent
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense
+
+
+@dataclass
+class Config:
+    """Train a LLaMA-2. Sizes of batches are in sequences over all processes."""
+
+    # where
+    data: str = "data/stdlib"           # dataset folder made by data.py
+    out: str = "out/stdlib"             # the run's folder: checkpoints, log.jsonl, loss.png
+    resume: str = ""                    # folder of a run to continue; its own flags are taken
+    init_from: str = ""                 # model to start from: anything that model.load reads
+    # what
+    size: str = "laptop"                # a name in model.SIZES; the vocabulary is always the dataset's
+    dim: int = 0                        # 0 in these five takes the number of --size
+    num_layers: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    ffn_dim: int = 0
+    rope_scale: float = 0.0             # position interpolation; 0 keeps the model's
+    seq_len: int = 256                  # tokens
+    # how long
+    steps: int = 1400                   # optimizer steps; the learning rate's schedule ends there
+    batch_size: int = 8                 # sequences in an optimizer step
+    micro_batch: int = 0                # sequences in a forward pass of one process; 0 takes its whole share
+    stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
+    # optimizer
+    learning_rate: float = 2e-3         # peak
+    warmup: float = 0.02                # steps, or below 1 a fraction of --steps
+    final_lr: float = 0.1               # fraction of the peak that is left at the last step
+    weight_decay: float = 0.1           # of matrices; norms have none
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0              # largest norm of the gradient of all weights
+    seed: int = 0                       # of the first weights and of the order of the data
+    # reporting
+    log_every: int = 10                 # steps
+    eval_every: int = 500               # steps; the last step is always evaluated
+    eval_tokens: int = 131_072          # validation tokens, always the same ones
+    save_every: int = 500               # steps; the last step is always saved
+    keep: int = 2                       # newest checkpoints to keep
+    sample: str = "def "                # a text to continue when training ends; "" is none
+    wandb: str = ""                     # project name; offline when nobody is logged in
+    # machine
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the arithmetic; weights stay fp32. auto: bf16 where it is faster
+    compile: Literal["auto", "on", "off"] = "auto"   # auto: on a GPU, where Triton is there
+
+
+MACHINE = ("resume", "out", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample", "wandb", "compile")
+"""Flags that may differ when a run is continued: they do not change what is computed."""
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear warm-up from zero, then a cosine from the peak down to final_lr of it; step counts from 0."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * config.steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, config.steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+# ---- set-up ----
+
+
+def join_world() -> torch.device:
+    """Join the process group that torchrun describes; without torchrun, a world of one. Returns the device."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    if choice == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        choice = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
+
+
+def has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+def model_config(config: Config, vocab_size: int) -> ModelConfig:
+    if config.size not in SIZES:
+        raise ValueError(f"--size {config.size} is not one of {', '.join(SIZES)}")
+    names = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
+    changes = {name: getattr(config, name) for name in names if getattr(config, name)}
+    if "num_heads" in changes:
+        changes.setdefault("num_kv_heads", changes["num_heads"])
+    return dataclasses.replace(SIZES[config.size], vocab_size=vocab_size, max_seq_len=config.seq_len, **changes)
+
+
+def first_model(config: Config, meta: dict) -> Transformer:
+    """The model before its first step, whole, in fp32; the same on every rank."""
+    if not config.init_from:
+        torch.manual_seed(config.seed)
+        model = Transformer(model_config(config, meta["vocab_size"]))
+        model.init_weights()
+        return model
+    model = load(config.init_from)
+    theirs = [Path(config.init_from) / name for name in Tokenizer.FILES if (Path(config.init_from) / name).exists()]
+    if theirs and Tokenizer(theirs[0]).sha256 != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"--data {config.data} was made with another tokenizer than {theirs[0]}")
+    if model.config.vocab_size < meta["vocab_size"]:
+        raise ValueError(f"--data {config.data} has a vocabulary of {meta['vocab_size']}, larger than the model's {model.config.vocab_size}")
+    if config.rope_scale:
+        model.config = dataclasses.replace(model.config, rope_scale=config.rope_scale, max_seq_len=config.seq_len)
+    if config.seq_len > model.config.max_seq_len:
+        raise ValueError(f"--seq_len {config.seq_len} exceeds the model's context window of {model.config.max_seq_len}")
+    return model
+
+
+def shard(model: Transformer, device: torch.device, dtype: torch.dtype, compiled: bool) -> Transformer:
+    """Compile each block, then spread the model over all ranks: fp32 shards, dtype arithmetic, fp32 reduction."""
+    model.to(device)
+    # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        if compiled:
+            block.compile()
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+# ---- a step ----
+
+
+def micro_batches(rows: Tensor, size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Split rows (N, T + 1) into inputs and targets (size, T); the targets are the inputs one later."""
+    return [(part[:, :-1].to(device), part[:, 1:].to(device)) for part in rows.split(size)]
+
+
+def train_step(model, optimizer, batches: list[tuple[Tensor, Tensor]], lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
+    """One optimizer step over this rank's micro-batches.
+
+    Returns the loss, in nats a target over all ranks and micro-batches, and the norm of its gradient before
+    clipping: both are the same on every rank and for every way to divide the same batch.
+    """
+    world = dist.get_world_size()
+    num_targets = sum((targets != IGNORE).sum() for _, targets in batches)
+    dist.all_reduce(num_targets)
+    loss = torch.zeros((), device=num_targets.device)
+    for i, (tokens, targets) in enumerate(batches):
+        model.set_requires_gradient_sync(i == len(batches) - 1)  # reduce the gradients once, with the last micro-batch
+        part = model(tokens, targets, num_targets.clamp(min=1) / world)  # the reduction divides by the world again
+        part.backward()
+        loss += part.detach() / world
+    dist.all_reduce(loss)
+    norm = clip_grad_norm_(model.parameters(), grad_clip).full_tensor()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+
+@torch.no_grad()
+def evaluate(model, val: TokenDataset, config: Config, device: torch.device) -> dict[str, float]:
+    """Loss on a fixed set of validation windows, in nats a token and bits a byte; any number of ranks agrees.
+
+    Bits a byte are those of the tokens over the bytes that the whole split has for a token.
+    """
+    indices = val.spread_indices(config.eval_tokens // config.seq_len)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size = config.micro_batch or max(1, config.batch_size // world)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, targets
+    for start in range(0, len(indices), size * world):  # every rank makes the same number of passes
+        mine = indices[start : start + size * world][rank::world]
+        rows = torch.from_numpy(val.windows(mine or indices[:1])).to(device)
+        targets = rows[:, 1:] if mine else torch.full_like(rows[:, 1:], IGNORE)
+        sums += torch.stack((model(rows[:, :-1], targets, num_targets=1), (targets != IGNORE).sum()))
+    model.reshard()
+    dist.all_reduce(sums)
+    nats = (sums[0] / sums[1]).item()
+    split = val.meta["splits"]["val"]
+    return {"val_loss": nats, "val_bits_per_byte": nats / math.log(2) * split["tokens"] / split["bytes"]}
+
+
+# ---- checkpoints ----
+
+
+def save(folder: Path, step: int, model, optimizer, keep: int):
+    """Every rank writes its shards aside; complete, the folder gets its name, `last` points to it, old ones go."""
+    name = f"step_{step:08d}"
+    aside = folder / f"{name}.tmp"
+    weights, moments = get_state_dict(model, optimizer)
+    if model.config.tie_embeddings:
+        del weights["unembedding.weight"]  # the same matrix as embedding.weight
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier attempt that `last` does not point to
+        aside.mkdir()
+        (aside / "config.json").write_text(json.dumps(config_to_hugging_face(model.config), indent=2))
+    dist.barrier()
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path in aside.iterdir():
+            _sync(path)
+        os.rename(aside, folder / name)
+        _write_whole(folder / "last", name)
+        for old in sorted(folder.glob("step_????????"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def _sync(path: Path):
+    """Make sure that a file or folder is on the disk and not only in the memory of the system."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _write_whole(path: Path, text: str):
+    """Replace a small file so that a reader finds the old text or the new, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    _sync(aside)
+    os.replace(aside, path)
+    _sync(path.parent)
+
+
+def restore(folder: Path, model, optimizer) -> int:
+    """Read weights and moments of the last checkpoint, on any number of ranks; returns its step, 0 without one."""
+    if not (folder / "last").exists():
+        return 0
+    checkpoint = folder / (folder / "last").read_text().strip()
+    found, expected = json.loads((checkpoint / "config.json").read_text()), config_to_hugging_face(model.config)
+    for name in expected:
+        if found[name] != expected[name]:
+            raise ValueError(f"{checkpoint} is of another size: {name} {found[name]}, the run's is {expected[name]}")
+    weights, moments = get_state_dict(model, optimizer)
+    if model.config.tie_embeddings:
+        del weights["unembedding.weight"]
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
+    if model.config.tie_embeddings:
+        weights["unembedding.weight"] = weights["embedding.weight"]
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+# ---- reporting ----
+
+
+class Report:
+    """What a run says of itself, on rank 0: the progress line, log.jsonl, loss.png and, when asked, wandb."""
+
+    def __init__(self, config: Config, folder: Path, start: int):
+        self.config, self.folder, self.wandb = config, folder, None
+        if dist.get_rank() != 0:
+            return
+        log = folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        _write_whole(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        if config.wandb:
+            self._start_wandb()
+
+    def _start_wandb(self):
+        try:
+            import wandb
+
+            mode = None if wandb.api.api_key else "offline"
+            self.wandb = wandb.init(
+                project=self.config.wandb, name=self.folder.name, dir=self.folder, mode=mode, config=vars(self.config)
+            )
+        except Exception as error:  # whatever fails in there, training goes on
+            print(f"wandb is off: {error}", file=sys.stderr)
+
+    def write(self, **fields):
+        if dist.get_rank() != 0:
+            return
+        with open(self.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps(fields) + "\n")
+        if self.wandb:
+            try:
+                self.wandb.log(fields, step=fields["step"])
+            except Exception as error:
+                print(f"wandb is off: {error}", file=sys.stderr)
+                self.wandb = None
+
+    def say(self, text: str, passing: bool = False):
+        """Print a line; a passing one is overwritten by the next where the output is a terminal."""
+        if dist.get_rank() == 0:
+            terminal = sys.stdout.isatty()
+            print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
+
+    def draw(self):
+        """loss.png: training and validation loss against the step, from log.jsonl."""
+        if dist.get_rank() != 0:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points), style, label=label, linewidth=1) if points else None
+        axes.set(xlabel="step", ylabel="loss (nats a token)", title=str(self.folder))
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(self.folder / "loss.png", dpi=120)
+        plt.close(figure)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B)."""
+    with torch.device("meta"):
+        num_params = sum(p.numel() for p in Transformer(config).parameters())
+    return 6 * num_params + 12 * config.num_layers * config.dim * config.max_seq_len
+
+
+def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.device) -> dict:
+    """run.json: everything needed to know later what was run."""
+    commit = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "config": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model),
+        "dataset": {"command": meta["command"], "tokenizer": meta["tokenizer"], "tokens": meta["splits"]["train"]["tokens"]},
+        "command": " ".join(sys.argv),
+        "git_commit": commit.stdout.strip(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": name,
+        "processes": dist.get_world_size(),
+    }
+
+
+# ---- the run ----
+
+
+def choose_run(config: Config) -> tuple[Config, dict | None]:
+    """The config to train with and, if it continues a run, that run's record. Raises ValueError for a mismatch."""
+    folder = Path(config.resume or config.out)
+    if not (folder / "run.json").exists():
+        if config.resume:
+            raise ValueError(f"--resume {folder} holds no run (no run.json)")
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--out {folder} holds other files; choose another folder")
+        return config, None
+    record = json.loads((folder / "run.json").read_text())
+    saved = Config(**record["config"])
+    defaults = Config()
+    for field in dataclasses.fields(Config):
+        mine, theirs = getattr(config, field.name), getattr(saved, field.name)
+        unsaid = config.resume and mine == getattr(defaults, field.name)  # --resume takes the run's own flags
+        if field.name in MACHINE or unsaid:
+            continue
+        if mine != theirs:
+            what = "--resume" if config.resume else "--out"
+            raise ValueError(f"{what} {folder} holds a run with --{field.name} {theirs}, not {mine}; choose another --out, or leave the flag off with --resume")
+    said = {name: getattr(config, name) for name in MACHINE if not config.resume or getattr(config, name) != getattr(defaults, name)}
+    return dataclasses.replace(saved, **said | {"out": str(folder), "resume": ""}), record
+
+
+def check(config: Config, world: int):
+    """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
+    for name in ("seq_len", "steps", "batch_size", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "learning_rate", "grad_clip"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
+    for name in ("micro_batch", "stop_at", "warmup", "weight_decay", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name} {getattr(config, name)} must not be negative")
+    for name in ("final_lr", "beta1", "beta2"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
+    if config.eval_tokens < config.seq_len:
+        raise ValueError(f"--eval_tokens {config.eval_tokens} is less than one window of --seq_len {config.seq_len}")
+    if config.batch_size % world:
+        raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
+    if config.micro_batch and config.batch_size // world % config.micro_batch:
+        raise ValueError(f"--micro_batch {config.micro_batch} must divide --batch_size / processes = {config.batch_size // world}")
+
+
+def prepare_default():
+    """Make the dataset that a run without flags trains on, by the command that anybody could type."""
+    command = [sys.executable, str(HERE / "data.py"), "--source", "stdlib", "--out", Config.data]
+    print(f"first the data: python data.py --source stdlib --out {Config.data}", flush=True)
+    subprocess.run(command, check=True)
+
+
+def show_sample(config: Config):
+    print(f'\npython sample.py --model {config.out} --prompt "{config.sample}" --max_new_tokens 200\n', flush=True)
+    command = [sys.executable, str(HERE / "sample.py"), "--model", config.out, "--prompt", config.sample]
+    subprocess.run([*command, "--max_new_tokens", "200"], check=True)
+
+
+def main(config: Config):
+    device = join_world()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        config, record = choose_run(config)
+        check(config, world)
+        if rank == 0 and config.data == Config.data and not Path(config.data).exists():
+            prepare_default()
+        dist.barrier()
+        train(config, record, device, rank, world)
+        if rank == 0 and config.sample and not config.stop_at:
+            show_sample(config)
+    finally:
+        dist.destroy_process_group()
+
+
+def train(config: Config, record: dict | None, device: torch.device, rank: int, world: int):
+    meta = read_meta(config.data)
+    data, val = (TokenDataset(config.data, split, config.seq_len) for split in ("train", "val"))
+    if record and record["dataset"]["tokenizer"] != meta["tokenizer"]:
+        raise ValueError(f"--data {config.data} has another tokenizer than when {config.out} began")
+    dtype = compute_dtype(config.dtype, device)
+    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and has_triton()
+    model = shard(first_model(config, meta), device, dtype, compiled)
+    optimizer = make_optimizer(model, config)
+
+    folder = Path(config.out)
+    start = restore(folder, model, optimizer)
+    if rank == 0 and not record:
+        folder.mkdir(parents=True, exist_ok=True)
+        Tokenizer(config.data).save(folder)
+        _write_whole(folder / "run.json", json.dumps(describe_run(config, model.config, meta, device), indent=2))
+    dist.barrier()
+    report = Report(config, folder, start)
+    num_params = sum(p.numel() for p in model.parameters())
+    epochs = config.steps * config.batch_size / len(data)
+    report.say(
+        f"{num_params:,} parameters, {dtype} arithmetic on {world} {device.type} process{'es' * (world > 1)}; "
+        f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens are {epochs:.2f} epochs of {config.data}"
+    )
+    if start >= config.steps:
+        report.say(f"{folder} is finished; to train again, delete it or choose another --out")
+        return
+    if start:
+        report.say(f"continuing {folder} after step {start}")
+
+    per_rank = config.batch_size // world
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
+    step_flops = flops_per_token(dataclasses.replace(model.config, max_seq_len=config.seq_len)) * config.batch_size * config.seq_len
+    last = min(config.stop_at or config.steps, config.steps)
+    clock, busy, timed = time.perf_counter(), 0.0, 0
+    for step in range(start, last):
+        indices = data.batch_indices(step, config.batch_size, config.seed)[rank * per_rank : (rank + 1) * per_rank]
+        batches = micro_batches(torch.from_numpy(data.windows(indices)), config.micro_batch or per_rank, device)
+        lr = learning_rate(step, config)
+        loss, norm = train_step(model, optimizer, batches, lr, config.grad_clip)
+        done, timed = step + 1, timed + 1
+
+        if done % config.log_every == 0 or done == last:
+            loss, norm = loss.item(), norm.item()
+            busy = time.perf_counter() - clock
+            speed = timed * config.batch_size * config.seq_len / busy
+            left = (last - done) * busy / timed
+            report.write(
+                step=done, loss=loss, lr=lr, grad_norm=norm, tokens=done * config.batch_size * config.seq_len,
+                tokens_per_s=round(speed), mfu=step_flops * timed / busy / peak / world if peak else None, memory=memory(device),
+            )  # fmt: skip
+            report.say(f"step {done}/{config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left", passing=True)
+            if not math.isfinite(loss + norm):
+                raise ValueError(f"loss {loss} and gradient norm {norm} at step {done}; a lower --learning_rate usually helps")
+            clock, timed = time.perf_counter(), 0
+        if done % config.eval_every == 0 or done == config.steps:
+            scores = evaluate(model, val, config, device)
+            report.write(step=done, **scores)
+            report.say(f"step {done}/{config.steps}  validation {scores['val_loss']:.4f} nats a token, {scores['val_bits_per_byte']:.4f} bits a byte")
+        if done % config.save_every == 0 or done == last:
+            save(folder, done, model, optimizer, config.keep)
+            report.draw()
+    report.say(f"{folder}: checkpoint of step {last}, log.jsonl, loss.png")
+    report.close()
+
+
+def memory(device: torch.device) -> int:
+    """Most bytes held so far by this rank: of GPU memory, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
