@@ -1,0 +1,271 @@
+"""Continue text with a trained model.
+
+    python sample.py --model out/stdlib --prompt "def fibonacci(n):" --num 4
+    python sample.py --model out/stdlib --export FOLDER     # the same model as a Hugging Face folder
+
+`generate` works on token ids, a batch of prompts of any lengths at once; `complete` puts text around it.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data import Tokenizer, run_command
+from model import KVCache, Transformer, load, save
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The default is greedy: the likeliest token, always."""
+
+    temperature: float = 0.0         # divides the logits; 0 is greedy
+    top_k: int = 0                   # only the k likeliest tokens; 0 is all
+    top_p: float = 1.0               # only the likeliest tokens that together reach this probability (Holtzman et al. 2020)
+    min_p: float = 0.0               # only tokens at least this likely, relative to the likeliest
+    repetition_penalty: float = 1.0  # logits of tokens already there are divided by it if positive, else multiplied (CTRL)
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0:
+            raise ValueError(f"--temperature {self.temperature} and --top_k {self.top_k} must not be negative")
+        if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
+            raise ValueError(f"--top_p {self.top_p} and --min_p {self.min_p} must lie between 0 and 1, top_p above 0")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"--repetition_penalty {self.repetition_penalty} must be above 0")
+
+
+def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor) -> Tensor:
+    """The next token (B,) from logits (B, V); uniform (B,), numbers in [0, 1), picks where sampling is random."""
+    if sampling.repetition_penalty != 1:
+        for row, context in zip(logits, contexts):
+            seen = torch.tensor(sorted(set(context)), device=logits.device)
+            row[seen] = torch.where(row[seen] > 0, row[seen] / sampling.repetition_penalty, row[seen] * sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    p = (logits / sampling.temperature).softmax(-1)
+    keep = torch.ones_like(p, dtype=torch.bool)
+    if sampling.top_k:
+        keep[:, sampling.top_k :] = False  # by rank, so that equal logits do not let more than k through
+    keep &= p.cumsum(-1) - p < sampling.top_p
+    keep &= p >= sampling.min_p * p[:, :1]
+    mass = (p * keep).cumsum(-1)
+    place = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1).clamp(max=p.size(-1) - 1)
+    place = torch.minimum(place, keep.sum(-1) - 1)
+    return tokens.gather(-1, place[:, None])[:, 0]
+
+
+def read(model: Transformer, cache: KVCache, chunks: list[list[int]]) -> Tensor:
+    """Append a chunk, of any length, to each row of the cache; fp32 logits (B, V) after the last token of each."""
+    device = cache.lengths.device
+    longest = max(map(len, chunks))
+    tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device)
+    before = cache.lengths.tolist()
+    hidden = model.hidden(tokens, cache)
+    cache.trim([length + len(chunk) for length, chunk in zip(before, chunks)])
+    last = hidden[torch.arange(len(chunks)), [len(chunk) - 1 for chunk in chunks]]
+    return model.unembedding(last).float()
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    end_ids: tuple[int, ...] = (),
+    stop: Callable[[int, int], bool] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by up to max_new_tokens tokens; returns the new tokens alone, without end_ids.
+
+    A row ends at one of end_ids, or when stop(row, token), called with each new token, returns True. Random rows draw
+    from seeds of their own, so a prompt gives the same text alone and in a batch. A row that fills the context
+    window goes on with the last half of it, read anew, and stderr says so.
+    Raises ValueError for a prompt that is empty or longer than the context window.
+    """
+    window = model.config.max_seq_len
+    for prompt in prompts:
+        if not 0 < len(prompt) <= window:
+            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context window of {window}")
+    weight = model.norm.weight
+    uniform = torch.stack([
+        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed * 1_000_003 + row))
+        for row in range(len(prompts))
+    ]).to(weight.device)  # fmt: skip
+
+    def new_cache() -> KVCache:
+        size = min(window, max(map(len, contexts)) + max_new_tokens)
+        return KVCache(model.config, len(prompts), size, weight.device, weight.dtype)
+
+    contexts = [list(prompt) for prompt in prompts]  # what the model sees of each row
+    new: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    cache, unread = new_cache(), contexts
+    for step in range(max_new_tokens):
+        logits = read(model, cache, unread)
+        for row, token in enumerate(choose(logits, contexts, sampling, uniform[:, step]).tolist()):
+            if not running[row]:
+                continue
+            if token in end_ids:
+                running[row] = False
+                continue
+            new[row].append(token)
+            contexts[row].append(token)
+            running[row] = not (stop and stop(row, token))
+        if not any(running):
+            break
+        full = [row for row, context in enumerate(contexts) if running[row] and len(context) > window]
+        if full:
+            print(f"the context window of {window} tokens is full; reading on with the last {window // 2}", file=sys.stderr)
+            for row in full:
+                contexts[row] = contexts[row][-(window // 2) :]
+            contexts = [context[:window] for context in contexts]  # a row that ended just when it was full
+            cache, unread = new_cache(), contexts
+        else:
+            # a row that has ended reads its last token again, into a place that nobody looks at
+            cache.trim([len(context) - 1 for context in contexts])
+            unread = [context[-1:] for context in contexts]
+    return new
+
+
+class TextStream:
+    """Turns one row's tokens into text as they come: no split characters, no lost blanks, nothing past a stop string.
+
+    What has been returned, joined, equals the decoded whole, cut at the first stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.ids = prompt[-8:]  # decoding needs a few tokens before the new ones, or a first blank is lost
+        self.text = self.held = ""
+        self.settled = len(self.ids)
+        self.finished = False
+
+    def add(self, token: int) -> str:
+        """The text that is certain after this token; sets finished when a stop string has come."""
+        self.ids.append(token)
+        before = self.tokenizer.decode(self.ids[: self.settled])
+        after = self.tokenizer.decode(self.ids)
+        if after.endswith("\ufffd"):  # perhaps the first bytes of a character
+            return ""
+        text = after[len(before) :]
+        self.ids = self.ids[max(0, self.settled - 8) :]
+        self.settled = len(self.ids)
+        return self._pass_on(text)
+
+    def end(self) -> str:
+        """What was held back, once no more tokens come."""
+        if self.finished:
+            return ""
+        rest = self.tokenizer.decode(self.ids)[len(self.tokenizer.decode(self.ids[: self.settled])) :]
+        text = self._pass_on(rest) + ("" if self.finished else self.held)
+        self.held = ""
+        return text
+
+    def _pass_on(self, text: str) -> str:
+        text = self.held + text
+        found = [place for place in map(text.find, self.stop) if place >= 0]
+        if found:
+            self.finished, self.held = True, ""
+            return text[: min(found)]
+        beginnings = [n for word in self.stop for n in range(1, len(word)) if text.endswith(word[:n])]
+        keep = len(text) - max(beginnings, default=0)
+        self.held = text[keep:]
+        return text[:keep]
+
+
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: tuple[str, ...] = (),
+    on_text: Callable[[int, str], None] = lambda row, text: None,
+) -> list[str]:
+    """The texts that follow the prompts, up to EOS, BOS or a stop string; on_text(row, text) gets them as they come."""
+    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    streams = [TextStream(tokenizer, ids, stop) for ids in rows]
+    texts = [""] * len(rows)
+
+    def hand_out(row: int, text: str):
+        texts[row] += text
+        on_text(row, text)
+
+    def add(row: int, token: int) -> bool:
+        hand_out(row, streams[row].add(token))
+        return streams[row].finished
+
+    # a model trained on documents that only begin with BOS ends one by beginning the next
+    generate(model, rows, max_new_tokens, sampling, (tokenizer.eos_id, tokenizer.bos_id), add)
+    for row, stream in enumerate(streams):
+        hand_out(row, stream.end())
+    return texts
+
+
+def load_model(path: str, tokenizer: str = "", dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """The model at path, on the GPU where there is one, and its tokenizer, from its folder unless named.
+
+    dtype is fp32, bf16 or auto: bf16 on a GPU, else fp32. Raises ValueError when either is missing or they do not fit.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda"
+    model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
+    places = [Path(tokenizer)] if tokenizer else [Path(path), Path(path).parent]  # a checkpoint's is in its run's folder
+    found = next((place for place in places if place.is_file() or any((place / name).exists() for name in Tokenizer.FILES)), None)
+    words = Tokenizer(tokenizer or found) if tokenizer or (found and found.is_dir()) else None
+    if words is None:
+        raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
+    if words.vocab_size > model.config.vocab_size:
+        raise ValueError(f"tokenizer {words.name} has {words.vocab_size} tokens, more than the model's {model.config.vocab_size}")
+    return model, words
+
+
+@dataclass
+class Config:
+    """Continue text with a trained model."""
+
+    model: str                          # a run or checkpoint folder, a Hugging Face or Meta folder, or a llama2.c .bin
+    prompt: tuple[str, ...] = ("",)     # one text to continue, or several
+    tokenizer: str = ""                 # where the model's folder holds none
+    num: int = 1                        # samples of each prompt
+    max_new_tokens: int = 200
+    temperature: float = 0.8            # 0 is greedy
+    top_k: int = 0                      # 0 is all
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()          # texts at which a sample ends
+    seed: int = 0
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    export: str = ""                    # write the model there as a Hugging Face folder instead of sampling
+
+
+def main(config: Config):
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.seed)
+    for name in ("num", "max_new_tokens"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    model, tokenizer = load_model(config.model, config.tokenizer, config.dtype)
+    if config.export:
+        save(model, config.export, tokenizer)
+        print(f"wrote {config.export}")
+        return
+    prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
+    shown = [tokenizer.decode(tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    if len(prompts) == 1:
+        print(shown[0], end="", flush=True)
+        complete(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop, lambda row, text: print(text, end="", flush=True))
+        print()
+        return
+    for number, text in enumerate(complete(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop), 1):
+        print(f"--- {number}\n{shown[number - 1]}{text}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
