@@ -111,7 +111,8 @@ class Tokenizer:
         if str(spec) in ("gpt2", "cl100k_base"):
             self.name, self.file, self.data = str(spec), "tokenizer.tiktoken", _download_ranks(str(spec))
         elif str(spec) == "bytes" or path.name == "tokenizer.bytes":
-            self.name, self.file, self.data = "bytes", "tokenizer.bytes", b"ids 0 to 255 are bytes\n"
+            self.name, self.file = "bytes", "tokenizer.bytes"
+            self.data = path.read_bytes() if path.is_file() else b"ids 0 to 255 are bytes\n"
         elif path.is_file():
             self.name, self.data = path.name, path.read_bytes()
             self.file = "tokenizer.tiktoken" if path.suffix == ".tiktoken" else "tokenizer.model"
@@ -225,7 +226,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise ValueError(f"--tokenizer train:{vocab_size}: {str(error).splitlines()[-1]}") from None
+        raise ValueError(f"--tokenizer train:{vocab_size}: {str(error).split('] ')[-1]}") from None
 
 
 def _sentences(texts: Iterator[str], size: int = 2048) -> Iterator[str]:
@@ -590,10 +591,14 @@ class TokenDataset:
         """(len(indices), seq_len + 1) tokens, int64."""
         return np.stack([self.window(int(index)) for index in indices]).astype(np.int64)
 
-    def batch_indices(self, step: int, batch_size: int, seed: int) -> list[int]:
-        """The windows of optimizer step `step` (from 0), over all ranks: an epoch is each window once, shuffled anew."""
-        drawn = range(step * batch_size, (step + 1) * batch_size)
-        return [shuffled(i % len(self), len(self), (seed, i // len(self))) for i in drawn]
+    def batch_indices(self, step: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+        """The windows that this rank reads in optimizer step `step` (from 0), of the batch_size that all ranks read.
+
+        An epoch is each window once, shuffled anew; it may end within a step.
+        """
+        share = batch_size // world
+        first = step * batch_size + rank * share
+        return [shuffled(i % len(self), len(self), (seed, i // len(self))) for i in range(first, first + share)]
 
     def spread_indices(self, count: int) -> list[int]:
         """At most count windows spaced evenly over the split, always the same."""

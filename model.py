@@ -118,9 +118,8 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_len: int, device=None, dtype: torch.dtype = torch.float32):
-        self.keys, self.values = torch.zeros(
-            2, config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim, device=device, dtype=dtype
-        )  # (layers, B, G, S, K) each
+        shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)  # (layers, B, G, S, K)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest = 0  # the largest of lengths, known to the host without waiting for the device
 
@@ -135,11 +134,11 @@ class KVCache:
         return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the chunk's k and v (B, G, T, K); return those of all tokens so far (B, G, S, K)."""
+        """Store the chunk's k and v (B, G, T, K); return those of all tokens so far (B, G, S, K), without gradient."""
         slots = self.positions[:, None, :, None].expand_as(k)
         filled = self.longest + k.size(2)
         return tuple(
-            store[layer].scatter_(2, slots, new.to(store.dtype))[:, :, :filled]
+            store[layer].scatter_(2, slots, new.detach().to(store.dtype))[:, :, :filled]
             for store, new in ((self.keys, k), (self.values, v))
         )
 
@@ -331,9 +330,10 @@ def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Named]:
 
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    if not (config.tie_embeddings and name == "lm_head.weight"):
-                        yield _translate(name, table), file.get_tensor(name)
+                names = [name for name in file.keys() if not (config.tie_embeddings and name == "lm_head.weight")]
+            for name in names:
+                with safe_open(path, "pt") as file:  # opened anew, so that what was read does not stay mapped
+                    yield _translate(name, table), file.get_tensor(name)
 
     index = folder / "model.safetensors.index.json"
     if index.exists():

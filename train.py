@@ -496,7 +496,7 @@ def train(config: Config, record: dict | None, device: torch.device, rank: int, 
     last = min(config.stop_at or config.steps, config.steps)
     clock, busy, timed = time.perf_counter(), 0.0, 0
     for step in range(start, last):
-        indices = data.batch_indices(step, config.batch_size, config.seed)[rank * per_rank : (rank + 1) * per_rank]
+        indices = data.batch_indices(step, config.batch_size, config.seed, rank, world)
         batches = micro_batches(torch.from_numpy(data.windows(indices)), config.micro_batch or per_rank, device)
         lr = learning_rate(step, config)
         loss, norm = train_step(model, optimizer, batches, lr, config.grad_clip)

@@ -1,0 +1,97 @@
+"""Each test's name finishes the sentence "plainllama promises that …"."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("PLAINLLAMA_TEST_DATA", ROOT.parent / "shared" / "data"))
+sys.path.insert(0, str(ROOT))
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes or needs a quiet machine; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; runs with --slow"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """A function from the name of a test file to its path; the test is skipped where the file is not there."""
+
+    def find(name: str) -> Path:
+        if not (SHARED / name).exists():
+            pytest.skip(f"{name} is not in PLAINLLAMA_TEST_DATA ({SHARED})")
+        return SHARED / name
+
+    return find
+
+
+TEXTS = ["The quick brown fox jumps over the lazy dog. " * 8, "def add(a, b):\n    return a + b\n" * 9, "Ein Jäger aus Kurpfalz.\n" * 9]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A dataset folder of bytes: 300 different short documents."""
+    from data import prepare
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "texts").mkdir()
+    for i in range(300):
+        (folder / "texts" / f"{i}.md").write_text(f"Document {i}.\n{TEXTS[i % 3]}")
+    prepare((str(folder / "texts"),), folder / "data", "bytes", val_fraction=0.1, workers=1)
+    return folder / "data"
+
+
+TINY_RUN = dict(
+    size="260K", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, seq_len=32, batch_size=4, eval_tokens=512,
+    log_every=1, eval_every=10, save_every=100, learning_rate=1e-2, dtype="fp32", sample="",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny_run(tiny_data, tmp_path, monkeypatch):
+    """A function that trains a tiny model in this process and returns the run's folder; flags change the defaults."""
+    import train
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(out: str = "run", **flags) -> Path:
+        flags = flags if "resume" in flags else TINY_RUN | {"data": str(tiny_data), "out": out} | flags
+        train.main(train.Config(**flags))
+        return tmp_path / (flags.get("resume") or out)
+
+    return run
+
+
+def flags(options: dict) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def command(*words: str, cwd=None, env: dict | None = None, check: bool = True) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts in a process of its own."""
+    words = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    done = subprocess.run(words, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(num_processes: int, script: str, *words: str, cwd=None) -> subprocess.CompletedProcess:
+    """Run a script under torchrun on the CPU, one thread a process."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes), str(ROOT / script), *words]
+    done = subprocess.run(words, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
