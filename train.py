@@ -241,7 +241,7 @@ def save(folder: Path, step: int, model, optimizer, keep: int):
         del weights["unembedding.weight"]  # the same matrix as embedding.weight
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier attempt that `last` does not point to
+        shutil.rmtree(folder / name, ignore_errors=True)  # complete, but killed before `last` pointed to it
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(model.config), indent=2))
     dist.barrier()
@@ -252,8 +252,10 @@ def save(folder: Path, step: int, model, optimizer, keep: int):
             _sync(path)
         os.rename(aside, folder / name)
         _write_whole(folder / "last", name)
-        for old in sorted(folder.glob("step_????????"))[:-keep]:
-            shutil.rmtree(old)
+        kept = sorted(path.name for path in folder.glob("step_????????") if path.name <= name)[-keep:]
+        for old in folder.glob("step_*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
     dist.barrier()
 
 
@@ -409,7 +411,7 @@ def choose_run(config: Config) -> tuple[Config, dict | None]:
             what = "--resume" if config.resume else "--out"
             raise ValueError(f"{what} {folder} holds a run with --{field.name} {theirs}, not {mine}; choose another --out, or leave the flag off with --resume")
     said = {name: getattr(config, name) for name in MACHINE if not config.resume or getattr(config, name) != getattr(defaults, name)}
-    return dataclasses.replace(saved, **said | {"out": str(folder), "resume": ""}), record
+    return dataclasses.replace(saved, **said | {"out": str(folder), "resume": "", "stop_at": config.stop_at}), record
 
 
 def check(config: Config, world: int):
