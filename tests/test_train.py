@@ -330,7 +330,7 @@ def test_wandb_mirrors_the_log_and_never_stops_a_run(tiny_run, tmp_path, monkeyp
     (dict(beta2=1.5), "--beta2 1.5 must lie between 0 and 1"),
     (dict(eval_tokens=31), "--eval_tokens 31 is less than one window of --seq_len 32"),
     (dict(num_heads=5), "dim 32 must be a multiple of 2 \\* num_heads = 10"),
-    (dict(seq_len=10**6), "no train file has 1000001 tokens"),
+    (dict(seq_len=10**6, eval_tokens=10**6), "no train file has 1000001 tokens"),
     (dict(init_from="nowhere"), "nowhere: no such file or folder"),
     (dict(resume="nowhere"), "--resume nowhere holds no run"),
     (dict(out="."), "--out . holds other files"),
@@ -390,7 +390,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_run):
         tiny_run(steps=50, learning_rate=1e20, grad_clip=1e20)
 
 
-def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path):
+def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path, monkeypatch):
     done = command("train.py", "--data", "nowhere", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("train.py: nowhere holds no dataset")
@@ -398,8 +398,13 @@ def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path):
     assert done.returncode == 2 and "--learning_rate" in done.stderr
     import data
 
-    with pytest.raises(ValueError):
-        data.run_command(lambda config: int("not a number from our files" and json.loads("{")), type("Nothing", (), {}))
+    @dataclasses.dataclass
+    class Nothing:
+        pass
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(json.JSONDecodeError):  # a ValueError, but not raised by one of our files
+        data.run_command(lambda config: json.loads("{"), Nothing)
 
 
 def test_the_size_of_a_model_is_the_sum_of_its_parts():
