@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -472,7 +473,8 @@ def _load_checkpoint(folder: Path, device, dtype: torch.dtype) -> Transformer:
     state = {"model": model.state_dict()}
     if config.tie_embeddings:
         del state["model"]["unembedding.weight"]
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # it warns that it reads in a single process, which is what is asked for
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
     return model
 
 

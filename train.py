@@ -80,7 +80,7 @@ class Config:
     wandb: str = ""                     # project name; offline when nobody is logged in
     # machine
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the arithmetic; weights stay fp32. auto: bf16 where it is faster
-    compile: Literal["auto", "on", "off"] = "auto"   # auto: on a GPU, where Triton is there
+    compile: Literal["auto", "on", "off"] = "auto"   # auto: where a compiler is there and the run is long enough
 
 
 MACHINE = ("resume", "out", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample", "wandb", "compile")
@@ -120,10 +120,15 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
 
 
-def has_triton() -> bool:
-    from torch.utils._triton import has_triton
+def should_compile(choice: str, device: torch.device, run_flops: float) -> bool:
+    """auto: on a GPU with Triton; on a CPU with a C++ compiler, where the run earns back the half minute it takes."""
+    if choice != "auto":
+        return choice == "on"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
 
-    return has_triton()
+        return has_triton()
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and run_flops > 1e15
 
 
 def model_config(config: Config, vocab_size: int) -> ModelConfig:
@@ -156,9 +161,8 @@ def first_model(config: Config, meta: dict) -> Transformer:
     return model
 
 
-def shard(model: Transformer, device: torch.device, dtype: torch.dtype, compiled: bool) -> Transformer:
-    """Compile each block, then spread the model over all ranks: fp32 shards, dtype arithmetic, fp32 reduction."""
-    model.to(device)
+def shard(model: Transformer, dtype: torch.dtype, compiled: bool) -> Transformer:
+    """Compile each block, then spread the model over all ranks' devices: fp32 shards, dtype arithmetic, fp32 reduction."""
     # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
@@ -364,11 +368,10 @@ class Report:
             self.wandb.finish()
 
 
-def flops_per_token(config: ModelConfig) -> float:
+def flops_per_token(model: Transformer, seq_len: int) -> float:
     """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B)."""
-    with torch.device("meta"):
-        num_params = sum(p.numel() for p in Transformer(config).parameters())
-    return 6 * num_params + 12 * config.num_layers * config.dim * config.max_seq_len
+    num_params = sum(p.numel() for p in model.parameters())
+    return 6 * num_params + 12 * model.config.num_layers * model.config.dim * seq_len
 
 
 def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.device) -> dict:
@@ -378,13 +381,17 @@ def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.d
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(model),
-        "dataset": {"command": meta["command"], "tokenizer": meta["tokenizer"], "tokens": meta["splits"]["train"]["tokens"]},
+        "dataset": describe_dataset(meta),
         "command": " ".join(sys.argv),
         "git_commit": commit.stdout.strip(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": name,
         "processes": dist.get_world_size(),
     }
+
+
+def describe_dataset(meta: dict) -> dict:
+    return {"command": meta["command"], "tokenizer": meta["tokenizer"], "tokens": meta["splits"]["train"]["tokens"]}
 
 
 # ---- the run ----
@@ -458,6 +465,9 @@ def main(config: Config):
         train(config, record, device, rank, world)
         if rank == 0 and config.sample and not config.stop_at:
             show_sample(config)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command continues {config.out} from its last checkpoint", file=sys.stderr)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -465,11 +475,12 @@ def main(config: Config):
 def train(config: Config, record: dict | None, device: torch.device, rank: int, world: int):
     meta = read_meta(config.data)
     data, val = (TokenDataset(config.data, split, config.seq_len) for split in ("train", "val"))
-    if record and record["dataset"]["tokenizer"] != meta["tokenizer"]:
-        raise ValueError(f"--data {config.data} has another tokenizer than when {config.out} began")
+    if record and record["dataset"] != describe_dataset(meta):
+        raise ValueError(f"--data {config.data} is another dataset than when {config.out} began")
     dtype = compute_dtype(config.dtype, device)
-    compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and has_triton()
-    model = shard(first_model(config, meta), device, dtype, compiled)
+    model = first_model(config, meta)
+    step_flops = flops_per_token(model, config.seq_len) * config.batch_size * config.seq_len
+    model = shard(model, dtype, should_compile(config.compile, device, step_flops * config.steps))
     optimizer = make_optimizer(model, config)
 
     folder = Path(config.out)
@@ -494,9 +505,8 @@ def train(config: Config, record: dict | None, device: torch.device, rank: int, 
 
     per_rank = config.batch_size // world
     peak = next((flops for name, flops in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
-    step_flops = flops_per_token(dataclasses.replace(model.config, max_seq_len=config.seq_len)) * config.batch_size * config.seq_len
     last = min(config.stop_at or config.steps, config.steps)
-    clock, busy, timed = time.perf_counter(), 0.0, 0
+    clock, timed = time.perf_counter(), 0
     for step in range(start, last):
         indices = data.batch_indices(step, config.batch_size, config.seed, rank, world)
         batches = micro_batches(torch.from_numpy(data.windows(indices)), config.micro_batch or per_rank, device)
@@ -517,6 +527,7 @@ def train(config: Config, record: dict | None, device: torch.device, rank: int, 
             if not math.isfinite(loss + norm):
                 raise ValueError(f"loss {loss} and gradient norm {norm} at step {done}; a lower --learning_rate usually helps")
             clock, timed = time.perf_counter(), 0
+        paused = time.perf_counter()
         if done % config.eval_every == 0 or done == config.steps:
             scores = evaluate(model, val, config, device)
             report.write(step=done, **scores)
@@ -524,6 +535,7 @@ def train(config: Config, record: dict | None, device: torch.device, rank: int, 
         if done % config.save_every == 0 or done == last:
             save(folder, done, model, optimizer, config.keep)
             report.draw()
+        clock += time.perf_counter() - paused  # tokens/s are those of training alone
     report.say(f"{folder}: checkpoint of step {last}, log.jsonl, loss.png")
     report.close()
 

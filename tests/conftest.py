@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("PLAINLLAMA_TEST_DATA", ROOT.parent / "shared" / "data"))
 sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -43,17 +44,20 @@ def shared():
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 8, "def add(a, b):\n    return a + b\n" * 9, "Ein Jäger aus Kurpfalz.\n" * 9]
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
-    """A dataset folder of bytes: 300 different short documents."""
+def byte_data(folder: Path, num_documents: int) -> Path:
+    """A dataset folder of bytes: different short documents."""
     from data import prepare
 
-    folder = tmp_path_factory.mktemp("tiny")
     (folder / "texts").mkdir()
-    for i in range(300):
+    for i in range(num_documents):
         (folder / "texts" / f"{i}.md").write_text(f"Document {i}.\n{TEXTS[i % 3]}")
     prepare((str(folder / "texts"),), folder / "data", "bytes", val_fraction=0.1, workers=1)
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    return byte_data(tmp_path_factory.mktemp("tiny"), 300)
 
 
 TINY_RUN = dict(

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import train
-from conftest import ROOT, TINY_RUN, command, flags, torchrun
-from data import prepare
-from model import IGNORE, ModelConfig, Transformer, checkpoint_folder, load, save
+from conftest import ROOT, TINY_RUN, byte_data, command, flags, torchrun
+from data import TokenDataset, prepare
+from model import IGNORE, SIZES, Transformer, checkpoint_folder, load, save
 from ranks import CONFIG, one_step
 from train import Config, learning_rate
 
@@ -44,23 +44,23 @@ def same_bits(a, b) -> bool:
 
 # ---- exactness ----
 
-LONG = dict(steps=30, batch_size=96, micro_batch=48)  # 2,880 windows, more than an epoch of the tiny data
-
-
-def test_any_split_into_resumed_runs_is_the_straight_run_bit_for_bit(tiny_run, tiny_data):
-    """Traps 20 and 22."""
-    from data import TokenDataset
-
-    assert len(TokenDataset(tiny_data, "train", 32)) < 30 * 96
-    straight = tiny_run("straight", **LONG)
+def test_any_split_into_resumed_runs_is_the_straight_run_bit_for_bit(tiny_run, tmp_path, monkeypatch):
+    """Traps 20 and 22, across the end of an epoch and with two micro-batches a step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    data = byte_data(tmp_path, 30)
+    options = dict(data=str(data), steps=30, batch_size=12, micro_batch=6)
+    assert len(TokenDataset(data, "train", 32)) < 30 * 12
+    straight = tiny_run("straight", **options)
     for cuts in ((15,), (7, 23)):
         name = f"cut{len(cuts)}"
-        run = tiny_run(name, **LONG, stop_at=cuts[0])
+        run = tiny_run(name, **options, stop_at=cuts[0])
         for stop in (*cuts[1:], 0):
             tiny_run(resume=name, stop_at=stop)
         assert same_bits(run, straight)
         for field in ("step", "loss", "grad_norm", "lr", "val_loss"):
             assert log(run, field) == log(straight, field)
+    torch.set_num_threads(threads)
 
 
 def test_the_same_command_again_continues_an_interrupted_run_and_leaves_a_finished_one(tiny_run, capsys):
@@ -160,7 +160,7 @@ def test_weights_gradients_and_moments_are_fp32_under_bf16_arithmetic(world, mon
     torch.manual_seed(0)
     model = Transformer(CONFIG)
     model.init_weights()
-    model = train.shard(model, world, torch.bfloat16, compiled=False)
+    model = train.shard(model, torch.bfloat16, compiled=False)
     optimizer = train.make_optimizer(model, Config())
     before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
     loss = model(rows()[:, :-1], rows()[:, 1:])
@@ -191,7 +191,7 @@ def test_only_matrices_decay(world):
 def test_a_compiled_model_keeps_its_names(world):
     """Trap 25."""
     plain = Transformer(CONFIG).state_dict().keys()
-    assert train.shard(Transformer(CONFIG), world, torch.float32, compiled=True).state_dict().keys() == plain
+    assert train.shard(Transformer(CONFIG), torch.float32, compiled=True).state_dict().keys() == plain
 
 
 @pytest.mark.slow
@@ -249,8 +249,8 @@ def test_training_can_start_from_any_model_that_load_reads(source, tiny_run, tin
 
 def save_for_ever(folder, ready):
     """Save checkpoints whose weights all equal their step, one after the other."""
-    device = train.join_world()
-    model = train.shard(Transformer(CONFIG), device, torch.float32, compiled=False)
+    train.join_world()
+    model = train.shard(Transformer(CONFIG), torch.float32, compiled=False)
     optimizer = train.make_optimizer(model, Config())
     last = folder / "last"
     for step in range(int(last.read_text()[5:]) + 1 if last.exists() else 1, 10_000):
@@ -407,6 +407,16 @@ def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path, 
         data.run_command(lambda config: json.loads("{"), Nothing)
 
 
-def test_the_size_of_a_model_is_the_sum_of_its_parts():
-    tiny = ModelConfig(64, 5, 8, 4, 172, vocab_size=512, max_seq_len=512, tie_embeddings=True)
-    assert train.flops_per_token(tiny) == 6 * 260_032 + 12 * 5 * 64 * 512
+def test_the_work_of_a_token_is_the_published_one():
+    with torch.device("meta"):
+        model = Transformer(SIZES["7B"])
+    assert train.flops_per_token(model, 4096) / 1e9 == pytest.approx(46.87, abs=0.005)
+    assert train.flops_per_token(model, 2048) / 1e9 == pytest.approx(43.65, abs=0.005)
+
+
+def test_compiling_is_chosen_where_it_pays(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/" + name)
+    assert [train.should_compile(*choice) for choice in (("auto", cpu, 1e13), ("auto", cpu, 1e16), ("on", cpu, 1), ("off", cpu, 1e16))] == [False, True, True, False]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not train.should_compile("auto", cpu, 1e16)
