@@ -120,7 +120,7 @@ class Tokenizer:
             raise ValueError(f"no tokenizer {spec}: neither a file nor one of gpt2, cl100k_base, bytes")
         self.sha256 = hashlib.sha256(self.data).hexdigest()
         try:
-            {"tokenizer.model": self._sentencepiece, "tokenizer.tiktoken": self._tiktoken, "tokenizer.bytes": self._bytes}[self.file]()
+            dict(zip(self.FILES, (self._sentencepiece, self._tiktoken, self._bytes)))[self.file]()
         except RuntimeError as error:
             raise ValueError(f"{spec} is not a tokenizer file: {error}") from None
 
@@ -200,7 +200,8 @@ def _download_ranks(name: str) -> bytes:
             f"{name} has to be downloaded once and that failed ({type(error).__name__}); "
             f"without a network give --tokenizer the path of a .tiktoken file"
         ) from None
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
@@ -250,12 +251,13 @@ def find_files(source: tuple[str, ...], download_folder: Path) -> list[Path]:
         if item == "stdlib":
             root = Path(sysconfig.get_paths()["stdlib"])
             skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
-            files += [path for path in sorted(root.rglob("*.py")) if not skip.intersection(path.relative_to(root).parts)]
+            paths = sorted(root.rglob("*.py"))
+            files += [path for path in paths if not skip.intersection(path.relative_to(root).parts)]
         elif item in CORPORA:
             files += [download(url, download_folder / item, CORPORA[item]) for url in CORPORA[item].urls]
         elif Path(item).is_dir():
-            inside = (path for path in sorted(Path(item).rglob("*")) if path.is_file() and not path.name.startswith("."))
-            found = [path for path in inside if path.name.endswith(SUFFIXES)]
+            inside = [path for path in sorted(Path(item).rglob("*")) if path.name.endswith(SUFFIXES)]
+            found = [path for path in inside if path.is_file() and not path.name.startswith(".")]
             if not found:
                 raise ValueError(f"{item} holds no files that end in {', '.join(SUFFIXES)}")
             files += found
@@ -311,7 +313,7 @@ def _read_jsonl(path: Path, file) -> Iterator[str]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{path}:{number}: field `text` has half of a surrogate pair, which is not Unicode text") from None
+            raise ValueError(f"{path}:{number}: field `text` has half of a surrogate pair, not Unicode text") from None
         yield text
 
 
@@ -378,8 +380,8 @@ def download(url: str, folder: Path, corpus: Corpus) -> Path:
             f"{url} could not be fetched ({getattr(error, 'reason', error)}); without a network, give --source a local "
             f"file or folder; typed again, the command continues the download"
         ) from None
-    if part.stat().st_size < size:
-        raise ValueError(f"{url} broke off at {part.stat().st_size} of {size} bytes; type the command again to continue")
+    if (have := part.stat().st_size) < size:
+        raise ValueError(f"{url} broke off at {have} of {size} bytes; type the command again to continue")
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if len(checksum) == 64 and found != checksum:
@@ -392,14 +394,17 @@ def download(url: str, folder: Path, corpus: Corpus) -> Path:
 # ---- preparation ----
 
 
-def split_documents(files: list[Path], val_fraction: float, database: Path, counts: Counter) -> Iterator[tuple[str, str]]:
+def split_documents(
+    files: list[Path], val_fraction: float, database: Path, counts: Counter
+) -> Iterator[tuple[str, str]]:
     """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one.
 
     The first 8 bytes of a document's SHA-256, as a fraction of 2^64, lie under val_fraction for validation. The
     hashes seen so far are kept in a database file, so that memory does not grow with the corpus.
     """
     seen = sqlite3.connect(database, isolation_level=None)
-    seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
+    seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # nobody needs the database after a crash
+    seen.executescript("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
     for path in files:
         for text in read_documents(path):
             if not text.strip():
@@ -472,6 +477,14 @@ class ShardWriter:
         for name, number in (("tokens", len(tokens)), ("documents", documents), ("bytes", num_bytes)):
             files[-1][name] += number
 
+    def splits(self) -> dict:
+        """For each split the sums over its files, and the files."""
+        return {
+            split: {name: sum(file[name] for file in files) for name in ("tokens", "documents", "bytes")}
+            | {"files": files}
+            for split, files in self.files.items()
+        }
+
 
 def prepare(
     source: tuple[str, ...], out: str | Path, tokenizer: str, val_fraction: float = 0.05, workers: int | None = None
@@ -500,7 +513,8 @@ def prepare(
     aside.mkdir(parents=True)
     if trained is not None:
         path = aside / "tokenizer.model"
-        print(f"training a tokenizer of {trained} pieces on {min(total, TOKENIZER_CHARS) / 1e6:.1f} MB", file=sys.stderr)
+        megabytes = min(total, TOKENIZER_CHARS) / 1e6
+        print(f"training a tokenizer of {trained} pieces on {megabytes:.1f} MB", file=sys.stderr)
         train_tokenizer(_tokenizer_texts(files, val_fraction, aside / "seen.db", total), int(trained), path)
         chosen = Tokenizer(path)
     chosen.save(aside)
@@ -509,8 +523,8 @@ def prepare(
     writer = ShardWriter(aside, token_dtype(chosen.vocab_size))
     tasks = _tasks(split_documents(files, val_fraction, aside / "seen.db", counts))
     work = functools.partial(_tokenize, tokenizer_path=str(aside / chosen.file))
-    compressed = any(path.name.endswith((".gz", ".parquet")) for path in files)
-    with tqdm(total=None if compressed else total, unit="B", unit_scale=True, desc="tokenizing", file=sys.stderr) as bar:
+    expected = None if any(path.name.endswith((".gz", ".parquet")) for path in files) else total
+    with tqdm(total=expected, unit="B", unit_scale=True, desc="tokenizing", file=sys.stderr) as bar:
         for split, tokens, documents, num_bytes in _map_in_order(work, tasks, workers):
             writer.write(split, tokens, documents, num_bytes)
             bar.update(num_bytes)
@@ -526,18 +540,15 @@ def prepare(
         "val_fraction": val_fraction,
         "empty_documents": counts["empty"],
         "duplicate_documents": counts["duplicates"],
-        "splits": {
-            split: {name: sum(file[name] for file in files) for name in ("tokens", "documents", "bytes")} | {"files": files}
-            for split, files in writer.files.items()
-        },
-        "command": f"python data.py --source {' '.join(source)} --out {out} --tokenizer {tokenizer} --val_fraction {val_fraction}",
+        "splits": writer.splits(),
+        "command": f"python data.py --source {' '.join(source)} --out {out} --tokenizer {tokenizer}",
         "python": sys.version.split()[0],
     }
     for split, numbers in meta["splits"].items():
         if not numbers["documents"]:
             shutil.rmtree(aside)
             found = sum(other["documents"] for other in meta["splits"].values())
-            raise ValueError(f"none of the {found} documents went to {split}; choose another --val_fraction than {val_fraction}")
+            raise ValueError(f"none of the {found} documents went to {split}; change --val_fraction {val_fraction}")
     (aside / "meta.json").write_text(json.dumps(meta, indent=2))
     os.replace(aside, out)
     return meta
@@ -635,8 +646,9 @@ def read_meta(folder: str | Path) -> dict:
         raise ValueError(f"{folder} holds no dataset (no meta.json); make one: {made}")
     meta = json.loads((folder / "meta.json").read_text())
     found = Tokenizer(folder).sha256
-    if found != meta["tokenizer"]["sha256"]:
-        raise ValueError(f"{folder}: {meta['tokenizer']['file']} has SHA-256 {found[:12]}…, the dataset was made with {meta['tokenizer']['sha256'][:12]}…")
+    file, expected = meta["tokenizer"]["file"], meta["tokenizer"]["sha256"]
+    if found != expected:
+        raise ValueError(f"{folder}: {file} has SHA-256 {found[:12]}…, the dataset was made with {expected[:12]}…")
     return meta
 
 
@@ -678,9 +690,11 @@ class Config:
 def main(config: Config):
     meta = prepare(config.source, config.out, config.tokenizer, config.val_fraction, config.workers)
     for split, numbers in meta["splits"].items():
-        per_token = numbers["bytes"] / numbers["tokens"]
-        print(f"{split:5}  {numbers['documents']:,} documents  {numbers['bytes']:,} bytes  {numbers['tokens']:,} tokens  ({per_token:.2f} bytes a token)")
-    print(f"dropped {meta['duplicate_documents']:,} exact duplicates and {meta['empty_documents']:,} empty documents; wrote {config.out}")
+        documents, num_bytes, tokens = (numbers[name] for name in ("documents", "bytes", "tokens"))
+        per_token = num_bytes / tokens
+        print(f"{split:5}  {documents:,} documents  {num_bytes:,} bytes  {tokens:,} tokens, {per_token:.2f} bytes each")
+    dropped = f"{meta['duplicate_documents']:,} exact duplicates and {meta['empty_documents']:,} empty documents"
+    print(f"dropped {dropped}; wrote {config.out}")
 
 
 if __name__ == "__main__":

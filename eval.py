@@ -53,7 +53,7 @@ class Config:
 
     model: str                          # a run or checkpoint folder, a Hugging Face or Meta folder, or a llama2.c .bin
     task: Literal["mmlu", "perplexity"]
-    data: str                           # mmlu: the folder with dev/ and test/; perplexity: a dataset folder or text files
+    data: str                           # mmlu: the folder with dev/ and test/; perplexity: a dataset or text files
     out: str = ""                       # results as JSON; one line a question goes beside it, ending in .jsonl
     tokenizer: str = ""                 # where the model's folder holds none
     protocol: Literal["hendrycks"] = "hendrycks"
@@ -94,7 +94,8 @@ def mmlu(tokenizer: Tokenizer, config: Config, window: int) -> Iterator[Question
     for subject in config.subjects.split(",") if config.subjects else every:
         if subject not in every:
             raise ValueError(f"--subjects {subject} is not one of MMLU's 57, such as {every[0]}")
-        header = f"The following are multiple choice questions (with answers) about {''.join(f' {word}' for word in subject.split('_'))}.\n\n"
+        words = "".join(f" {word}" for word in subject.split("_"))
+        header = f"The following are multiple choice questions (with answers) about {words}.\n\n"
         dev, test = (read_mmlu(Path(config.data) / split / f"{subject}_{split}.csv") for split in ("dev", "test"))
         if len(dev) < config.shots:
             raise ValueError(f"--shots {config.shots} is more than the {len(dev)} examples of {subject}")
@@ -120,7 +121,8 @@ def read_mmlu(path: Path) -> list[list[str]]:
         rows = list(csv.reader(file))
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in "ABCD":
-            raise ValueError(f"{path}: row {number} must be a question, four choices and A, B, C or D, and has {len(row)} columns")
+            columns = f"and has {len(row)} columns, the last {row[-1:]}"
+            raise ValueError(f"{path}: row {number} must be a question, four choices and A, B, C or D, {columns}")
     return rows
 
 
@@ -135,7 +137,9 @@ def continuation(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
 
 
 @torch.no_grad()
-def score_choices(model: Transformer, questions: list[Question], batch_tokens: int) -> Iterator[tuple[int, list[float]]]:
+def score_choices(
+    model: Transformer, questions: list[Question], batch_tokens: int
+) -> Iterator[tuple[int, list[float]]]:
     """(place in questions, log-probability of each choice in nats), in fp32 over the whole vocabulary.
 
     Choices that differ in their last token alone share a row. Rows are sorted by length and padded on the right,
@@ -198,11 +202,11 @@ def summarize(records: list[dict]) -> dict:
     subjects = defaultdict(list)
     for record in records:
         subjects[record["subject"]].append(record["pick"] == record["gold"])
-    categories = {name: sum((subjects[subject] for subject in members if subject in subjects), []) for name, members in CATEGORIES.items()}
-    flat = sum(subjects.values(), [])
+    flatten = lambda names: [right for name in names for right in subjects.get(name, [])]
     mean = lambda values: sum(values) / len(values)
+    categories = {name: flatten(members) for name, members in CATEGORIES.items()}
     return {
-        "micro": mean(flat),
+        "micro": mean(flatten(subjects)),
         "macro": mean([mean(values) for values in subjects.values()]),
         "categories": {name: mean(values) for name, values in categories.items() if values},
         "subjects": {name: mean(values) for name, values in subjects.items()},
@@ -243,9 +247,13 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
     if not tokens:
         raise ValueError(f"--data {path} has no text to measure")
     return {
-        "nats_per_token": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes, "perplexity": math.exp(nats / tokens),
-        "tokens": tokens, "bytes": round(num_bytes), "documents": documents,
-    }  # fmt: skip
+        "nats_per_token": nats / tokens,
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "perplexity": math.exp(nats / tokens),
+        "tokens": tokens,
+        "bytes": round(num_bytes),
+        "documents": documents,
+    }
 
 
 def rolling_windows(ids: list[int], window: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -276,7 +284,9 @@ def batches_by_tokens(pieces: Iterator[tuple[list[int], list[int]]], batch_token
 
 
 def describe(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    here = str(Path(__file__).parent)
+    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    protocol = ("protocol", "shots", "max_prompt", "bos", "limit") if config.task == "mmlu" else ()
     return {
         "model": config.model,
         "task": config.task,
@@ -286,13 +296,13 @@ def describe(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
         "tokenizer_sha256": tokenizer.sha256,
         "git_commit": commit.stdout.strip(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    } | ({name: getattr(config, name) for name in ("protocol", "shots", "max_prompt", "bos", "limit")} if config.task == "mmlu" else {})
+    } | {name: getattr(config, name) for name in protocol}
 
 
-def print_table(rows: dict[str, str]):
+def print_table(rows: dict[str, float], form: str):
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:{width}}  {value:>10}")
+        print(f"{name:{width}}  {form.format(value):>10}")
 
 
 def main(config: Config):
@@ -307,18 +317,20 @@ def main(config: Config):
     started, records = time.perf_counter(), []
     if config.task == "mmlu":
         scores, records = run_choices(model, tokenizer, config)
-        print_table({name: f"{value:.1%}" for name, value in scores["subjects"].items()})
+        print_table(scores["subjects"], "{:.1%}")
         print()
-        print_table({name: f"{scores[name]:.1%}" for name in ("micro", "macro")} | {name: f"{value:.1%}" for name, value in scores["categories"].items()})
-        print(f"\n{config.protocol}, {config.shots} shots (kept: {scores['shots_kept']}), {scores['ties']} ties, {scores['cut_from_the_left']} prompts cut")
+        print_table({"micro": scores["micro"], "macro": scores["macro"]} | scores["categories"], "{:.1%}")
+        ties, cut = scores["ties"], scores["cut_from_the_left"]
+        print(f"\n{config.protocol}, {config.shots} shots, kept {scores['shots_kept']}; {ties} ties, {cut} prompts cut")
     else:
         scores = run_perplexity(model, tokenizer, config)
-        print_table({name: f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" for name, value in scores.items()})
+        print_table(scores, "{:,.6g}")
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         if records:
             lines.write_text("".join(json.dumps(record) + "\n" for record in records))
-        result = describe(config, model, tokenizer) | {"seconds": round(time.perf_counter() - started, 1), "scores": scores}
+        seconds = round(time.perf_counter() - started, 1)
+        result = describe(config, model, tokenizer) | {"seconds": seconds, "scores": scores}
         Path(config.out).write_text(json.dumps(result, indent=2))
         print(f"wrote {config.out}" + (f" and {lines}" if records else ""))
 

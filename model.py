@@ -389,7 +389,8 @@ def _read_llama2c(path: Path) -> tuple[ModelConfig, Named]:
     stacks = [
         ("attention_norm", (dim,)), ("attention.query", (dim, dim)), ("attention.key", (kv_dim, dim)),
         ("attention.value", (kv_dim, dim)), ("attention.out", (dim, dim)), ("feed_forward_norm", (dim,)),
-        ("feed_forward.gate", (ffn_dim, dim)), ("feed_forward.down", (dim, ffn_dim)), ("feed_forward.up", (ffn_dim, dim)),
+        ("feed_forward.gate", (ffn_dim, dim)), ("feed_forward.down", (dim, ffn_dim)),
+        ("feed_forward.up", (ffn_dim, dim)),
     ]  # fmt: skip
     layout = [("embedding.weight", (abs(vocab), dim))]
     layout += [(f"blocks.{i}.{name}.weight", shape) for name, shape in stacks for i in range(layers)]
@@ -429,7 +430,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     elif (path / "config.json").exists() and any(path.glob("*.safetensors")):
         config, tensors = _read_hugging_face(path)
     else:
-        raise ValueError(f"{path}: no model here (looked for safetensors with config.json, params.json, or a checkpoint)")
+        raise ValueError(f"{path}: no model here (looked for config.json with safetensors, params.json, a checkpoint)")
     model = _empty(config, device, dtype)
     missing = dict(model.named_parameters())
     for name, tensor in tensors:
@@ -473,7 +474,7 @@ def _load_checkpoint(folder: Path, device, dtype: torch.dtype) -> Transformer:
     state = {"model": model.state_dict()}
     if config.tie_embeddings:
         del state["model"]["unembedding.weight"]
-    with warnings.catch_warnings(action="ignore"):  # it warns that it reads in a single process, which is what is asked for
+    with warnings.catch_warnings(action="ignore"):  # that it reads in a single process, as it should
         dcp.load(state, checkpoint_id=folder, no_dist=True)
     return model
 

@@ -8,7 +8,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +25,9 @@ class Sampling:
 
     temperature: float = 0.0         # divides the logits; 0 is greedy
     top_k: int = 0                   # only the k likeliest tokens; 0 is all
-    top_p: float = 1.0               # only the likeliest tokens that together reach this probability (Holtzman et al. 2020)
+    top_p: float = 1.0               # only the likeliest tokens that together are so probable (Holtzman et al. 2020)
     min_p: float = 0.0               # only tokens at least this likely, relative to the likeliest
-    repetition_penalty: float = 1.0  # logits of tokens already there are divided by it if positive, else multiplied (CTRL)
+    repetition_penalty: float = 1.0  # logits of tokens already there are divided by it, or multiplied if negative
     seed: int = 0
 
     def __post_init__(self):
@@ -44,7 +44,8 @@ def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, unifor
     if sampling.repetition_penalty != 1:
         for row, context in zip(logits, contexts):
             seen = torch.tensor(sorted(set(context)), device=logits.device)
-            row[seen] = torch.where(row[seen] > 0, row[seen] / sampling.repetition_penalty, row[seen] * sampling.repetition_penalty)
+            penalty = sampling.repetition_penalty
+            row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
@@ -121,7 +122,8 @@ def generate(
             break
         full = [row for row, context in enumerate(contexts) if running[row] and len(context) > window]
         if full:
-            print(f"the context window of {window} tokens is full; reading on with the last {window // 2}", file=sys.stderr)
+            notice = f"the context window of {window} tokens is full; reading on with the last {window // 2}"
+            print(notice, file=sys.stderr)
             for row in full:
                 contexts[row] = contexts[row][-(window // 2) :]
             contexts = [context[:window] for context in contexts]  # a row that ended just when it was full
@@ -216,13 +218,13 @@ def load_model(path: str, tokenizer: str = "", dtype: str = "auto") -> tuple[Tra
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda"
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
-    places = [Path(tokenizer)] if tokenizer else [Path(path), Path(path).parent]  # a checkpoint's is in its run's folder
-    found = next((place for place in places if place.is_file() or any((place / name).exists() for name in Tokenizer.FILES)), None)
-    words = Tokenizer(tokenizer or found) if tokenizer or (found and found.is_dir()) else None
-    if words is None:
+    places = [Path(path), Path(path).parent]  # a checkpoint's is in its run's folder
+    found = [place for place in places if any((place / name).exists() for name in Tokenizer.FILES)]
+    if not (tokenizer or found):
         raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
-    if words.vocab_size > model.config.vocab_size:
-        raise ValueError(f"tokenizer {words.name} has {words.vocab_size} tokens, more than the model's {model.config.vocab_size}")
+    words, most = Tokenizer(tokenizer or found[0]), model.config.vocab_size
+    if words.vocab_size > most:
+        raise ValueError(f"tokenizer {words.name} has {words.vocab_size} tokens, more than the model's {most}")
     return model, words
 
 
@@ -247,7 +249,7 @@ class Config:
 
 
 def main(config: Config):
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty, config.seed)
+    sampling = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
     for name in ("num", "max_new_tokens"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
@@ -258,13 +260,15 @@ def main(config: Config):
         return
     prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
     shown = [tokenizer.decode(tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    show = lambda row, text: print(text, end="", flush=True)
     if len(prompts) == 1:
-        print(shown[0], end="", flush=True)
-        complete(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop, lambda row, text: print(text, end="", flush=True))
+        show(0, shown[0])
+        complete(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop, show)
         print()
         return
-    for number, text in enumerate(complete(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop), 1):
-        print(f"--- {number}\n{shown[number - 1]}{text}")
+    texts = complete(model, tokenizer, prompts, config.max_new_tokens, sampling, config.stop)
+    for number, text in enumerate(texts):
+        print(f"--- {number + 1}\n{shown[number]}{text}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Every run joins a process group and shards its model over it, also a run of one 
 is a pure function of (dataset, seed, step); processes and micro-batches only divide the work.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -79,12 +80,13 @@ class Config:
     sample: str = "def "                # a text to continue when training ends; "" is none
     wandb: str = ""                     # project name; offline when nobody is logged in
     # machine
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the arithmetic; weights stay fp32. auto: bf16 where it is faster
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the arithmetic, weights stay fp32; auto: bf16 if it is faster
     compile: Literal["auto", "on", "off"] = "auto"   # auto: where a compiler is there and the run is long enough
 
 
-MACHINE = ("resume", "out", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample", "wandb", "compile")
-"""Flags that may differ when a run is continued: they do not change what is computed."""
+# flags that may differ when a run is continued, because they do not change what is computed
+FREE = {"resume", "out", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample", "wandb"}
+FREE |= {"compile"}
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -153,7 +155,8 @@ def first_model(config: Config, meta: dict) -> Transformer:
     if theirs and Tokenizer(theirs[0]).sha256 != meta["tokenizer"]["sha256"]:
         raise ValueError(f"--data {config.data} was made with another tokenizer than {theirs[0]}")
     if model.config.vocab_size < meta["vocab_size"]:
-        raise ValueError(f"--data {config.data} has a vocabulary of {meta['vocab_size']}, larger than the model's {model.config.vocab_size}")
+        sizes = f"{meta['vocab_size']}, larger than the model's {model.config.vocab_size}"
+        raise ValueError(f"--data {config.data} has a vocabulary of {sizes}")
     if config.rope_scale:
         model.config = dataclasses.replace(model.config, rope_scale=config.rope_scale, max_seq_len=config.seq_len)
     if config.seq_len > model.config.max_seq_len:
@@ -162,7 +165,7 @@ def first_model(config: Config, meta: dict) -> Transformer:
 
 
 def shard(model: Transformer, dtype: torch.dtype, compiled: bool) -> Transformer:
-    """Compile each block, then spread the model over all ranks' devices: fp32 shards, dtype arithmetic, fp32 reduction."""
+    """Compile each block, then spread the model over all ranks' devices: fp32 shards, dtype arithmetic, fp32 sums."""
     # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
@@ -182,12 +185,21 @@ def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
 # ---- a step ----
 
 
-def micro_batches(rows: Tensor, size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Split rows (N, T + 1) into inputs and targets (size, T); the targets are the inputs one later."""
+def step_batches(data: TokenDataset, config: Config, step: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """This rank's micro-batches of a step: inputs and targets (micro_batch, T); targets are the inputs one later."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = torch.from_numpy(data.windows(data.batch_indices(step, config.batch_size, config.seed, rank, world)))
+    size = config.micro_batch or len(rows)
     return [(part[:, :-1].to(device), part[:, 1:].to(device)) for part in rows.split(size)]
 
 
-def train_step(model, optimizer, batches: list[tuple[Tensor, Tensor]], lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
+def train_step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[Tensor, Tensor]],
+    lr: float,
+    grad_clip: float,
+) -> tuple[Tensor, Tensor]:
     """One optimizer step over this rank's micro-batches.
 
     Returns the loss, in nats a target over all ranks and micro-batches, and the norm of its gradient before
@@ -304,15 +316,53 @@ def restore(folder: Path, model, optimizer) -> int:
 class Report:
     """What a run says of itself, on rank 0: the progress line, log.jsonl, loss.png and, when asked, wandb."""
 
-    def __init__(self, config: Config, folder: Path, start: int):
-        self.config, self.folder, self.wandb = config, folder, None
-        if dist.get_rank() != 0:
+    def __init__(self, config: Config, folder: Path, start: int, step_flops: float, device: torch.device):
+        self.config, self.folder, self.device, self.wandb = config, folder, device, None
+        self.quiet = dist.get_rank() != 0
+        self.step_tokens = config.batch_size * config.seq_len
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peaks = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in name]
+        self.mfu_of_speed = step_flops / self.step_tokens / peaks[0] / dist.get_world_size() if peaks else None
+        self.logged, self.clock = start, time.perf_counter()
+        if self.quiet:
             return
         log = folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         _write_whole(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
         if config.wandb:
             self._start_wandb()
+
+    def step(self, done: int, last: int, loss: float, norm: float, lr: float):
+        """Log a step; the speed is that of the steps since the last one logged. Raises ValueError for a lost run."""
+        seconds = (time.perf_counter() - self.clock) / (done - self.logged)
+        speed, left = self.step_tokens / seconds, round(seconds * (last - done))
+        self.logged, self.clock = done, time.perf_counter()
+        self.write(
+            step=done,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=done * self.step_tokens,
+            tokens_per_s=round(speed),
+            mfu=self.mfu_of_speed and speed * self.mfu_of_speed,
+            memory=memory(self.device),
+        )
+        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
+        self.say(f"{progress}  {left // 60}:{left % 60:02} left", passing=True)
+        if not math.isfinite(loss + norm):
+            raise ValueError(f"loss {loss}, gradient norm {norm} at step {done}; a lower --learning_rate usually helps")
+
+    def validation(self, done: int, scores: dict[str, float]):
+        self.write(step=done, **scores)
+        nats, bits = scores.values()
+        self.say(f"step {done}/{self.config.steps}  validation {nats:.4f} nats a token, {bits:.4f} bits a byte")
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Evaluating and saving do not count in the speed."""
+        started = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - started
 
     def _start_wandb(self):
         try:
@@ -326,7 +376,7 @@ class Report:
             print(f"wandb is off: {error}", file=sys.stderr)
 
     def write(self, **fields):
-        if dist.get_rank() != 0:
+        if self.quiet:
             return
         with open(self.folder / "log.jsonl", "a") as log:
             log.write(json.dumps(fields) + "\n")
@@ -339,13 +389,13 @@ class Report:
 
     def say(self, text: str, passing: bool = False):
         """Print a line; a passing one is overwritten by the next where the output is a terminal."""
-        if dist.get_rank() == 0:
+        if not self.quiet:
             terminal = sys.stdout.isatty()
             print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
 
     def draw(self):
         """loss.png: training and validation loss against the step, from log.jsonl."""
-        if dist.get_rank() != 0:
+        if self.quiet:
             return
         import matplotlib
 
@@ -377,7 +427,7 @@ def flops_per_token(model: Transformer, seq_len: int) -> float:
 def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.device) -> dict:
     """run.json: everything needed to know later what was run."""
     commit = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(model),
@@ -385,7 +435,7 @@ def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.d
         "command": " ".join(sys.argv),
         "git_commit": commit.stdout.strip(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "processes": dist.get_world_size(),
     }
 
@@ -407,26 +457,28 @@ def choose_run(config: Config) -> tuple[Config, dict | None]:
             raise ValueError(f"--out {folder} holds other files; choose another folder")
         return config, None
     record = json.loads((folder / "run.json").read_text())
-    saved = Config(**record["config"])
-    defaults = Config()
-    for field in dataclasses.fields(Config):
-        mine, theirs = getattr(config, field.name), getattr(saved, field.name)
-        unsaid = config.resume and mine == getattr(defaults, field.name)  # --resume takes the run's own flags
-        if field.name in MACHINE or unsaid:
-            continue
-        if mine != theirs:
-            what = "--resume" if config.resume else "--out"
-            raise ValueError(f"{what} {folder} holds a run with --{field.name} {theirs}, not {mine}; choose another --out, or leave the flag off with --resume")
-    said = {name: getattr(config, name) for name in MACHINE if not config.resume or getattr(config, name) != getattr(defaults, name)}
-    return dataclasses.replace(saved, **said | {"out": str(folder), "resume": "", "stop_at": config.stop_at}), record
+    saved, defaults, changes = Config(**record["config"]), Config(), {}
+    for name, mine in vars(config).items():
+        theirs = getattr(saved, name)
+        if config.resume and mine == getattr(defaults, name):
+            continue  # --resume takes the run's own flags
+        if name in FREE:
+            changes[name] = mine
+        elif mine != theirs:
+            flag = f"--resume {folder}" if config.resume else f"--out {folder}"
+            raise ValueError(f"{flag} holds a run with --{name} {theirs}, not {mine}; choose another --out")
+    changes |= {"out": str(folder), "resume": "", "stop_at": config.stop_at}
+    return dataclasses.replace(saved, **changes), record
 
 
 def check(config: Config, world: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
-    for name in ("seq_len", "steps", "batch_size", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "learning_rate", "grad_clip"):
+    every = ("log_every", "eval_every", "save_every")
+    for name in ("seq_len", "steps", "batch_size", *every, "keep", "learning_rate", "grad_clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
-    for name in ("micro_batch", "stop_at", "warmup", "weight_decay", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale"):
+    shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
+    for name in ("micro_batch", "stop_at", "warmup", "weight_decay", *shape):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name} {getattr(config, name)} must not be negative")
     for name in ("final_lr", "beta1", "beta2"):
@@ -436,8 +488,9 @@ def check(config: Config, world: int):
         raise ValueError(f"--eval_tokens {config.eval_tokens} is less than one window of --seq_len {config.seq_len}")
     if config.batch_size % world:
         raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
-    if config.micro_batch and config.batch_size // world % config.micro_batch:
-        raise ValueError(f"--micro_batch {config.micro_batch} must divide --batch_size / processes = {config.batch_size // world}")
+    share = config.batch_size // world
+    if config.micro_batch and share % config.micro_batch:
+        raise ValueError(f"--micro_batch {config.micro_batch} must divide --batch_size / processes = {share}")
 
 
 def prepare_default():
@@ -455,15 +508,14 @@ def show_sample(config: Config):
 
 def main(config: Config):
     device = join_world()
-    rank, world = dist.get_rank(), dist.get_world_size()
     try:
         config, record = choose_run(config)
-        check(config, world)
-        if rank == 0 and config.data == Config.data and not Path(config.data).exists():
+        check(config, dist.get_world_size())
+        if dist.get_rank() == 0 and config.data == Config.data and not Path(config.data).exists():
             prepare_default()
         dist.barrier()
-        train(config, record, device, rank, world)
-        if rank == 0 and config.sample and not config.stop_at:
+        train(config, record, device)
+        if dist.get_rank() == 0 and config.sample and not config.stop_at:
             show_sample(config)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues {config.out} from its last checkpoint", file=sys.stderr)
@@ -472,70 +524,50 @@ def main(config: Config):
         dist.destroy_process_group()
 
 
-def train(config: Config, record: dict | None, device: torch.device, rank: int, world: int):
-    meta = read_meta(config.data)
-    data, val = (TokenDataset(config.data, split, config.seq_len) for split in ("train", "val"))
+def train(config: Config, record: dict | None, device: torch.device):
+    """Take the run in config.out from its last checkpoint, or from nothing, to its end."""
+    meta, folder = read_meta(config.data), Path(config.out)
     if record and record["dataset"] != describe_dataset(meta):
         raise ValueError(f"--data {config.data} is another dataset than when {config.out} began")
-    dtype = compute_dtype(config.dtype, device)
+    data, val = (TokenDataset(config.data, split, config.seq_len) for split in ("train", "val"))
+
     model = first_model(config, meta)
+    num_params = sum(p.numel() for p in model.parameters())
     step_flops = flops_per_token(model, config.seq_len) * config.batch_size * config.seq_len
+    dtype = compute_dtype(config.dtype, device)
     model = shard(model, dtype, should_compile(config.compile, device, step_flops * config.steps))
     optimizer = make_optimizer(model, config)
-
-    folder = Path(config.out)
     start = restore(folder, model, optimizer)
-    if rank == 0 and not record:
+    if dist.get_rank() == 0 and not record:
         folder.mkdir(parents=True, exist_ok=True)
         Tokenizer(config.data).save(folder)
         _write_whole(folder / "run.json", json.dumps(describe_run(config, model.config, meta, device), indent=2))
     dist.barrier()
-    report = Report(config, folder, start)
-    num_params = sum(p.numel() for p in model.parameters())
+
+    report = Report(config, folder, start, step_flops, device)
+    where = f"{str(dtype).removeprefix('torch.')} arithmetic on {device.type}, {dist.get_world_size()} process(es)"
+    size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens"
     epochs = config.steps * config.batch_size / len(data)
-    report.say(
-        f"{num_params:,} parameters, {dtype} arithmetic on {world} {device.type} process{'es' * (world > 1)}; "
-        f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens are {epochs:.2f} epochs of {config.data}"
-    )
+    report.say(f"{num_params:,} parameters, {where}; {size}, {epochs:.2f} epochs of {config.data}")
     if start >= config.steps:
         report.say(f"{folder} is finished; to train again, delete it or choose another --out")
         return
     if start:
         report.say(f"continuing {folder} after step {start}")
 
-    per_rank = config.batch_size // world
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
     last = min(config.stop_at or config.steps, config.steps)
-    clock, timed = time.perf_counter(), 0
     for step in range(start, last):
-        indices = data.batch_indices(step, config.batch_size, config.seed, rank, world)
-        batches = micro_batches(torch.from_numpy(data.windows(indices)), config.micro_batch or per_rank, device)
         lr = learning_rate(step, config)
-        loss, norm = train_step(model, optimizer, batches, lr, config.grad_clip)
-        done, timed = step + 1, timed + 1
-
+        loss, norm = train_step(model, optimizer, step_batches(data, config, step, device), lr, config.grad_clip)
+        done = step + 1
         if done % config.log_every == 0 or done == last:
-            loss, norm = loss.item(), norm.item()
-            busy = time.perf_counter() - clock
-            speed = timed * config.batch_size * config.seq_len / busy
-            left = (last - done) * busy / timed
-            report.write(
-                step=done, loss=loss, lr=lr, grad_norm=norm, tokens=done * config.batch_size * config.seq_len,
-                tokens_per_s=round(speed), mfu=step_flops * timed / busy / peak / world if peak else None, memory=memory(device),
-            )  # fmt: skip
-            report.say(f"step {done}/{config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left", passing=True)
-            if not math.isfinite(loss + norm):
-                raise ValueError(f"loss {loss} and gradient norm {norm} at step {done}; a lower --learning_rate usually helps")
-            clock, timed = time.perf_counter(), 0
-        paused = time.perf_counter()
-        if done % config.eval_every == 0 or done == config.steps:
-            scores = evaluate(model, val, config, device)
-            report.write(step=done, **scores)
-            report.say(f"step {done}/{config.steps}  validation {scores['val_loss']:.4f} nats a token, {scores['val_bits_per_byte']:.4f} bits a byte")
-        if done % config.save_every == 0 or done == last:
-            save(folder, done, model, optimizer, config.keep)
-            report.draw()
-        clock += time.perf_counter() - paused  # tokens/s are those of training alone
+            report.step(done, last, loss.item(), norm.item(), lr)
+        with report.paused():
+            if done % config.eval_every == 0 or done == config.steps:
+                report.validation(done, evaluate(model, val, config, device))
+            if done % config.save_every == 0 or done == last:
+                save(folder, done, model, optimizer, config.keep)
+                report.draw()
     report.say(f"{folder}: checkpoint of step {last}, log.jsonl, loss.png")
     report.close()
 
