@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import sqlite3
+import subprocess
 import sys
 import sysconfig
 import traceback
@@ -653,6 +654,15 @@ def read_meta(folder: str | Path) -> dict:
 
 
 # ---- command line ----
+
+
+def git_commit() -> str:
+    """The commit of this code, "-dirty" added where it was changed since; empty outside a repository."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def run_command(main, config_class):

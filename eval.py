@@ -8,12 +8,10 @@ protocol's reference code, and does not depend on the size of the batch.
 """
 
 import csv
-import dataclasses
 import hashlib
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import SUFFIXES, TokenDataset, Tokenizer, find_files, read_documents, run_command
+from data import TokenDataset, Tokenizer, find_files, git_commit, read_documents, run_command
 from model import Transformer
 from sample import load_model
 
@@ -233,9 +231,16 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
         split = val.meta["splits"]["val"]
         documents, num_bytes = split["documents"], len(val) * window * split["bytes"] / split["tokens"]
     else:
-        texts = [text for file in find_files((config.data,), path) for text in read_documents(file)]
-        pieces = (piece for text in texts for piece in rolling_windows(tokenizer.encode(text, bos=True), window))
-        documents, num_bytes = len(texts), sum(len(text.encode()) for text in texts)
+        documents = num_bytes = 0
+
+        def read_pieces() -> Iterator[tuple[list[int], list[int]]]:
+            nonlocal documents, num_bytes
+            for file in find_files((config.data,), path):
+                for text in read_documents(file):
+                    documents, num_bytes = documents + 1, num_bytes + len(text.encode())
+                    yield from rolling_windows(tokenizer.encode(text, bos=True), window)
+
+        pieces = read_pieces()
     nats, tokens = 0.0, 0
     for batch in batches_by_tokens(pieces, config.batch_tokens):
         hidden = final_hidden(model, [context for context, _ in batch])
@@ -284,8 +289,6 @@ def batches_by_tokens(pieces: Iterator[tuple[list[int], list[int]]], batch_token
 
 
 def describe(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
-    here = str(Path(__file__).parent)
-    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     protocol = ("protocol", "shots", "max_prompt", "bos", "limit") if config.task == "mmlu" else ()
     return {
         "model": config.model,
@@ -294,7 +297,7 @@ def describe(config: Config, model: Transformer, tokenizer: Tokenizer) -> dict:
         "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
         "context_window": model.config.max_seq_len,
         "tokenizer_sha256": tokenizer.sha256,
-        "git_commit": commit.stdout.strip(),
+        "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     } | {name: getattr(config, name) for name in protocol}
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
-from data import TokenDataset, Tokenizer, read_meta, run_command
+from data import TokenDataset, Tokenizer, git_commit, read_meta, run_command
 from model import IGNORE, SIZES, ModelConfig, Transformer, config_to_hugging_face, load
 
 HERE = Path(__file__).parent
@@ -426,14 +426,13 @@ def flops_per_token(model: Transformer, seq_len: int) -> float:
 
 def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.device) -> dict:
     """run.json: everything needed to know later what was run."""
-    commit = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(model),
         "dataset": describe_dataset(meta),
         "command": " ".join(sys.argv),
-        "git_commit": commit.stdout.strip(),
+        "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "processes": dist.get_world_size(),

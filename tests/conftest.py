@@ -41,7 +41,11 @@ def shared():
     return find
 
 
-TEXTS = ["The quick brown fox jumps over the lazy dog. " * 8, "def add(a, b):\n    return a + b\n" * 9, "Ein Jäger aus Kurpfalz.\n" * 9]
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. " * 8,
+    "def add(a, b):\n    return a + b\n" * 9,
+    "Ein Jäger aus Kurpfalz.\n" * 9,
+]
 
 
 def byte_data(folder: Path, num_documents: int) -> Path:
@@ -60,9 +64,22 @@ def tiny_data(tmp_path_factory) -> Path:
     return byte_data(tmp_path_factory.mktemp("tiny"), 300)
 
 
+def random_model(config):
+    """A model whose weights are large enough that its logits differ clearly."""
+    import torch
+
+    from model import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.normal_(p, 1.0, 0.3)
+    return model.eval()
+
+
 TINY_RUN = dict(
-    size="260K", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, seq_len=32, batch_size=4, eval_tokens=512,
-    log_every=1, eval_every=10, save_every=100, learning_rate=1e-2, dtype="fp32", sample="",
+    size="260K", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, seq_len=32, batch_size=4,
+    eval_tokens=512, log_every=1, eval_every=10, save_every=100, learning_rate=1e-2, dtype="fp32", sample="",
 )  # fmt: skip
 
 
@@ -95,7 +112,16 @@ def command(*words: str, cwd=None, env: dict | None = None, check: bool = True) 
 
 def torchrun(num_processes: int, script: str, *words: str, cwd=None) -> subprocess.CompletedProcess:
     """Run a script under torchrun on the CPU, one thread a process."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes), str(ROOT / script), *words]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(num_processes),
+        str(ROOT / script),
+        *words,
+    ]
     done = subprocess.run(words, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

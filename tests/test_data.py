@@ -13,10 +13,21 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from conftest import command, flags
 from data import (
-    CORPORA, PIECE_CHARS, Corpus, ShardWriter, TokenDataset, Tokenizer, download, prepare, read_documents, shuffled,
-    token_dtype, train_tokenizer,
+    CORPORA,
+    PIECE_CHARS,
+    Corpus,
+    ShardWriter,
+    TokenDataset,
+    Tokenizer,
+    download,
+    prepare,
+    read_documents,
+    shuffled,
+    token_dtype,
+    train_tokenizer,
 )  # fmt: skip
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Assistant: <|endoftext|> <unk> <0x0A> [/INST]"
@@ -36,7 +47,11 @@ def trained(tmp_path_factory) -> Tokenizer:
 def tokenizer(request, shared) -> Tokenizer:
     if request.param == "trained":
         return request.getfixturevalue("trained")
-    files = {"llama2": "llama2_tokenizer/tokenizer.model", "gpt2": "gpt2_bpe/r50k_base.tiktoken", "cl100k": "gpt2_bpe/cl100k_base.tiktoken"}
+    files = {
+        "llama2": "llama2_tokenizer/tokenizer.model",
+        "gpt2": "gpt2_bpe/r50k_base.tiktoken",
+        "cl100k": "gpt2_bpe/cl100k_base.tiktoken",
+    }
     return Tokenizer(shared(files[request.param]) if request.param in files else request.param)
 
 
@@ -77,7 +92,19 @@ def any_text(draw: random.Random) -> str:
 @pytest.mark.parametrize("tokenizer", ["bytes", "trained", "gpt2", "cl100k"], indirect=True)
 def test_any_unicode_text_comes_back(tokenizer):
     draw = random.Random(0)
-    texts = [any_text(draw) for _ in range(1500)] + ["", " ", "  a", "\0", "▁", " ▁ ▁▁x", "\r\n\t\v", "\u2028", "🙂" * 3, "a\u0301", "<0xE2>"]
+    texts = [any_text(draw) for _ in range(1500)] + [
+        "",
+        " ",
+        "  a",
+        "\0",
+        "▁",
+        " ▁ ▁▁x",
+        "\r\n\t\v",
+        "\u2028",
+        "🙂" * 3,
+        "a\u0301",
+        "<0xE2>",
+    ]
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -119,20 +146,23 @@ def test_what_is_no_tokenizer_is_refused(spec, tmp_path, monkeypatch):
 def test_a_tiktoken_name_without_a_network_says_what_to_do(tmp_path):
     done = command("data.py", "--tokenizer", "gpt2", "--out", str(tmp_path / "d"), check=False,
                    env={"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"})  # fmt: skip
-    assert done.returncode == 2 and "give --tokenizer the path of a .tiktoken file" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "give --tokenizer the path of a .tiktoken file" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 # ---- documents ----
 
 
 def test_every_kind_of_file_is_read(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     records = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in ("one\n", "two ü"))
     (tmp_path / "a.jsonl").write_text(records + "\n")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(records.encode()))
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["one\n", None, "two ü"]}), tmp_path / "c.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one\n", None, "two ü"]}), tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
         assert list(read_documents(tmp_path / name)) == ["one\n", "two ü"]
     for name in ("d.py", "e.md"):
@@ -176,10 +206,9 @@ def test_a_bad_file_is_named_with_its_line(name, content, message, tmp_path):
 
 
 def test_parquet_without_a_text_column_is_refused(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no column `text`"):
         list(read_documents(tmp_path / "a.parquet"))
 
@@ -236,9 +265,14 @@ def test_a_download_with_another_checksum_is_deleted(server, tmp_path):
 
 
 def test_without_a_network_a_download_names_the_local_way(tmp_path):
-    done = command("data.py", "--source", "tinystories", "--out", str(tmp_path / "d"), "--tokenizer", "bytes", check=False,
+    words = flags({"source": "tinystories", "out": tmp_path / "d", "tokenizer": "bytes"})
+    done = command("data.py", *words, check=False,
                    env={"HTTPS_PROXY": "http://127.0.0.1:9"})  # fmt: skip
-    assert done.returncode == 2 and "give --source a local file or folder" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "give --source a local file or folder" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_every_named_corpus_has_an_address_a_format_and_a_licence():
@@ -260,10 +294,20 @@ def write_texts(folder, numbers):
 def documents(folder, split: str) -> list[str]:
     """The documents of a split, read back from its tokens."""
     meta, tokenizer = json.loads((folder / "meta.json").read_text()), Tokenizer(folder)
-    tokens = np.concatenate([np.fromfile(folder / entry["file"], "<u2" if meta["dtype"] == "uint16" else "<u4") for entry in meta["splits"][split]["files"]])
+    tokens = np.concatenate(
+        [
+            np.fromfile(folder / entry["file"], "<u2" if meta["dtype"] == "uint16" else "<u4")
+            for entry in meta["splits"][split]["files"]
+        ]
+    )
     starts = np.flatnonzero(tokens == tokenizer.bos_id)
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
-    assert len(starts) == len(ends) and starts[0] == 0 and ends[-1] == len(tokens) - 1 and (starts[1:] == ends[:-1] + 1).all()
+    assert (
+        len(starts) == len(ends)
+        and starts[0] == 0
+        and ends[-1] == len(tokens) - 1
+        and (starts[1:] == ends[:-1] + 1).all()
+    )
     return [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends)]
 
 
@@ -275,7 +319,9 @@ def test_a_dataset_holds_every_document_once_and_meta_counts_them(tmp_path):
     (tmp_path / "in" / "notes.xyz").write_text("not read")
     meta = prepare((str(tmp_path / "in"),), tmp_path / "d", "bytes", 0.2, workers=2)
     found = {split: documents(tmp_path / "d", split) for split in ("train", "val")}
-    assert sorted(found["train"] + found["val"]) == sorted((tmp_path / "in" / f"{i:04d}.md").read_text() for i in range(200))
+    assert sorted(found["train"] + found["val"]) == sorted(
+        (tmp_path / "in" / f"{i:04d}.md").read_text() for i in range(200)
+    )
     assert (meta["duplicate_documents"], meta["empty_documents"]) == (1, 1)
     assert meta["tokenizer"]["sha256"] == Tokenizer("bytes").sha256 and meta["vocab_size"] == 258
     for split, texts in found.items():
@@ -302,7 +348,11 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path, monkeypat
         prepare((str(tmp_path / "in"),), tmp_path / f"d{workers}", "train:400", 0.1, workers)
     for path in (tmp_path / "d1").iterdir():
         if path.name != "meta.json":
-            assert path.read_bytes() == (tmp_path / "d2" / path.name).read_bytes() == (tmp_path / "d3" / path.name).read_bytes()
+            assert (
+                path.read_bytes()
+                == (tmp_path / "d2" / path.name).read_bytes()
+                == (tmp_path / "d3" / path.name).read_bytes()
+            )
 
 
 def test_token_files_are_divided_and_read_as_one(tmp_path, monkeypatch):
@@ -326,7 +376,11 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path)
     from conftest import ROOT
 
     write_texts(tmp_path / "in", range(2000))
-    words = [sys.executable, str(ROOT / "data.py"), *flags({"source": tmp_path / "in", "out": tmp_path / "d", "tokenizer": "train:400", "workers": 2})]
+    words = [
+        sys.executable,
+        str(ROOT / "data.py"),
+        *flags({"source": tmp_path / "in", "out": tmp_path / "d", "tokenizer": "train:400", "workers": 2}),
+    ]
     draw = random.Random(0)
     for _ in range(4):
         process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -398,7 +452,9 @@ def test_shuffled_is_a_permutation_that_differs_by_epoch(size):
 def test_all_ranks_together_read_each_window_once_an_epoch(world, tiny_data):
     """Trap 12: also where the length of the data does not divide by anything."""
     batch_size, drawn = 24, []
-    data = next(data for data in (TokenDataset(tiny_data, "train", n) for n in range(50, 99)) if world == 1 or len(data) % world)
+    data = next(
+        data for data in (TokenDataset(tiny_data, "train", n) for n in range(50, 99)) if world == 1 or len(data) % world
+    )
     for step in range(3 * len(data) // batch_size):
         per_rank = [data.batch_indices(step, batch_size, 7, rank, world) for rank in range(world)]
         assert sum(per_rank, []) == data.batch_indices(step, batch_size, 7)
@@ -480,10 +536,13 @@ def prepare_100_mb(shared, tmp_path, workers: int) -> tuple[float, float]:
             counter = 0
             while file.tell() < 100_000_000:
                 counter += 1
-                file.writelines(text.replace("\n\n", f"\n\n{counter} ") for text in texts)  # no piece a copy of one before
+                file.writelines(
+                    text.replace("\n\n", f"\n\n{counter} ") for text in texts
+                )  # no piece a copy of one before
     script = tmp_path / "measure.py"
-    script.write_text(MEASURE.format(root=str(ROOT), source=str(tmp_path / "big.txt"), out=str(tmp_path / f"out{workers}"),
-                                     tokenizer=str(shared("llama2_tokenizer/tokenizer.model")), workers=workers))  # fmt: skip
+    tokenizer, out = str(shared("llama2_tokenizer/tokenizer.model")), str(tmp_path / f"out{workers}")
+    values = dict(root=str(ROOT), source=str(tmp_path / "big.txt"), out=out, tokenizer=tokenizer, workers=workers)
+    script.write_text(MEASURE.format(**values))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     return tuple(map(float, done.stdout.split()[-2:]))
 

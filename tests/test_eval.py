@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import command, flags
+
+from conftest import command, flags, random_model
 from data import Tokenizer
 from eval import CATEGORIES, Config, Question, continuation, mmlu, read_mmlu, rolling_windows, score_choices, summarize
 from model import ModelConfig, Transformer, save
@@ -16,11 +17,7 @@ TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(TINY)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.ones_(p)
-    return model
+    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,9 @@ def test_scores_are_those_of_plain_scoring_for_any_batch(batch_tokens, model):
     generator = torch.Generator().manual_seed(0)
     ids = lambda count: torch.randint(256, (count,), generator=generator).tolist()
     shapes = [(1, (1, 1, 1, 1)), (50, (2, 2, 2)), (7, (1, 4, 2, 3)), (90, (1, 1)), (33, (3, 1, 3))]
-    questions = [Question("s", i, ids(length), [ids(n) for n in choices], 0) for i, (length, choices) in enumerate(shapes)]
+    questions = [
+        Question("s", i, ids(length), [ids(n) for n in choices], 0) for i, (length, choices) in enumerate(shapes)
+    ]
     shared_start = ids(2)
     questions.append(Question("s", 5, ids(20), [shared_start + ids(1) for _ in range(4)], 0))
     scored = dict(score_choices(model, questions, batch_tokens))
@@ -107,7 +106,9 @@ def test_a_question_too_long_for_the_context_loses_examples_and_then_its_left(sh
 
 def test_both_averages_are_given():
     records = [{"subject": "anatomy", "pick": 0, "gold": 0, "shots": 5, "tie": False, "cut": 0}]
-    records += [{"subject": "virology", "pick": 1, "gold": gold, "shots": 4, "tie": True, "cut": 3} for gold in (0, 0, 1)]
+    records += [
+        {"subject": "virology", "pick": 1, "gold": gold, "shots": 4, "tie": True, "cut": 3} for gold in (0, 0, 1)
+    ]
     scores = summarize(records)
     assert (scores["micro"], scores["macro"]) == (0.5, pytest.approx(2 / 3))
     assert scores["categories"] == {"other": 0.5} and scores["shots_kept"] == {5: 1, 4: 3}
@@ -120,14 +121,28 @@ def test_the_command_writes_scores_and_a_line_a_question(shared, tmp_path):
     done = command("eval.py", *flags(options | {"out": tmp_path / "r" / "a.json"}))
     result = json.loads((tmp_path / "r" / "a.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "r" / "a.jsonl").read_text().splitlines()]
-    assert [(line["subject"], line["index"]) for line in lines] == [(s, i) for s in ("anatomy", "virology") for i in range(6)]
+    assert [(line["subject"], line["index"]) for line in lines] == [
+        (s, i) for s in ("anatomy", "virology") for i in range(6)
+    ]
     assert lines[0].keys() >= {"task", "subject", "index", "shots", "num_tokens", "logprobs", "pick", "gold"}
     for line in lines:
         assert line["pick"] == line["logprobs"].index(max(line["logprobs"])) and all(p < 0 for p in line["logprobs"])
     assert result["scores"]["micro"] == sum(line["pick"] == line["gold"] for line in lines) / 12
-    assert result.keys() >= {"protocol", "shots", "bos", "max_prompt", "dtype", "tokenizer_sha256", "git_commit", "versions", "seconds"}
+    assert result.keys() >= {
+        "protocol",
+        "shots",
+        "bos",
+        "max_prompt",
+        "dtype",
+        "tokenizer_sha256",
+        "git_commit",
+        "versions",
+        "seconds",
+    }
     assert len(result["scores"]["prompts_sha256"]) == 64
-    assert f"micro       {result['scores']['micro']:.1%}".split() == next(line.split() for line in done.stdout.splitlines() if line.startswith("micro"))
+    assert f"micro       {result['scores']['micro']:.1%}".split() == next(
+        line.split() for line in done.stdout.splitlines() if line.startswith("micro")
+    )
     again = command("eval.py", *flags(options | {"out": tmp_path / "r" / "a.json"}), check=False)
     assert again.returncode == 2 and "a.json exists; choose another name" in again.stderr
     other = command("eval.py", *flags(options | {"out": tmp_path / "b.json", "batch_tokens": 600}))
@@ -149,7 +164,9 @@ def test_rolling_windows_predict_every_token_once_with_as_much_context_as_fits()
 
 
 def measured(model_path, data, tmp_path, *more) -> dict:
-    command("eval.py", *flags({"model": model_path, "task": "perplexity", "data": data, "out": tmp_path / "p.json"}), *more)
+    command(
+        "eval.py", *flags({"model": model_path, "task": "perplexity", "data": data, "out": tmp_path / "p.json"}), *more
+    )
     result = json.loads((tmp_path / "p.json").read_text())["scores"]
     (tmp_path / "p.json").unlink()
     return result
@@ -192,7 +209,10 @@ def test_bad_input_is_one_sentence(model, tmp_path, monkeypatch, capsys, shared,
     for split, rows in (("dev", "q,1,2,3,4,A\n"), ("test", "q,1,2,3,4,A\nq,1,2,3,A\n")):
         (tmp_path / split).mkdir()
         (tmp_path / split / f"anatomy_{split}.csv").write_text(rows)
-    stories = {"model": str(shared("stories260K/stories260K.bin")), "tokenizer": str(shared("stories260K/tok512.rebuilt.model"))}
+    stories = {
+        "model": str(shared("stories260K/stories260K.bin")),
+        "tokenizer": str(shared("stories260K/tok512.rebuilt.model")),
+    }
     good = {"model": "m", "task": "mmlu", "data": ".", "subjects": "anatomy"}
     for change, message in (
         ({"data": "nowhere"}, "anatomy_dev.csv is missing; --data must hold dev/ and test/"),

@@ -8,37 +8,60 @@ import sys
 import time
 
 import pytest
+
 from conftest import ROOT, SHARED, command
 
-SMALL = "--dim 32 --num_layers 2 --num_heads 4 --ffn_dim 64 --seq_len 32 --steps 4 --batch_size 4 --eval_tokens 64 --dtype fp32".split()
+SMALL = "--dim 32 --num_layers 2 --num_heads 4 --ffn_dim 64 --seq_len 32 --steps 4 --batch_size 4".split()
+SMALL += "--eval_tokens 64 --dtype fp32".split()
 
 # what is changed of each command to make it small and local: pairs of old and new words, and words added at the end
 CHANGES = {
     "pip install -r requirements.txt && python train.py": ([], SMALL),
     "pip install -r tests/requirements.txt && pytest": None,  # this is it
-    'python sample.py --model out/stdlib --prompt "def fibonacci(n):" "import " --num 2': ([], ["--max_new_tokens", "8"]),
+    'python sample.py --model out/stdlib --prompt "def fibonacci(n):" "import " --num 2': (
+        [],
+        ["--max_new_tokens", "8"],
+    ),
     "python sample.py --model out/stdlib --export out/stdlib-hf": ([], []),
     "python eval.py --model out/stdlib --task perplexity --data data/stdlib": ([], []),
-    "python eval.py --model out/stdlib-hf --task mmlu --data data/mmlu --out out/mmlu.json": ([("data/mmlu", str(SHARED / "mmlu/data"))], ["--limit", "1", "--subjects", "anatomy"]),
-    "python data.py --source tinyshakespeare --out data/shakespeare --tokenizer bytes --val_fraction 0.1": ([("tinyshakespeare", str(SHARED / "text/tinyshakespeare"))], []),
+    "python eval.py --model out/stdlib-hf --task mmlu --data data/mmlu --out out/mmlu.json": (
+        [("data/mmlu", str(SHARED / "mmlu/data"))],
+        ["--limit", "1", "--subjects", "anatomy"],
+    ),
+    "python data.py --source tinyshakespeare --out data/shakespeare --tokenizer bytes --val_fraction 0.1": (
+        [("tinyshakespeare", str(SHARED / "text/tinyshakespeare"))],
+        [],
+    ),
     "python data.py --source texts/ more.jsonl.gz --out data/mine --tokenizer train:8192": ([("8192", "400")], []),
     "python train.py --data data/mine --size 15M --out out/mine": ([], SMALL),
     "python train.py --resume out/mine": ([], []),
-    "python train.py --data data/mine --init_from out/stdlib-hf --out out/tuned": ([("data/mine", "data/stdlib")], SMALL),
-    "torchrun --nproc_per_node 8 train.py --data data/mine --size 7B --seq_len 4096 --batch_size 512 --micro_batch 2 --out out/7B": ([("8", "2"), ("512", "4")], SMALL + ["--num_kv_heads", "4"]),
+    "python train.py --data data/mine --init_from out/stdlib-hf --out out/tuned": (
+        [("data/mine", "data/stdlib")],
+        SMALL,
+    ),
+    "torchrun --nproc_per_node 8 train.py --data data/mine --size 7B --seq_len 4096 --batch_size 512 --micro_batch 2 --out out/7B": (
+        [("8", "2"), ("512", "4")],
+        SMALL + ["--num_kv_heads", "4"],
+    ),
 }
 
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     text = "".join(blocks).replace("\\\n", " ")
-    return [re.sub(r"\s+", " ", line.split("  #")[0]).strip() for line in text.splitlines() if line.split("#")[0].strip()]
+    return [
+        re.sub(r"\s+", " ", line.split("  #")[0]).strip() for line in text.splitlines() if line.split("#")[0].strip()
+    ]
 
 
 def test_every_command_of_the_readme_is_tested():
     commands = readme_commands()
     assert "pip install -r requirements.txt && python train.py" in commands
-    unknown = [line for line in commands if line not in CHANGES and not line.startswith("python train.py --data data/shakespeare")]
+    unknown = [
+        line
+        for line in commands
+        if line not in CHANGES and not line.startswith("python train.py --data data/shakespeare")
+    ]
     assert unknown == []
     assert [line for line in CHANGES if line not in commands] == []
 
@@ -50,7 +73,9 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     (tmp_path / "texts").mkdir()
     for path in (ROOT / "tests").glob("*.py"):
         shutil.copy(path, tmp_path / "texts" / path.name)
-    subprocess.run(["gzip", "-c"], input=b'{"text": "a record"}\n', stdout=open(tmp_path / "more.jsonl.gz", "wb"), check=True)
+    subprocess.run(
+        ["gzip", "-c"], input=b'{"text": "a record"}\n', stdout=open(tmp_path / "more.jsonl.gz", "wb"), check=True
+    )
     for line in readme_commands():
         if line.startswith("python train.py --data data/shakespeare"):
             changes, added = [], ["--steps", "3"]
@@ -80,7 +105,10 @@ def test_help_answers_quickly(script):
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
         return time.perf_counter() - started
 
-    overhead = [seconds(str(ROOT / script), "--help") - (seconds("-c", "import torch") if script != "data.py" else 0) for _ in range(3)]
+    overhead = [
+        seconds(str(ROOT / script), "--help") - (seconds("-c", "import torch") if script != "data.py" else 0)
+        for _ in range(3)
+    ]
     assert min(overhead) < 2
 
 
@@ -100,7 +128,13 @@ def test_the_examples_in_docstrings_are_right(name):
 
 
 def test_the_files_import_only_downwards():
-    allowed = {"model": set(), "data": set(), "train": {"model", "data"}, "sample": {"model", "data"}, "eval": {"model", "data", "sample"}}
+    allowed = {
+        "model": set(),
+        "data": set(),
+        "train": {"model", "data"},
+        "sample": {"model", "data"},
+        "eval": {"model", "data", "sample"},
+    }
     for name, below in allowed.items():
         found = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
         assert found & set(allowed) <= below

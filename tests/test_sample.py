@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import command, flags
+
+from conftest import command, flags, random_model
 from data import Tokenizer
 from model import ModelConfig, Transformer, load, save
 from sample import Sampling, TextStream, choose, complete, generate, load_model
@@ -16,11 +17,7 @@ TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(TINY)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.ones_(p)
-    return model
+    return random_model(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,9 @@ def test_cached_generation_equals_full_passes_alone_and_in_a_batch(model):
     assert [generate(model, [prompt], 20)[0] for prompt in prompts] == expected
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0, seed=3), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0, seed=3), Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)]
+)
 def test_a_random_row_is_the_same_alone_and_in_a_batch(model, sampling):
     prompts = prompts_of([4, 9, 1])
     together = generate(model, prompts, 20, sampling)
@@ -115,7 +114,10 @@ def test_the_ends_of_the_random_numbers_give_allowed_tokens(uniform):
     assert choose(logits, [[]], Sampling(1.0, top_k=2), torch.tensor([uniform])).item() in (2, 0)
 
 
-@pytest.mark.parametrize("options", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(min_p=2), dict(repetition_penalty=0)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(min_p=2), dict(repetition_penalty=0)],
+)
 def test_impossible_sampling_is_refused(options):
     with pytest.raises(ValueError, match=f"--{next(iter(options))} {next(iter(options.values()))}"):
         Sampling(**options)
@@ -163,7 +165,10 @@ def streamed(tokenizer, prompt: list[int], ids: list[int], stop: tuple[str, ...]
     return [*pieces, stream.end()]
 
 
-@pytest.mark.parametrize("name", ["bytes", "llama2_tokenizer/tokenizer.model", "stories260K/tok512.rebuilt.model", "gpt2_bpe/cl100k_base.tiktoken"])
+@pytest.mark.parametrize(
+    "name",
+    ["bytes", "llama2_tokenizer/tokenizer.model", "stories260K/tok512.rebuilt.model", "gpt2_bpe/cl100k_base.tiktoken"],
+)
 def test_streamed_text_is_the_whole_text(name, shared):
     tokenizer, draw = Tokenizer(name if name == "bytes" else shared(name)), random.Random(0)
     texts = ["Hello  world,\n\n  how are you?", "né 🙂🙂 안녕 ▁ \u2028", "a🙂", ""]
@@ -189,7 +194,13 @@ def test_a_stop_string_ends_the_text_wherever_it_is_split():
 def test_a_completion_streams_what_it_returns(stories):
     model, tokenizer = stories
     got = {0: "", 1: ""}
-    texts = complete(model, tokenizer, ["Once upon a time ", "Lily"], 40, on_text=lambda row, text: got.update({row: got[row] + text}))
+    texts = complete(
+        model,
+        tokenizer,
+        ["Once upon a time ", "Lily"],
+        40,
+        on_text=lambda row, text: got.update({row: got[row] + text}),
+    )
     assert texts == [got[0], got[1]] and texts[0].startswith(", there was a little")
     assert texts[1] == complete(model, tokenizer, ["Lily"], 40)[0]
     stopped = complete(model, tokenizer, ["Once upon a time ", "Lily"], 40, stop=("girl",))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+
 import train
 from conftest import ROOT, TINY_RUN, byte_data, command, flags, torchrun
 from data import TokenDataset, prepare
@@ -26,7 +27,11 @@ def read_checkpoint(run) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint: weights and both moments."""
     reader = dcp.FileSystemReader(checkpoint_folder(run))
     entries = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if hasattr(entry, "size")}
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if hasattr(entry, "size")
+    }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
@@ -43,6 +48,7 @@ def same_bits(a, b) -> bool:
 
 
 # ---- exactness ----
+
 
 def test_any_split_into_resumed_runs_is_the_straight_run_bit_for_bit(tiny_run, tmp_path, monkeypatch):
     """Traps 20 and 22, across the end of an epoch and with two micro-batches a step."""
@@ -86,7 +92,12 @@ def test_lines_logged_after_the_last_checkpoint_are_dropped_on_resuming(tiny_run
 def alone_and_in_company(tiny_data, tmp_path_factory):
     """The same 12 steps on 1, 2 and 4 processes; what 2 saved after step 6 is continued on 1 and on 4."""
     folder = tmp_path_factory.mktemp("world")
-    options = TINY_RUN | {"data": tiny_data, "steps": 12, "batch_size": 8, "eval_tokens": 1100}  # 34 windows, uneven over 4
+    options = TINY_RUN | {
+        "data": tiny_data,
+        "steps": 12,
+        "batch_size": 8,
+        "eval_tokens": 1100,
+    }  # 34 windows, uneven over 4
     command("train.py", *flags(options | {"out": "one"}), cwd=folder)
     torchrun(4, "train.py", *flags(options | {"out": "four"}), cwd=folder)
     torchrun(2, "train.py", *flags(options | {"out": "two_four", "stop_at": 6}), cwd=folder)
@@ -117,7 +128,14 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(tmp_path):
     model = Transformer(CONFIG)
     model.init_weights()
     counts = (16, 1, 0, 9, 2, 16, 1, 0)
-    losses = [model(targets[i : i + 1, :-1], targets[i : i + 1, 1:].clone().index_fill_(1, torch.arange(n, 16), IGNORE), num_targets=1) for i, n in enumerate(counts)]
+    losses = [
+        model(
+            targets[i : i + 1, :-1],
+            targets[i : i + 1, 1:].clone().index_fill_(1, torch.arange(n, 16), IGNORE),
+            num_targets=1,
+        )
+        for i, n in enumerate(counts)
+    ]
     torch.testing.assert_close(whole["loss"], sum(losses) / sum(counts))
     divided = [one_step(4), one_step(1)]
     for micro_batch in (4, 1):
@@ -125,15 +143,22 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(tmp_path):
         divided.append(torch.load(tmp_path / f"{micro_batch}.pt", weights_only=True))
     for other in divided:
         for name in whole:
-            torch.testing.assert_close(other[name], whole[name], atol=1e-6, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+            torch.testing.assert_close(
+                other[name], whole[name], atol=1e-6, rtol=1e-5, msg=lambda text: f"{name}: {text}"
+            )
 
 
 def test_evaluating_and_saving_do_not_touch_the_training(tiny_run):
-    assert same_bits(tiny_run("a", steps=10, eval_every=1, save_every=1, micro_batch=2), tiny_run("b", steps=10, micro_batch=2))
+    assert same_bits(
+        tiny_run("a", steps=10, eval_every=1, save_every=1, micro_batch=2), tiny_run("b", steps=10, micro_batch=2)
+    )
 
 
 def test_the_validation_loss_does_not_depend_on_the_batch(tiny_run):
-    scores = [log(tiny_run(f"b{size}", steps=1, batch_size=4, micro_batch=size, eval_tokens=1100), "val_loss") for size in (1, 2, 4)]
+    scores = [
+        log(tiny_run(f"b{size}", steps=1, batch_size=4, micro_batch=size, eval_tokens=1100), "val_loss")
+        for size in (1, 2, 4)
+    ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6) and scores[0] == pytest.approx(scores[2], rel=1e-6)
 
 
@@ -151,7 +176,7 @@ def rows(count: int = 4, length: int = 33) -> torch.Tensor:
 
 
 def test_weights_gradients_and_moments_are_fp32_under_bf16_arithmetic(world, monkeypatch):
-    """Traps 14 and 18: every weight moves at a small learning rate, and no rotary table is rounded on its way into a block."""
+    """Traps 14 and 18: every weight moves at a small learning rate; no rotary table is rounded on its way in."""
     import model as module
 
     seen = []
@@ -183,7 +208,11 @@ def test_bf16_training_follows_fp32_training(tiny_run):
 
 def test_only_matrices_decay(world):
     model = Transformer(CONFIG)
-    decays = {id(p): group["weight_decay"] for group in train.make_optimizer(model, Config(weight_decay=0.3)).param_groups for p in group["params"]}
+    decays = {
+        id(p): group["weight_decay"]
+        for group in train.make_optimizer(model, Config(weight_decay=0.3)).param_groups
+        for p in group["params"]
+    }
     for name, p in model.named_parameters():
         assert decays[id(p)] == (0.0 if "norm" in name else 0.3)
 
@@ -241,7 +270,9 @@ def test_training_can_start_from_any_model_that_load_reads(source, tiny_run, tin
     if source == "folder":
         save(load(run), tmp_path / "folder")
     next_run = tiny_run("next", init_from=str(tmp_path / source), steps=5, learning_rate=1e-3)
-    assert log(next_run, "step")[0] == 1 and log(next_run, "lr")[0] == pytest.approx(learning_rate(0, Config(steps=5, learning_rate=1e-3)))
+    assert log(next_run, "step")[0] == 1 and log(next_run, "lr")[0] == pytest.approx(
+        learning_rate(0, Config(steps=5, learning_rate=1e-3))
+    )
     assert log(next_run, "loss")[0] < log(run, "loss")[0] - 0.5
     state = read_checkpoint(next_run)
     assert {int(value) for name, value in state.items() if name.endswith(".step")} == {5}
@@ -297,7 +328,11 @@ def test_a_half_written_checkpoint_is_not_seen(tiny_run):
 def test_a_run_explains_itself(tiny_run, capsys):
     run = tiny_run(steps=6)
     record = json.loads((run / "run.json").read_text())
-    assert record["config"]["steps"] == 6 and record["model"]["dim"] == 32 and record["versions"]["torch"] == torch.__version__
+    assert (
+        record["config"]["steps"] == 6
+        and record["model"]["dim"] == 32
+        and record["versions"]["torch"] == torch.__version__
+    )
     assert record["dataset"]["tokenizer"]["name"] == "bytes" and record["processes"] == 1 and record["device"]
     first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     assert first.keys() == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "memory"}
@@ -417,6 +452,9 @@ def test_the_work_of_a_token_is_the_published_one():
 def test_compiling_is_chosen_where_it_pays(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr("shutil.which", lambda name: "/bin/" + name)
-    assert [train.should_compile(*choice) for choice in (("auto", cpu, 1e13), ("auto", cpu, 1e16), ("on", cpu, 1), ("off", cpu, 1e16))] == [False, True, True, False]
+    assert [
+        train.should_compile(*choice)
+        for choice in (("auto", cpu, 1e13), ("auto", cpu, 1e16), ("on", cpu, 1), ("off", cpu, 1e16))
+    ] == [False, True, True, False]
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not train.should_compile("auto", cpu, 1e16)
