@@ -17,23 +17,26 @@ import base64
 import functools
 import gzip
 import hashlib
+import http.client
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
 import sysconfig
+import threading
 import traceback
 import urllib.error
 import urllib.request
+import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,7 @@ import numpy as np
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 SEPARATOR = "<|endoftext|>"    # divides the documents of a .txt file that has it
 PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blank line after this many characters
+DOCUMENT_CHARS = 1_000_000     # any longer document is cut likewise, so that memory stays bounded
 TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
 TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
 SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
@@ -104,16 +108,18 @@ class Tokenizer:
 
     def __init__(self, spec: str | Path):
         path = Path(spec)
-        if path.is_dir():
+        if str(spec) in ("gpt2", "cl100k_base"):
+            self.name, self.file, self.data = str(spec), "tokenizer.tiktoken", _download_ranks(str(spec))
+        elif str(spec) == "bytes":
+            self.name, self.file, self.data = "bytes", "tokenizer.bytes", b"ids 0 to 255 are bytes\n"
+        elif path.is_dir():
             found = [path / name for name in self.FILES if (path / name).exists()]
             if not found:
                 raise ValueError(f"{path} holds no tokenizer (looked for {', '.join(self.FILES)})")
-            path = found[0]
-        if str(spec) in ("gpt2", "cl100k_base"):
-            self.name, self.file, self.data = str(spec), "tokenizer.tiktoken", _download_ranks(str(spec))
-        elif str(spec) == "bytes" or path.name == "tokenizer.bytes":
-            self.name, self.file = "bytes", "tokenizer.bytes"
-            self.data = path.read_bytes() if path.is_file() else b"ids 0 to 255 are bytes\n"
+            self.__init__(found[0])
+            return
+        elif path.name == "tokenizer.bytes" and path.is_file():
+            self.name, self.file, self.data = "bytes", "tokenizer.bytes", path.read_bytes()
         elif path.is_file():
             self.name, self.data = path.name, path.read_bytes()
             self.file = "tokenizer.tiktoken" if path.suffix == ".tiktoken" else "tokenizer.model"
@@ -124,6 +130,8 @@ class Tokenizer:
             dict(zip(self.FILES, (self._sentencepiece, self._tiktoken, self._bytes)))[self.file]()
         except RuntimeError as error:
             raise ValueError(f"{spec} is not a tokenizer file: {error}") from None
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(f"{spec} has no BOS or no EOS (ids {self.bos_id} and {self.eos_id})")
 
     def _bytes(self):
         self.bos_id, self.eos_id, self.vocab_size = 256, 257, 258
@@ -181,6 +189,10 @@ class Tokenizer:
         Blanks at its end are left off, because a vocabulary of words holds them with the word that follows
         (LLaMA-2: "Answer: A" ends in the id of " A", "Answer: " in a lone blank that never precedes a word).
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the prompt {text!r} is not Unicode text") from None
         return self.encode(text if self.name == "bytes" else text.rstrip(" "), bos=True)
 
     def decode(self, ids: list[int]) -> str:
@@ -189,6 +201,12 @@ class Tokenizer:
 
     def save(self, folder: str | Path):
         (Path(folder) / self.file).write_bytes(self.data)
+
+
+def find_tokenizer(path: str | Path) -> Path | None:
+    """The tokenizer file of a model: in its folder, or for a checkpoint in its run's folder; None without one."""
+    places = [folder / name for folder in (Path(path), Path(path).parent) for name in Tokenizer.FILES]
+    return next(filter(Path.is_file, places), None)
 
 
 def _download_ranks(name: str) -> bytes:
@@ -210,10 +228,18 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
     text comes back exactly. Raises ValueError when the texts have too few different pairs for vocab_size."""
     from sentencepiece import SentencePieceTrainer
 
+    failed = []  # what reading the texts raised; the trainer would hand it on as a text of its own
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from _sentences(texts)
+        except Exception as error:
+            failed.append(error)
+
     try:
         with open(path, "wb") as file:
             SentencePieceTrainer.train(
-                sentence_iterator=_sentences(texts),
+                sentence_iterator=sentences(),
                 model_writer=file,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -228,7 +254,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise ValueError(f"--tokenizer train:{vocab_size}: {str(error).split('] ')[-1]}") from None
+        reason = str(error).split("] ")[-1] or "there is no text to train on"
+        raise (failed or [ValueError(f"--tokenizer train:{vocab_size}: {reason}")])[0] from None
+    if failed:
+        raise failed[0]
 
 
 def _sentences(texts: Iterator[str], size: int = 2048) -> Iterator[str]:
@@ -277,16 +306,20 @@ def read_documents(path: Path) -> Iterator[str]:
     A .py or .md file is one document, a line of .jsonl and a row of .parquet another (their field `text`). A .txt
     file is divided at `<|endoftext|>`; one without it, a book or a play, is cut into pieces at blank lines.
     """
-    if path.name.endswith(".parquet"):
-        yield from _read_parquet(path)
-        return
+    try:
+        yield from _read_parquet(path) if path.name.endswith(".parquet") else _read_text(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+
+
+def _read_text(path: Path) -> Iterator[str]:
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
             if path.name.endswith((".jsonl", ".jsonl.gz")):
                 yield from _read_jsonl(path, file)
             elif path.name.endswith(".txt"):
-                yield from _cut_text(file)
+                yield from _split_text(file)
             else:
                 yield file.read()
     except UnicodeDecodeError as error:
@@ -323,73 +356,120 @@ def _read_parquet(path: Path) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
-    table = pyarrow.parquet.ParquetFile(path)
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
     if "text" not in table.schema_arrow.names:
         raise ValueError(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
     for batch in table.iter_batches(256, columns=["text"]):
         yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
-def _cut_text(file) -> Iterator[str]:
-    buffer, separated = "", False
-    for block in itertools.chain(iter(lambda: file.read(PIECE_CHARS), ""), [""]):
-        *documents, buffer = (buffer + block).split(SEPARATOR)
-        separated = separated or bool(documents)
-        yield from (document.strip() for document in documents)
-        while not separated and len(buffer) > (4 if block else 1) * PIECE_CHARS:  # the last block cuts the rest
-            end = _end_of_piece(buffer)
+def _split_text(file) -> Iterator[str]:
+    blocks = lambda: iter(lambda: file.read(PIECE_CHARS), "")
+    tail, separated = "", False
+    for block in blocks():
+        separated = SEPARATOR in tail + block
+        if separated:
+            break
+        tail = block[-len(SEPARATOR) :]
+    file.seek(0)
+    if not separated:
+        yield from cut(blocks(), PIECE_CHARS)
+        return
+    parts, tail = [], ""  # the document so far, and its last characters, where a separator may have begun
+    for block in blocks():
+        *documents, rest = (tail + block).split(SEPARATOR)
+        for document in documents:
+            yield "".join([*parts, document]).strip()
+            parts = []
+        tail = rest[-len(SEPARATOR) :]
+        parts.append(rest[: len(rest) - len(tail)])
+    yield "".join([*parts, tail]).strip()
+
+
+def cut(blocks: Iterable[str], size: int) -> Iterator[str]:
+    """Cut a text that comes in blocks into pieces of about size characters, without losing one: after the first
+    blank line past size; where there is none up to 4 * size after a line, and without a line right there."""
+    buffer = ""
+    for block in itertools.chain(blocks, [""]):
+        buffer += block
+        while len(buffer) > (4 if block else 1) * size:  # far enough ahead to choose; at the end, the rest
+            ends = (buffer.find(mark, size, 4 * size) + len(mark) for mark in ("\n\n", "\n"))
+            end = next((end for end in ends if end >= size), size)
             yield buffer[:end]
             buffer = buffer[end:]
-    yield buffer.strip() if separated else buffer
-
-
-def _end_of_piece(text: str) -> int:
-    """Just after the first blank line past PIECE_CHARS; without one after a line, without a line right there."""
-    for mark in ("\n\n", "\n"):
-        if (found := text.find(mark, PIECE_CHARS, 4 * PIECE_CHARS)) >= 0:
-            return found + len(mark)
-    return PIECE_CHARS
+    if buffer:
+        yield buffer
 
 
 def download(url: str, folder: Path, corpus: Corpus) -> Path:
     """Fetch url into folder, continuing where an earlier attempt stopped; checked by size and SHA-256.
 
-    Raises ValueError without a network, and when the checksum differs (the file is then deleted).
+    Raises ValueError without a network, and when size or checksum differ (the file is then deleted).
     """
-    path = folder / (url.rsplit("/", 1)[1].split(".")[0] + corpus.suffix)
+    path = folder / (url.rsplit("/", 1)[1].removesuffix(".json.gz").removesuffix(corpus.suffix) + corpus.suffix)
     if path.exists():
         return path
-    from tqdm import tqdm
-
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            have = have if response.status == 206 else 0
-            size = have + int(response.headers["Content-Length"])
-            checksum = corpus.sha256 or response.headers.get("X-Linked-ETag", "").strip('"')
-            with open(part, "ab" if have else "wb") as file, tqdm(
-                total=size, initial=have, unit="B", unit_scale=True, desc=path.name, file=sys.stderr
-            ) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-    except (OSError, EOFError) as error:
+        size, checksum = _fetch(url, part)
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(
             f"{url} could not be fetched ({getattr(error, 'reason', error)}); without a network, give --source a local "
             f"file or folder; typed again, the command continues the download"
         ) from None
-    if (have := part.stat().st_size) < size:
+    checksum = corpus.sha256 or checksum
+    have = part.stat().st_size
+    if size is not None and have < size:
         raise ValueError(f"{url} broke off at {have} of {size} bytes; type the command again to continue")
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if len(checksum) == 64 and found != checksum:
+    if (size is not None and have > size) or (len(checksum) == 64 and found != checksum):
         part.unlink()
-        raise ValueError(f"{url} has SHA-256 {found}, expected {checksum}; it was deleted")
+        raise ValueError(f"{url}: {have} bytes with SHA-256 {found}, expected {size} with {checksum}; deleted")
     os.replace(part, path)
     return path
+
+
+def _fetch(url: str, part: Path) -> tuple[int | None, str]:
+    """Append to part what it lacks of url; returns the size and the SHA-256 that the server names, where it does.
+
+    Hugging Face names the checksum, as X-Linked-ETag, in the answer that redirects to the file.
+    """
+    from tqdm import tqdm
+
+    answers = []
+
+    class Remember(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, request, file, code, message, headers, new_url):
+            answers.append(headers)
+            return super().redirect_request(request, file, code, message, headers, new_url)
+
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    size = None
+    try:
+        with urllib.request.build_opener(Remember).open(request, timeout=60) as response:
+            answers.append(response.headers)
+            have = have if response.status == 206 else 0
+            if length := response.headers["Content-Length"]:
+                size = have + int(length)
+            bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr)
+            with open(part, "ab" if have else "wb") as file, bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing is left after the bytes that part has
+            raise
+        answers.append(error.headers)
+        total = error.headers.get("Content-Range", "").rpartition("/")[2]
+        size = int(total) if total.isdigit() else None
+    checksums = [headers["X-Linked-ETag"].strip('"') for headers in answers if headers["X-Linked-ETag"]]
+    return size, (checksums or [""])[0]
 
 
 # ---- preparation ----
@@ -407,7 +487,7 @@ def split_documents(
     seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # nobody needs the database after a crash
     seen.executescript("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
     for path in files:
-        for text in read_documents(path):
+        for text in (piece for document in read_documents(path) for piece in cut_document(document)):
             if not text.strip():
                 counts["empty"] += 1
                 continue
@@ -420,6 +500,10 @@ def split_documents(
     database.unlink()
 
 
+def cut_document(text: str) -> Iterable[str]:
+    return cut([text], DOCUMENT_CHARS) if len(text) > DOCUMENT_CHARS else [text]
+
+
 def _tasks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
     """Group documents of one split into tasks of about TASK_CHARS characters."""
     waiting, sizes = {"train": [], "val": []}, Counter()
@@ -430,6 +514,16 @@ def _tasks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str
             yield split, waiting[split]
             waiting[split], sizes[split] = [], 0
     yield from ((split, texts) for split, texts in waiting.items() if texts)
+
+
+def _end_with_parent():
+    """In a worker: end as soon as the main process does, even when that was killed."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @functools.cache
@@ -447,7 +541,7 @@ def _tokenize(task: tuple[str, list[str]], tokenizer_path: str) -> tuple[str, np
 
 def _map_in_order(function, tasks, workers: int) -> Iterator:
     """function over tasks in other processes: results in order, and never more than 3 tasks a worker in memory."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         running = deque()
         for task in tasks:
             running.append(pool.submit(function, task))
@@ -465,16 +559,20 @@ class ShardWriter:
     """Writes `{split}_{00000…}.bin` and keeps what meta.json says of each file."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
-        self.folder, self.dtype, self.files = folder, dtype, {"train": [], "val": []}
+        self.folder, self.dtype, self.files, self.hashes = folder, dtype, {"train": [], "val": []}, {}
 
     def write(self, split: str, tokens: np.ndarray, documents: int, num_bytes: int):
         files = self.files[split]
         if not files or files[-1]["tokens"] >= SHARD_TOKENS:
             files.append({"file": f"{split}_{len(files):05d}.bin", "tokens": 0, "documents": 0, "bytes": 0})
+            self.hashes[split] = hashlib.sha256()
         if tokens.max() > np.iinfo(self.dtype).max:
             raise ValueError(f"token id {tokens.max()} does not fit in {self.dtype}")
+        data = tokens.astype(self.dtype).tobytes()
         with open(self.folder / files[-1]["file"], "ab") as file:
-            file.write(tokens.astype(self.dtype).tobytes())
+            file.write(data)
+        self.hashes[split].update(data)
+        files[-1]["sha256"] = self.hashes[split].hexdigest()
         for name, number in (("tokens", len(tokens)), ("documents", documents), ("bytes", num_bytes)):
             files[-1][name] += number
 
@@ -497,6 +595,8 @@ def prepare(
     from tqdm import tqdm
 
     out, workers = Path(out), workers or os.cpu_count()
+    if workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1, or 0 for all cores")
     if out.exists():
         raise ValueError(f"--out {out} exists; choose another folder or delete it")
     if not 0 < val_fraction < 1:
@@ -509,7 +609,7 @@ def prepare(
     files = find_files(source, out.parent / "downloads")
     total = sum(path.stat().st_size for path in files)
 
-    aside = out.with_name(out.name + ".tmp")
+    aside = out.with_name(out.name + ".unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     if trained is not None:
@@ -549,7 +649,8 @@ def prepare(
         if not numbers["documents"]:
             shutil.rmtree(aside)
             found = sum(other["documents"] for other in meta["splits"].values())
-            raise ValueError(f"none of the {found} documents went to {split}; change --val_fraction {val_fraction}")
+            hint = f"give more of them, or change --val_fraction {val_fraction}"
+            raise ValueError(f"none of the {found} documents went to {split}; {hint}")
     (aside / "meta.json").write_text(json.dumps(meta, indent=2))
     os.replace(aside, out)
     return meta
@@ -577,7 +678,7 @@ class TokenDataset:
 
     def __init__(self, folder: str | Path, split: str, seq_len: int):
         self.meta = read_meta(folder)
-        self.seq_len, self.files = seq_len, []
+        self.folder, self.seq_len, self.files = folder, seq_len, []
         for entry in self.meta["splits"][split]["files"]:
             path = Path(folder) / entry["file"]
             expected = entry["tokens"] * np.dtype(self.meta["dtype"]).itemsize
@@ -601,7 +702,10 @@ class TokenDataset:
 
     def windows(self, indices) -> np.ndarray:
         """(len(indices), seq_len + 1) tokens, int64."""
-        return np.stack([self.window(int(index)) for index in indices]).astype(np.int64)
+        rows = np.stack([self.window(int(index)) for index in indices]).astype(np.int64)
+        if (largest := rows.max()) >= self.meta["vocab_size"]:
+            raise ValueError(f"{self.folder} has a token {largest}, its vocabulary only {self.meta['vocab_size']}")
+        return rows
 
     def batch_indices(self, step: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
         """The windows that this rank reads in optimizer step `step` (from 0), of the batch_size that all ranks read.
@@ -645,7 +749,7 @@ def read_meta(folder: str | Path) -> dict:
     if not (folder / "meta.json").exists():
         made = f"python data.py --source PATH --out {folder}"
         raise ValueError(f"{folder} holds no dataset (no meta.json); make one: {made}")
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json", "tokenizer", "vocab_size", "dtype", "splits")
     found = Tokenizer(folder).sha256
     file, expected = meta["tokenizer"]["file"], meta["tokenizer"]["sha256"]
     if found != expected:
@@ -654,6 +758,19 @@ def read_meta(folder: str | Path) -> dict:
 
 
 # ---- command line ----
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """The object in a JSON file. Raises ValueError when it is missing, not JSON, or lacks one of keys."""
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(values, dict) or not set(keys) <= values.keys():
+        raise ValueError(f"{path} must be an object with {', '.join(keys)}")
+    return values
 
 
 def git_commit() -> str:
@@ -665,21 +782,25 @@ def git_commit() -> str:
         return ""
 
 
-def run_command(main, config_class):
+def run_command(main, config_class, defaults=None):
     """Parse the flags and call main. Bad input ends with one sentence and exit code 2; a bug keeps its traceback.
 
-    Bad input is a ValueError or OSError raised by one of this project's files; from deeper down it is a bug.
+    Bad input is a ValueError raised by one of this project's files, or an OSError about a file; from deeper down a
+    ValueError is a bug. defaults turns a first reading of the flags into those that count where a flag is not typed.
     """
     import tyro
 
-    config = tyro.cli(config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    parse = functools.partial(tyro.cli, config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
     try:
-        main(config)
+        config = parse()
+        main(parse(default=defaults(config)) if defaults else config)
     except (ValueError, OSError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if raised_in.parent != Path(__file__).parent:
+        about_a_file = isinstance(error, OSError) and error.filename is not None
+        if raised_in.parent != Path(__file__).parent and not about_a_file:
             raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        text = f"{error.filename}: {error.strerror}" if about_a_file else str(error)
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

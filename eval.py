@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import TokenDataset, Tokenizer, find_files, git_commit, read_documents, run_command
+from data import TokenDataset, Tokenizer, find_files, git_commit, read_documents, read_meta, run_command
 from model import Transformer
 from sample import load_model
 
@@ -89,7 +89,7 @@ def mmlu(tokenizer: Tokenizer, config: Config, window: int) -> Iterator[Question
     letters = [continuation(tokenizer, "\nAnswer:", f" {letter}") for letter in "ABCD"]
     limit = min(config.max_prompt, window - max(map(len, letters)) + 1)
     every = sorted(sum(CATEGORIES.values(), []))
-    for subject in config.subjects.split(",") if config.subjects else every:
+    for subject in map(str.strip, config.subjects.split(",")) if config.subjects else every:
         if subject not in every:
             raise ValueError(f"--subjects {subject} is not one of MMLU's 57, such as {every[0]}")
         words = "".join(f" {word}" for word in subject.split("_"))
@@ -115,10 +115,16 @@ def mmlu_question(row: list[str]) -> str:
 def read_mmlu(path: Path) -> list[list[str]]:
     if not path.exists():
         raise ValueError(f"{path} is missing; --data must hold dev/ and test/ of MMLU's data.tar")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]  # a blank line at the end is no row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+    if not rows:
+        raise ValueError(f"{path} is empty")
     for number, row in enumerate(rows, 1):
-        if len(row) != 6 or row[5] not in "ABCD":
+        if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
             columns = f"and has {len(row)} columns, the last {row[-1:]}"
             raise ValueError(f"{path}: row {number} must be a question, four choices and A, B, C or D, {columns}")
     return rows
@@ -222,21 +228,23 @@ def summarize(records: list[dict]) -> dict:
 def run_perplexity(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
     """Nats a token, bits a byte and perplexity on the validation split of a dataset folder, or on text files."""
     path, window = Path(config.data), model.config.max_seq_len
+    if not path.exists():
+        raise ValueError(f"--data {path}: no such file or folder")
     if (path / "meta.json").exists():
-        val = TokenDataset(path, "val", window)
+        val = TokenDataset(path, "val", min(window, largest_file(path) - 1))
         if val.meta["tokenizer"]["sha256"] != tokenizer.sha256:
             raise ValueError(f"--data {path} was made with another tokenizer than the model's {tokenizer.name}")
         # these are (context, predicted) pairs as below; bytes are in proportion to the tokens predicted
         pieces = ((row[:-1].tolist(), row[1:].tolist()) for row in map(val.window, range(len(val))))
         split = val.meta["splits"]["val"]
-        documents, num_bytes = split["documents"], len(val) * window * split["bytes"] / split["tokens"]
+        documents, num_bytes = split["documents"], len(val) * val.seq_len * split["bytes"] / split["tokens"]
     else:
         documents = num_bytes = 0
 
         def read_pieces() -> Iterator[tuple[list[int], list[int]]]:
             nonlocal documents, num_bytes
             for file in find_files((config.data,), path):
-                for text in read_documents(file):
+                for text in filter(str.strip, read_documents(file)):
                     documents, num_bytes = documents + 1, num_bytes + len(text.encode())
                     yield from rolling_windows(tokenizer.encode(text, bos=True), window)
 
@@ -259,6 +267,11 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
         "bytes": round(num_bytes),
         "documents": documents,
     }
+
+
+def largest_file(folder: Path) -> int:
+    """Tokens in the largest validation file, which bounds the window that fits."""
+    return max(file["tokens"] for file in read_meta(folder)["splits"]["val"]["files"])
 
 
 def rolling_windows(ids: list[int], window: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -313,9 +326,13 @@ def main(config: Config):
         if getattr(config, name) < least:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
     lines = Path(config.out).with_suffix(".jsonl") if config.out else None
-    for path in (Path(config.out), lines) if config.out else ():
-        if path.exists():
-            raise ValueError(f"--out: {path} exists; choose another name")
+    if config.out:
+        if not config.out.endswith(".json"):
+            raise ValueError(f"--out {config.out} must end in .json; the lines go beside it, in .jsonl")
+        for path in (Path(config.out), lines):
+            if path.exists():
+                raise ValueError(f"--out: {path} exists; choose another name")
+        lines.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(config.model, config.tokenizer, config.dtype)
     started, records = time.perf_counter(), []
     if config.task == "mmlu":
@@ -329,7 +346,6 @@ def main(config: Config):
         scores = run_perplexity(model, tokenizer, config)
         print_table(scores, "{:,.6g}")
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         if records:
             lines.write_text("".join(json.dumps(record) + "\n" for record in records))
         seconds = round(time.perf_counter() - started, 1)

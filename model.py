@@ -10,8 +10,10 @@ Read it upwards from `Transformer.forward`, or downwards from the leaves. The se
 and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files and this project's checkpoints.
 """
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
 import struct
 import warnings
@@ -326,31 +328,37 @@ def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Named]:
     config = config_from_hugging_face(json.loads((folder / "config.json").read_text()), folder)
     table = {theirs: ours for ours, theirs in HF_NAMES.items()}
 
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if not (folder / name).exists():
+            raise ValueError(f"{folder}: {name} is missing")
+
     def tensors() -> Named:
         from safetensors import safe_open
 
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in (folder / name for name in names):
             with safe_open(path, "pt") as file:
-                names = [name for name in file.keys() if not (config.tie_embeddings and name == "lm_head.weight")]
-            for name in names:
+                inside = list(file.keys())
+            for name in inside:
+                # older conversions store the rotary wavelengths, and some the output of a tied model twice
+                if name.endswith("rotary_emb.inv_freq") or config.tie_embeddings and name == "lm_head.weight":
+                    continue
                 with safe_open(path, "pt") as file:  # opened anew, so that what was read does not stay mapped
                     yield _translate(name, table), file.get_tensor(name)
 
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-            if not (folder / name).exists():
-                raise ValueError(f"{folder}: {name} is missing, though {index.name} names it")
     return config, tensors()
 
 
 def _read_meta(folder: Path) -> tuple[ModelConfig, Named]:
     """Meta's release: params.json and one consolidated.NN.pth for each model-parallel rank."""
     params = json.loads((folder / "params.json").read_text())
-    parts = [
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for path in sorted(folder.glob("consolidated.*.pth"))
-    ]
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise ValueError(f"{folder} has params.json but no consolidated.*.pth")
+    parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
     config = ModelConfig(
         dim=params["dim"],
         num_layers=params["n_layers"],
@@ -381,7 +389,8 @@ def _read_meta(folder: Path) -> tuple[ModelConfig, Named]:
 
 def _read_llama2c(path: Path) -> tuple[ModelConfig, Named]:
     """llama2.c's version 0: seven int32 (a negative vocabulary means untied), then fp32 matrices, layers stacked."""
-    dim, ffn_dim, layers, heads, kv_heads, vocab, seq_len = struct.unpack("7i", path.read_bytes()[:28])
+    with open(path, "rb") as file:
+        dim, ffn_dim, layers, heads, kv_heads, vocab, seq_len = struct.unpack("<7i", file.read(28))
     config = ModelConfig(
         dim, layers, heads, kv_heads, ffn_dim, abs(vocab), max_seq_len=seq_len, tie_embeddings=vocab > 0
     )
@@ -418,16 +427,36 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
 
     path is a Hugging Face style folder, Meta's folder (params.json, consolidated.*.pth), a llama2.c .bin, or a
     run or checkpoint folder of train.py. Meta's params.json names no context window; LLaMA-2's 4,096 is taken.
-    Raises ValueError naming the tensor, the expected and the found shape where a file does not fit its config.
+    Raises ValueError naming the tensor, the expected and the found shape where a file does not fit its config, and
+    for files that cannot be read at all. No file can run code.
     """
     path = checkpoint_folder(Path(path))
+    with readable(path):
+        return _load(path, device, dtype)
+
+
+@contextlib.contextmanager
+def readable(path: Path):
+    """Turn whatever a damaged file makes its reader raise into one ValueError."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError:
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def _load(path: Path, device, dtype: torch.dtype) -> Transformer:
     if path.is_file():
         config, tensors = _read_llama2c(path)
     elif (path / ".metadata").exists():
         return _load_checkpoint(path, device, dtype)
     elif (path / "params.json").exists():
         config, tensors = _read_meta(path)
-    elif (path / "config.json").exists() and any(path.glob("*.safetensors")):
+    elif (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
         config, tensors = _read_hugging_face(path)
     else:
         raise ValueError(f"{path}: no model here (looked for config.json with safetensors, params.json, a checkpoint)")
@@ -459,16 +488,46 @@ def checkpoint_folder(path: Path) -> Path:
     """The last complete checkpoint of a run folder; any other path unchanged. Raises ValueError if there is nothing."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    if (path / "run.json").exists():
-        if not (path / "last").exists():
-            raise ValueError(f"{path}: this run has no complete checkpoint yet")
-        return path / (path / "last").read_text().strip()
-    return path
+    if not (path / "run.json").exists():
+        return path
+    if not (path / "last").exists():
+        raise ValueError(f"{path}: this run has no complete checkpoint yet")
+    folder = path / (path / "last").read_text().strip()
+    if not (folder / ".metadata").exists():
+        raise ValueError(f"{folder}: no checkpoint there, though {path / 'last'} names it")
+    return folder
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint, a pickle, letting it name nothing but descriptions of tensors."""
+
+    DESCRIPTIONS = """Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta
+        _MEM_FORMAT_ENCODING""".split()
+
+    def find_class(self, module: str, name: str):
+        known = {
+            "torch.distributed.checkpoint.metadata": self.DESCRIPTIONS,
+            "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+            "torch.serialization": ["_get_layout"],
+            "torch": ["Size", *(str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16))],
+            "pathlib": ["PosixPath", "WindowsPath"],
+            "pathlib._local": ["PosixPath", "WindowsPath"],
+        }
+        if name not in known.get(module, ()):
+            raise ValueError(f"its index names {module}.{name}, which does not describe tensors")
+        return super().find_class(module, name)
+
+
+def check_checkpoint(folder: Path):
+    """Raise ValueError unless it holds tensors alone: from other entries PyTorch's reader would run code."""
+    with readable(folder), open(folder / ".metadata", "rb") as file:
+        _Metadata(file).load()
 
 
 def _load_checkpoint(folder: Path, device, dtype: torch.dtype) -> Transformer:
     import torch.distributed.checkpoint as dcp
 
+    check_checkpoint(folder)
     config = config_from_hugging_face(json.loads((folder / "config.json").read_text()), folder)
     model = _empty(config, device, dtype)
     state = {"model": model.state_dict()}
@@ -483,7 +542,12 @@ def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:
     """A ModelConfig from config.json, as written by transformers 4 or 5. Raises ValueError for what is not LLaMA."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    required = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
+    for name in (*required, "max_position_embeddings", "rms_norm_eps"):
+        if not isinstance(values.get(name), (int, float)):
+            raise ValueError(f"{path}: config.json has no number {name}")
     unfit = {
+        "quantization_config": values.get("quantization_config"),
         "model_type": values.get("model_type", "llama") != "llama",
         "hidden_act": values.get("hidden_act", "silu") != "silu",
         "attention_bias": values.get("attention_bias", False),
@@ -540,7 +604,7 @@ def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; choose another folder")
-    aside = folder.with_name(folder.name + ".tmp")
+    aside = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
 

@@ -9,13 +9,12 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from data import Tokenizer, run_command
+from data import Tokenizer, find_tokenizer, run_command
 from model import KVCache, Transformer, load, save
 
 
@@ -31,7 +30,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0:
+        if not (self.temperature >= 0 and self.top_k >= 0):
             raise ValueError(f"--temperature {self.temperature} and --top_k {self.top_k} must not be negative")
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise ValueError(f"--top_p {self.top_p} and --min_p {self.min_p} must lie between 0 and 1, top_p above 0")
@@ -46,7 +45,7 @@ def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, unifor
             seen = torch.tensor(sorted(set(context)), device=logits.device)
             penalty = sampling.repetition_penalty
             row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-5:  # dividing by less would overflow
         return logits.argmax(-1)
     logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
     p = (logits / sampling.temperature).softmax(-1)
@@ -56,8 +55,8 @@ def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, unifor
     keep &= p.cumsum(-1) - p < sampling.top_p
     keep &= p >= sampling.min_p * p[:, :1]
     mass = (p * keep).cumsum(-1)
-    place = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1).clamp(max=p.size(-1) - 1)
-    place = torch.minimum(place, keep.sum(-1) - 1)
+    place = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1)
+    place = torch.minimum(place, keep.sum(-1) - 1).clamp(min=0)
     return tokens.gather(-1, place[:, None])[:, 0]
 
 
@@ -73,6 +72,13 @@ def read(model: Transformer, cache: KVCache, chunks: list[list[int]]) -> Tensor:
     return model.unembedding(last).float()
 
 
+def check_prompts(model: Transformer, prompts: list[list[int]]):
+    window = model.config.max_seq_len
+    for prompt in prompts:
+        if not 0 < len(prompt) <= window:
+            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context window of {window}")
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -84,20 +90,16 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt by up to max_new_tokens tokens; returns the new tokens alone, without end_ids.
 
-    A row ends at one of end_ids, or when stop(row, token), called with each new token, returns True. Random rows draw
-    from seeds of their own, so a prompt gives the same text alone and in a batch. A row that fills the context
-    window goes on with the last half of it, read anew, and stderr says so.
+    A row ends at one of end_ids, or when stop(row, token), called with each new token, returns True. What a row
+    draws depends on the seed and its place, not on the other rows. A row that fills the context window goes on with
+    the last half of it, read anew, and stderr says so.
     Raises ValueError for a prompt that is empty or longer than the context window.
     """
-    window = model.config.max_seq_len
-    for prompt in prompts:
-        if not 0 < len(prompt) <= window:
-            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context window of {window}")
-    weight = model.norm.weight
-    uniform = torch.stack([
-        torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed * 1_000_003 + row))
-        for row in range(len(prompts))
-    ]).to(weight.device)  # fmt: skip
+    check_prompts(model, prompts)
+    window, weight = model.config.max_seq_len, model.norm.weight
+    seeds = [(sampling.seed * 1_000_003 + row) % 2**63 for row in range(len(prompts))]
+    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniform = torch.stack(draws).to(weight.device)
 
     def new_cache() -> KVCache:
         size = min(window, max(map(len, contexts)) + max_new_tokens)
@@ -117,7 +119,9 @@ def generate(
                 continue
             new[row].append(token)
             contexts[row].append(token)
-            running[row] = not (stop and stop(row, token))
+            if stop and stop(row, token):
+                running[row] = False
+                del contexts[row][window:]  # it is read on with the others, and must not overflow
         if not any(running):
             break
         full = [row for row, context in enumerate(contexts) if running[row] and len(context) > window]
@@ -126,7 +130,6 @@ def generate(
             print(notice, file=sys.stderr)
             for row in full:
                 contexts[row] = contexts[row][-(window // 2) :]
-            contexts = [context[:window] for context in contexts]  # a row that ended just when it was full
             cache, unread = new_cache(), contexts
         else:
             # a row that has ended reads its last token again, into a place that nobody looks at
@@ -218,11 +221,10 @@ def load_model(path: str, tokenizer: str = "", dtype: str = "auto") -> tuple[Tra
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda"
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
-    places = [Path(path), Path(path).parent]  # a checkpoint's is in its run's folder
-    found = [place for place in places if any((place / name).exists() for name in Tokenizer.FILES)]
-    if not (tokenizer or found):
+    found = tokenizer or find_tokenizer(path)
+    if not found:
         raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
-    words, most = Tokenizer(tokenizer or found[0]), model.config.vocab_size
+    words, most = Tokenizer(found), model.config.vocab_size
     if words.vocab_size > most:
         raise ValueError(f"tokenizer {words.name} has {words.vocab_size} tokens, more than the model's {most}")
     return model, words
@@ -253,13 +255,17 @@ def main(config: Config):
     for name in ("num", "max_new_tokens"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    if not config.prompt or "" in config.stop:
+        raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
     model, tokenizer = load_model(config.model, config.tokenizer, config.dtype)
     if config.export:
         save(model, config.export, tokenizer)
         print(f"wrote {config.export}")
         return
     prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
-    shown = [tokenizer.decode(tokenizer.encode_prompt(prompt)) for prompt in prompts]
+    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    check_prompts(model, rows)
+    shown = [tokenizer.decode(row) for row in rows]
     show = lambda row, text: print(text, end="", flush=True)
     if len(prompts) == 1:
         show(0, shown[0])

@@ -32,8 +32,18 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
-from data import TokenDataset, Tokenizer, git_commit, read_meta, run_command
-from model import IGNORE, SIZES, ModelConfig, Transformer, config_to_hugging_face, load
+from data import TokenDataset, Tokenizer, find_tokenizer, git_commit, read_json, read_meta, run_command
+from model import (
+    IGNORE,
+    SIZES,
+    ModelConfig,
+    Transformer,
+    check_checkpoint,
+    checkpoint_folder,
+    config_to_hugging_face,
+    load,
+    readable,
+)
 
 HERE = Path(__file__).parent
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense
@@ -84,9 +94,9 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"   # auto: where a compiler is there and the run is long enough
 
 
-# flags that may differ when a run is continued, because they do not change what is computed
-FREE = {"resume", "out", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample", "wandb"}
-FREE |= {"compile"}
+# flags that may differ when a run is continued: they do not change what is computed (the record knows its dataset)
+FREE = {"resume", "out", "data", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample"}
+FREE |= {"wandb", "compile"}
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -144,16 +154,19 @@ def model_config(config: Config, vocab_size: int) -> ModelConfig:
 
 
 def first_model(config: Config, meta: dict) -> Transformer:
-    """The model before its first step, whole, in fp32; the same on every rank."""
+    """The model before its first step, whole, in fp32; the same on every rank. Raises ValueError for a misfit."""
     if not config.init_from:
         torch.manual_seed(config.seed)
         model = Transformer(model_config(config, meta["vocab_size"]))
         model.init_weights()
         return model
+    for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
+        if getattr(config, name):
+            raise ValueError(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
     model = load(config.init_from)
-    theirs = [Path(config.init_from) / name for name in Tokenizer.FILES if (Path(config.init_from) / name).exists()]
-    if theirs and Tokenizer(theirs[0]).sha256 != meta["tokenizer"]["sha256"]:
-        raise ValueError(f"--data {config.data} was made with another tokenizer than {theirs[0]}")
+    theirs = find_tokenizer(config.init_from)
+    if theirs and Tokenizer(theirs).sha256 != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"--data {config.data} was made with another tokenizer than {theirs}")
     if model.config.vocab_size < meta["vocab_size"]:
         sizes = f"{meta['vocab_size']}, larger than the model's {model.config.vocab_size}"
         raise ValueError(f"--data {config.data} has a vocabulary of {sizes}")
@@ -253,15 +266,13 @@ def save(folder: Path, step: int, model, optimizer, keep: int):
     name = f"step_{step:08d}"
     aside = folder / f"{name}.tmp"
     weights, moments = get_state_dict(model, optimizer)
-    if model.config.tie_embeddings:
-        del weights["unembedding.weight"]  # the same matrix as embedding.weight
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(folder / name, ignore_errors=True)  # complete, but killed before `last` pointed to it
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(model.config), indent=2))
     dist.barrier()
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    dcp.save(checkpoint_tensors(model, weights, moments), checkpoint_id=aside)
     dist.barrier()
     if dist.get_rank() == 0:
         for path in aside.iterdir():
@@ -273,6 +284,12 @@ def save(folder: Path, step: int, model, optimizer, keep: int):
             if old.name not in kept:
                 shutil.rmtree(old)
     dist.barrier()
+
+
+def checkpoint_tensors(model: Transformer, weights: dict, moments: dict) -> dict:
+    """What a checkpoint holds: tensors alone, a tied matrix once; learning rate and the like come from the config."""
+    own = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}
+    return {"model": own, "optimizer": moments["state"]}
 
 
 def _sync(path: Path):
@@ -295,17 +312,16 @@ def restore(folder: Path, model, optimizer) -> int:
     """Read weights and moments of the last checkpoint, on any number of ranks; returns its step, 0 without one."""
     if not (folder / "last").exists():
         return 0
-    checkpoint = folder / (folder / "last").read_text().strip()
-    found, expected = json.loads((checkpoint / "config.json").read_text()), config_to_hugging_face(model.config)
+    checkpoint = checkpoint_folder(folder)
+    found, expected = read_json(checkpoint / "config.json"), config_to_hugging_face(model.config)
     for name in expected:
-        if found[name] != expected[name]:
-            raise ValueError(f"{checkpoint} is of another size: {name} {found[name]}, the run's is {expected[name]}")
+        if found.get(name) != expected[name]:
+            sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
+            raise ValueError(f"{checkpoint} is of another size: {sizes}")
+    check_checkpoint(checkpoint)
     weights, moments = get_state_dict(model, optimizer)
-    if model.config.tie_embeddings:
-        del weights["unembedding.weight"]
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint)
-    if model.config.tie_embeddings:
-        weights["unembedding.weight"] = weights["embedding.weight"]
+    with readable(checkpoint):
+        dcp.load(checkpoint_tensors(model, weights, moments), checkpoint_id=checkpoint)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return int(checkpoint.name.removeprefix("step_"))
 
@@ -328,7 +344,8 @@ class Report:
             return
         log = folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        _write_whole(log, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        whole = (line for line in lines if line.endswith("}"))  # a kill may have left half of the last one
+        _write_whole(log, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= start))
         if config.wandb:
             self._start_wandb()
 
@@ -349,8 +366,6 @@ class Report:
         )
         progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
         self.say(f"{progress}  {left // 60}:{left % 60:02} left", passing=True)
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"loss {loss}, gradient norm {norm} at step {done}; a lower --learning_rate usually helps")
 
     def validation(self, done: int, scores: dict[str, float]):
         self.write(step=done, **scores)
@@ -406,7 +421,7 @@ class Report:
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot(*zip(*points), style, label=label, linewidth=1) if points else None
+            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1)
         axes.set(xlabel="step", ylabel="loss (nats a token)", title=str(self.folder))
         axes.legend()
         axes.grid(alpha=0.3)
@@ -440,34 +455,34 @@ def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.d
 
 
 def describe_dataset(meta: dict) -> dict:
-    return {"command": meta["command"], "tokenizer": meta["tokenizer"], "tokens": meta["splits"]["train"]["tokens"]}
+    return {"tokenizer": meta["tokenizer"], "splits": meta["splits"]}
 
 
 # ---- the run ----
 
 
-def choose_run(config: Config) -> tuple[Config, dict | None]:
-    """The config to train with and, if it continues a run, that run's record. Raises ValueError for a mismatch."""
-    folder = Path(config.resume or config.out)
+def resumed(first: Config) -> Config:
+    """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
+    if not first.resume:
+        return Config()
+    saved = Config(**read_json(Path(first.resume) / "run.json", "config")["config"])
+    return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0)
+
+
+def choose_run(config: Config) -> dict | None:
+    """The record of the run that config continues, None for a new one. Raises ValueError where the two differ."""
+    folder = Path(config.out)
     if not (folder / "run.json").exists():
-        if config.resume:
-            raise ValueError(f"--resume {folder} holds no run (no run.json)")
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise ValueError(f"--out {folder} holds other files; choose another folder")
-        return config, None
-    record = json.loads((folder / "run.json").read_text())
-    saved, defaults, changes = Config(**record["config"]), Config(), {}
-    for name, mine in vars(config).items():
-        theirs = getattr(saved, name)
-        if config.resume and mine == getattr(defaults, name):
-            continue  # --resume takes the run's own flags
-        if name in FREE:
-            changes[name] = mine
-        elif mine != theirs:
-            flag = f"--resume {folder}" if config.resume else f"--out {folder}"
-            raise ValueError(f"{flag} holds a run with --{name} {theirs}, not {mine}; choose another --out")
-    changes |= {"out": str(folder), "resume": "", "stop_at": config.stop_at}
-    return dataclasses.replace(saved, **changes), record
+        return None
+    record = read_json(folder / "run.json", "config", "model", "dataset")
+    for name, theirs in record["config"].items():
+        mine = getattr(config, name)
+        if name not in FREE and mine != theirs and not (name == "dtype" and mine == "auto"):
+            flag = "--resume" if config.resume else "--out"
+            raise ValueError(f"{flag} {folder} holds a run with --{name} {theirs}, not {mine}; choose another --out")
+    return record
 
 
 def check(config: Config, world: int):
@@ -478,11 +493,13 @@ def check(config: Config, world: int):
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
     shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
     for name in ("micro_batch", "stop_at", "warmup", "weight_decay", *shape):
-        if getattr(config, name) < 0:
-            raise ValueError(f"--{name} {getattr(config, name)} must not be negative")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
     for name in ("final_lr", "beta1", "beta2"):
-        if not 0 <= getattr(config, name) <= 1:
+        if not 0 <= getattr(config, name) <= (1 if name == "final_lr" else 0.999999):
             raise ValueError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed {config.seed} must lie between 0 and 2^63")
     if config.eval_tokens < config.seq_len:
         raise ValueError(f"--eval_tokens {config.eval_tokens} is less than one window of --seq_len {config.seq_len}")
     if config.batch_size % world:
@@ -496,19 +513,22 @@ def prepare_default():
     """Make the dataset that a run without flags trains on, by the command that anybody could type."""
     command = [sys.executable, str(HERE / "data.py"), "--source", "stdlib", "--out", Config.data]
     print(f"first the data: python data.py --source stdlib --out {Config.data}", flush=True)
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        raise ValueError(f"--data {Config.data} could not be prepared")
 
 
 def show_sample(config: Config):
     print(f'\npython sample.py --model {config.out} --prompt "{config.sample}" --max_new_tokens 200\n', flush=True)
-    command = [sys.executable, str(HERE / "sample.py"), "--model", config.out, "--prompt", config.sample]
-    subprocess.run([*command, "--max_new_tokens", "200"], check=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the sample is drawn by a process of its own
+    command = [sys.executable, str(HERE / "sample.py"), "--model", config.out, f"--prompt={config.sample}"]
+    subprocess.run([*command, "--max_new_tokens", "200"])
 
 
 def main(config: Config):
     device = join_world()
     try:
-        config, record = choose_run(config)
+        record = choose_run(config)
         check(config, dist.get_world_size())
         if dist.get_rank() == 0 and config.data == Config.data and not Path(config.data).exists():
             prepare_default()
@@ -530,17 +550,20 @@ def train(config: Config, record: dict | None, device: torch.device):
         raise ValueError(f"--data {config.data} is another dataset than when {config.out} began")
     data, val = (TokenDataset(config.data, split, config.seq_len) for split in ("train", "val"))
 
-    model = first_model(config, meta)
+    begun = record and (folder / "last").exists()  # then the weights come from the checkpoint, whatever --init_from was
+    model = Transformer(ModelConfig(**record["model"])) if begun else first_model(config, meta)
     num_params = sum(p.numel() for p in model.parameters())
     step_flops = flops_per_token(model, config.seq_len) * config.batch_size * config.seq_len
-    dtype = compute_dtype(config.dtype, device)
+    dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
+    config = dataclasses.replace(config, dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype])
     model = shard(model, dtype, should_compile(config.compile, device, step_flops * config.steps))
     optimizer = make_optimizer(model, config)
     start = restore(folder, model, optimizer)
-    if dist.get_rank() == 0 and not record:
+    if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        if not record:
+            _write_whole(folder / "run.json", json.dumps(describe_run(config, model.config, meta, device), indent=2))
         Tokenizer(config.data).save(folder)
-        _write_whole(folder / "run.json", json.dumps(describe_run(config, model.config, meta, device), indent=2))
     dist.barrier()
 
     report = Report(config, folder, start, step_flops, device)
@@ -548,23 +571,27 @@ def train(config: Config, record: dict | None, device: torch.device):
     size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens"
     epochs = config.steps * config.batch_size / len(data)
     report.say(f"{num_params:,} parameters, {where}; {size}, {epochs:.2f} epochs of {config.data}")
-    if start >= config.steps:
-        report.say(f"{folder} is finished; to train again, delete it or choose another --out")
+    last = min(config.stop_at or config.steps, config.steps)
+    if start >= last:
+        done = "finished; to train again, delete it or choose another --out"
+        report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return
     if start:
         report.say(f"continuing {folder} after step {start}")
-
-    last = min(config.stop_at or config.steps, config.steps)
     for step in range(start, last):
         lr = learning_rate(step, config)
         loss, norm = train_step(model, optimizer, step_batches(data, config, step, device), lr, config.grad_clip)
         done = step + 1
-        if done % config.log_every == 0 or done == last:
+        log_now, save_now = (done % every == 0 or done == last for every in (config.log_every, config.save_every))
+        if log_now:
             report.step(done, last, loss.item(), norm.item(), lr)
+        if (log_now or save_now) and not math.isfinite(loss + norm):
+            bad = f"loss {loss.item()}, gradient norm {norm.item()} at step {done}"
+            raise ValueError(f"{bad}; a lower --learning_rate usually helps")
         with report.paused():
             if done % config.eval_every == 0 or done == config.steps:
                 report.validation(done, evaluate(model, val, config, device))
-            if done % config.save_every == 0 or done == last:
+            if save_now:
                 save(folder, done, model, optimizer, config.keep)
                 report.draw()
     report.say(f"{folder}: checkpoint of step {last}, log.jsonl, loss.png")
@@ -579,4 +606,4 @@ def memory(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, Config)
+    run_command(main, Config, resumed)

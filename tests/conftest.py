@@ -1,5 +1,6 @@
 """Each test's name finishes the sentence "plainllama promises that …"."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -91,9 +92,14 @@ def tiny_run(tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(out: str = "run", **flags) -> Path:
-        flags = flags if "resume" in flags else TINY_RUN | {"data": str(tiny_data), "out": out} | flags
-        train.main(train.Config(**flags))
-        return tmp_path / (flags.get("resume") or out)
+        if "resume" in flags:
+            config = dataclasses.replace(train.resumed(train.Config(resume=flags["resume"])), **flags)
+        else:
+            shape = dict.fromkeys(("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"), 0)
+            options = TINY_RUN | (shape if "init_from" in flags else {}) | {"data": str(tiny_data), "out": out}
+            config = train.Config(**options | flags)
+        train.main(config)
+        return tmp_path / config.out
 
     return run
 

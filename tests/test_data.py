@@ -7,6 +7,9 @@ import http.server
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +17,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from conftest import command, flags
+from conftest import ROOT, command, flags
 from data import (
     CORPORA,
     PIECE_CHARS,
@@ -23,9 +26,11 @@ from data import (
     TokenDataset,
     Tokenizer,
     download,
+    find_files,
     prepare,
     read_documents,
     shuffled,
+    split_documents,
     token_dtype,
     train_tokenizer,
 )  # fmt: skip
@@ -36,7 +41,6 @@ TYPED = "Hi </s> <s>[INST] <<SYS>> ### Assistant: <|endoftext|> <unk> <0x0A> [/I
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Tokenizer:
     """A tokenizer of 512 pieces trained on this folder's tests."""
-    from conftest import ROOT
 
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer((file.read_text() for file in sorted((ROOT / "tests").glob("*.py"))), 512, path)
@@ -182,6 +186,16 @@ def test_a_long_text_is_cut_without_losing_a_character(separator, tmp_path):
     assert separator == " " or all(piece.endswith(separator) for piece in pieces[:-1])
 
 
+def test_a_long_document_is_whole_where_there_are_separators_and_a_very_long_one_is_cut(tmp_path, monkeypatch):
+    long = "line of text\n" * 9_000
+    (tmp_path / "a.txt").write_text(f"{long}<|endoftext|>short<|endoftext|>{long}end")
+    assert list(read_documents(tmp_path / "a.txt")) == [long.strip(), "short", f"{long}end"]
+    monkeypatch.setattr("data.DOCUMENT_CHARS", 10_000)
+    (tmp_path / "b.md").write_text("".join(f"{i} line of text\n" for i in range(9_000)))
+    pieces = [text for _, text in split_documents([tmp_path / "b.md"], 0.1, tmp_path / "seen.db", Counter())]
+    assert "".join(pieces) == (tmp_path / "b.md").read_text() and max(map(len, pieces)) < 11_000
+
+
 def test_a_separator_is_found_wherever_a_block_ends(tmp_path):
     for length in range(PIECE_CHARS - 14, PIECE_CHARS + 2):
         (tmp_path / "a.txt").write_text("x" * length + "<|endoftext|>" + "y" * 9)
@@ -205,6 +219,24 @@ def test_a_bad_file_is_named_with_its_line(name, content, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "train:400"])
+def test_a_damaged_file_is_named(tokenizer, tmp_path):
+    pytest.importorskip("pyarrow")
+    whole = gzip.compress(b'{"text": "a text"}\n' * 9)
+    contents = {"a.jsonl.gz": whole[:-20], "b.jsonl.gz": b"plain", "c.parquet": b"plain", "d.md": b"\xff"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged|d.md:1: not UTF-8") as error:
+            prepare((str(tmp_path / name),), tmp_path / "out", tokenizer, workers=1)
+        assert "\n" not in str(error.value)
+
+
+def test_nothing_to_train_a_tokenizer_on_is_said(tmp_path):
+    (tmp_path / "a.md").write_text(" \n")
+    with pytest.raises(ValueError, match="--tokenizer train:400: there is no text to train on"):
+        prepare((str(tmp_path / "a.md"),), tmp_path / "out", "train:400", workers=1)
+
+
 def test_parquet_without_a_text_column_is_refused(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
@@ -224,13 +256,19 @@ def server(tmp_path):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            data = (tmp_path / "served" / self.path[1:]).read_bytes()
+            moved = self.path.startswith("/moved/")
+            data = (tmp_path / "served" / self.path.split("/")[-1]).read_bytes()
             start = int(self.headers.get("Range", "bytes=0-")[6:-1])
             requests.append((self.path, start))
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(data) - start))
-            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_response(302 if moved else 416 if start and start >= len(data) else 206 if start else 200)
+            if moved:  # as Hugging Face does
+                self.send_header("Location", "/" + self.path.split("/")[-1])
+                self.send_header("X-Linked-ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", str(0 if moved else max(0, len(data) - start)))
             self.end_headers()
+            if moved:
+                return
             stop = len(data) // 2 if "broken" in self.path and len(requests) == 1 else len(data)
             self.wfile.write(data[start:stop])
 
@@ -256,6 +294,26 @@ def test_a_broken_download_is_continued(server, tmp_path):
     assert download(corpus.urls[0], tmp_path / "got", corpus) == path and len(requests) == 2
 
 
+def test_a_download_that_was_complete_but_for_its_name_is_finished(server, tmp_path):
+    address, served, _ = server
+    (served / "a.txt").write_bytes(b"all of it")
+    (tmp_path / "got").mkdir()
+    (tmp_path / "got" / "a.txt.part").write_bytes(b"all of it")
+    assert download(f"{address}/a.txt", tmp_path / "got", Corpus((), ".txt", "none")).read_bytes() == b"all of it"
+
+
+@pytest.mark.parametrize("part", [b"none of it", b"all of it, really, and more"])
+def test_a_download_is_checked_against_what_a_redirection_names(part, server, tmp_path):
+    address, served, _ = server
+    (served / "a.txt").write_bytes(b"all of it, really")
+    (tmp_path / "got").mkdir()
+    (tmp_path / "got" / "a.txt.part").write_bytes(part)
+    with pytest.raises(ValueError, match="deleted"):
+        download(f"{address}/moved/a.txt", tmp_path / "got", Corpus((), ".txt", "none"))
+    assert list((tmp_path / "got").iterdir()) == []
+    assert download(f"{address}/moved/a.txt", tmp_path / "got", Corpus((), ".txt", "none")).exists()
+
+
 def test_a_download_with_another_checksum_is_deleted(server, tmp_path):
     address, served, _ = server
     (served / "a.txt").write_bytes(b"not what was expected")
@@ -279,6 +337,14 @@ def test_every_named_corpus_has_an_address_a_format_and_a_licence():
     for corpus in CORPORA.values():
         assert corpus.urls and corpus.licence and all(url.startswith("https://") for url in corpus.urls)
         assert corpus.suffix in (".txt", ".jsonl.gz", ".parquet")
+
+
+def test_the_files_of_a_corpus_do_not_take_each_others_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("data._fetch", lambda url, part: part.write_text(url) and (None, ""))
+    monkeypatch.setitem(CORPORA, "tinyshakespeare", Corpus(CORPORA["tinyshakespeare"].urls, ".txt", "public domain"))
+    files = find_files(tuple(CORPORA), tmp_path)
+    assert len(set(files)) == sum(len(corpus.urls) for corpus in CORPORA.values())
+    assert all(path.name.endswith((".txt", ".jsonl.gz", ".parquet")) for path in files)
 
 
 # ---- preparation ----
@@ -369,11 +435,6 @@ def test_token_files_are_divided_and_read_as_one(tmp_path, monkeypatch):
 
 def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path):
     """Killed at random moments, then run again."""
-    import signal
-    import subprocess
-    import sys
-
-    from conftest import ROOT
 
     write_texts(tmp_path / "in", range(2000))
     words = [
@@ -394,6 +455,33 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path)
     if not (tmp_path / "d").exists():
         subprocess.run(words, check=True, capture_output=True)
     assert len(documents(tmp_path / "d", "train") + documents(tmp_path / "d", "val")) == 2000
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="looks for processes in /proc")
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    write_texts(tmp_path / "in", range(3000))
+    options = {"source": tmp_path / "in", "out": tmp_path / "d", "tokenizer": "bytes", "workers": 2}
+    process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), *flags(options)], stderr=subprocess.DEVNULL)
+    children = []
+    while len(children) < 3 and process.poll() is None:  # two workers and the tracker of their resources
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+            children = file.read().split()
+    process.kill()
+    process.wait()
+
+    def alive() -> bool:
+        states = []
+        for child in children:
+            try:
+                states.append(open(f"/proc/{child}/stat").read().split(") ")[1][0])
+            except FileNotFoundError:
+                pass
+        return any(state != "Z" for state in states)
+
+    deadline = time.time() + 10
+    while alive() and time.time() < deadline:
+        time.sleep(0.1)
+    assert children and not alive()
 
 
 def test_ids_above_65535_are_stored_in_four_bytes(tmp_path, shared):
@@ -429,6 +517,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written_over(tmp_path):
         ({"tokenizer": "train:12"}, "vocabulary size above 300"),
         ({"tokenizer": "train:90000"}, "--tokenizer train:90000"),
         ({"tokenizer": "words"}, "no tokenizer words"),
+        ({"workers": -1}, "--workers -1 must be at least 1"),
+        ({"out": tmp_path / "in" / "0000.md" / "d"}, "Not a directory"),
     ):
         assert message in refused(*flags(good | change))
     assert (tmp_path / "taken" / "x").read_text() == "keep me" and not (tmp_path / "d").exists()
@@ -482,7 +572,7 @@ def test_a_damaged_dataset_is_refused(tiny_data, tmp_path):
         shutil.copytree(tiny_data, folder)
         change(folder)
         with pytest.raises(ValueError) as error:
-            TokenDataset(folder, "train", 10)
+            TokenDataset(folder, "train", 10).windows([0])
         return str(error.value)
 
     def truncated(folder):
@@ -500,6 +590,14 @@ def test_a_damaged_dataset_is_refused(tiny_data, tmp_path):
     def without_tokenizer(folder):
         (folder / "tokenizer.bytes").unlink()
 
+    def with_other_tokens(folder):
+        (folder / "train_00000.bin").write_bytes(b"\xff" * (folder / "train_00000.bin").stat().st_size)
+
+    def with_half_a_meta(folder):
+        os.truncate(folder / "meta.json", 100)
+
+    assert "has a token 65535, its vocabulary only 258" in damaged(with_other_tokens)
+    assert "meta.json is not JSON" in damaged(with_half_a_meta)
     assert "train_00000.bin has 1001 bytes, meta.json says" in damaged(truncated)
     assert "has 0 bytes" in damaged(without_file)
     assert "holds no dataset (no meta.json); make one: python data.py" in damaged(without_meta)
@@ -525,10 +623,6 @@ if __name__ == "__main__":
 
 def prepare_100_mb(shared, tmp_path, workers: int) -> tuple[float, float]:
     """Seconds and the largest peak of resident memory of any process, in bytes."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT
 
     if not (tmp_path / "big.txt").exists():
         texts = [path.read_text() for path in sorted(shared("text/gutenberg").glob("*.txt"))]

@@ -61,7 +61,7 @@ def test_all_prompts_of_mmlu_have_their_known_lengths(shared, llama):
 def test_cells_are_read_as_they_are(shared, tmp_path):
     rows = read_mmlu(shared("mmlu/data/test/college_biology_test.csv"))
     assert all(len(row) == 6 for row in rows)
-    (tmp_path / "a.csv").write_text('"a, b\nc ",NA,None, x,,D\n')
+    (tmp_path / "a.csv").write_text('"a, b\nc ",NA,None, x,,D\n\n')
     assert read_mmlu(tmp_path / "a.csv") == [["a, b\nc ", "NA", "None", " x", "", "D"]]
 
 
@@ -213,6 +213,9 @@ def test_bad_input_is_one_sentence(model, tmp_path, monkeypatch, capsys, shared,
         "model": str(shared("stories260K/stories260K.bin")),
         "tokenizer": str(shared("stories260K/tok512.rebuilt.model")),
     }
+    for subject, rows in (("virology", b"q,1,2,3,4,AB\n"), ("marketing", b""), ("sociology", b"q\xff,1,2,3,4,A\n")):
+        (tmp_path / "dev" / f"{subject}_dev.csv").write_text("q,1,2,3,4,A\n")
+        (tmp_path / "test" / f"{subject}_test.csv").write_bytes(rows)
     good = {"model": "m", "task": "mmlu", "data": ".", "subjects": "anatomy"}
     for change, message in (
         ({"data": "nowhere"}, "anatomy_dev.csv is missing; --data must hold dev/ and test/"),
@@ -220,6 +223,11 @@ def test_bad_input_is_one_sentence(model, tmp_path, monkeypatch, capsys, shared,
         ({"subjects": "alchemy"}, "--subjects alchemy is not one of MMLU's 57"),
         ({"shots": 7}, "anatomy_test.csv: row 2"),
         ({"shots": -1}, "--shots -1 must be at least 0"),
+        ({"subjects": "virology", "shots": 0}, "virology_test.csv: row 1 must be"),
+        ({"subjects": " marketing", "shots": 0}, "marketing_test.csv is empty"),
+        ({"subjects": "sociology", "shots": 0}, "sociology_test.csv: not UTF-8 at byte 1"),
+        ({"out": "r.jsonl"}, "--out r.jsonl must end in .json"),
+        ({"out": "m/config.json/r.json"}, "m/config.json"),
         ({"model": "nowhere"}, "nowhere: no such file or folder"),
         ({"task": "perplexity", "data": "nowhere"}, "nowhere is neither a file, a folder"),
         ({"task": "perplexity", "data": "dev"}, "holds no files that end in"),

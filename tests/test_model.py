@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import random
 import struct
@@ -9,6 +10,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from conftest import random_model
 from model import IGNORE, SIZES, KVCache, ModelConfig, Transformer, load, rope_table, rotate, save
@@ -265,6 +267,50 @@ def test_a_folder_that_does_not_fit_says_which_tensor(what, message, tmp_path):
         load(tmp_path / "m")
 
 
+def test_only_the_files_and_tensors_of_the_model_are_read(tmp_path):
+    """Older conversions hold rotary wavelengths; other weights may lie beside the shards that the index names."""
+    from safetensors.torch import load_file, save_file
+
+    model = make()
+    save(model, tmp_path / "m", max_shard_bytes=10_000)
+    first = next((tmp_path / "m").glob("model-00001*"))
+    weights = load_file(first) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights, first)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "m" / "consolidated.safetensors")
+    assert same_weights(load(tmp_path / "m"), model)
+
+
+def truncate(name: str, size: int):
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def without(key: str):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        del config[key]
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+@pytest.mark.parametrize("change, message", [
+    (truncate("config.json", 20), "cannot be read .JSONDecodeError"),
+    (truncate("config.json", 0), "cannot be read .JSONDecodeError"),
+    (without("hidden_size"), "config.json has no number hidden_size"),
+    (without("rms_norm_eps"), "config.json has no number rms_norm_eps"),
+    (truncate("model.safetensors", 1000), "cannot be read .SafetensorError"),
+    (truncate("model.safetensors", 0), "cannot be read .SafetensorError"),
+    (lambda folder: (folder / "params.json").write_text("{}"), "has params.json but no consolidated"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "cannot be read .KeyError"),
+])  # fmt: skip
+def test_a_damaged_folder_is_refused_in_one_sentence(change, message, tmp_path):
+    save(make(), tmp_path / "m")
+    change(tmp_path / "m")
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / "m")
+    assert type(error.value) is ValueError and "\n" not in str(error.value)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     save(make(), tmp_path / "m", max_shard_bytes=10_000)
     next((tmp_path / "m").glob("model-00002*")).unlink()
@@ -374,8 +420,19 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     """Trap 27."""
     torch.save({"layers.0.feed_forward.w1.weight": Malicious()}, tmp_path / "consolidated.00.pth")
     (tmp_path / "params.json").write_text(json.dumps({"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5}))
-    with pytest.raises((pickle.UnpicklingError, ValueError)):
+    with pytest.raises(ValueError, match="cannot be read .UnpicklingError"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", [Malicious(), dcp_metadata.Metadata({"x": dcp_metadata.BytesStorageMetadata()}, None, {})]
+)
+def test_the_index_of_a_sharded_checkpoint_cannot_run_code(index, tmp_path):
+    """PyTorch unpickles it, and unpickles any entry that it says is not a tensor."""
+    save(make(), tmp_path / "m")
+    (tmp_path / "m" / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match="which does not describe tensors"):
+        load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("tied", [True, False])

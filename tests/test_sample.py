@@ -79,7 +79,7 @@ def test_temperature_zero_is_greedy_and_one_is_the_models_distribution():
     assert draw_many(logits, Sampling(0.0)) == {0: 4000}
     counts = draw_many(logits, Sampling(1.0))
     assert [counts[i] / 4000 for i in range(4)] == pytest.approx([0.5, 0.2, 0.25, 0.05], abs=0.03)
-    assert draw_many(logits, Sampling(0.01)) == {0: 4000}
+    assert draw_many(logits, Sampling(0.01)) == draw_many(logits, Sampling(1e-40)) == {0: 4000}
 
 
 def test_top_k_keeps_k_tokens_also_when_they_are_equal():
@@ -145,6 +145,12 @@ def test_generation_goes_on_beyond_the_context_window_and_says_so(model, capsys)
             expected += without_cache(model, context, 1)
             context.append(expected[-1])
         assert row == expected
+
+
+def test_a_row_may_end_at_the_very_moment_its_window_overflows(model):
+    prompts = prompts_of([48, 5, 30])
+    free = generate(model, prompts, 10)
+    assert generate(model, prompts, 10, stop=lambda row, token: row == 0) == [free[0][:1], *free[1:]]
 
 
 @pytest.mark.parametrize("length", [0, 49])
@@ -231,6 +237,8 @@ def test_a_model_and_its_tokenizer_must_be_there_and_fit(model, tmp_path):
     ({"model": "nowhere"}, "sample.py: nowhere: no such file or folder"),
     ({"prompt": "x" * 60}, "a prompt of 61 tokens does not fit the model's context window of 48"),
     ({"num": 0}, "--num 0 must be at least 1"),
+    ({"stop": ""}, "--stop texts that are not empty"),
+    ({"temperature": "nan"}, "--temperature nan"),
     ({"export": "m"}, "m exists; choose another folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(options, message, model, tmp_path, monkeypatch, capsys):

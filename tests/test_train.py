@@ -361,13 +361,17 @@ def test_wandb_mirrors_the_log_and_never_stops_a_run(tiny_run, tmp_path, monkeyp
     (dict(steps=0), "--steps 0 must be above 0"),
     (dict(batch_size=-4), "--batch_size -4 must be above 0"),
     (dict(micro_batch=3), "--micro_batch 3 must divide --batch_size / processes = 4"),
-    (dict(warmup=-1), "--warmup -1 must not be negative"),
+    (dict(warmup=-1), "--warmup -1 must be a number that is not negative"),
     (dict(beta2=1.5), "--beta2 1.5 must lie between 0 and 1"),
     (dict(eval_tokens=31), "--eval_tokens 31 is less than one window of --seq_len 32"),
     (dict(num_heads=5), "dim 32 must be a multiple of 2 \\* num_heads = 10"),
     (dict(seq_len=10**6, eval_tokens=10**6), "no train file has 1000001 tokens"),
     (dict(init_from="nowhere"), "nowhere: no such file or folder"),
-    (dict(resume="nowhere"), "--resume nowhere holds no run"),
+    (dict(resume="nowhere"), "nowhere/run.json is missing"),
+    (dict(beta1=1.0), "--beta1 1.0 must lie between 0 and 1"),
+    (dict(seed=2**64), "--seed .* must lie between 0 and"),
+    (dict(warmup=float("nan")), "--warmup nan must be a number"),
+    (dict(init_from="nowhere", num_heads=4), "--num_heads 4 does not go with --init_from"),
     (dict(out="."), "--out . holds other files"),
 ])  # fmt: skip
 def test_bad_flags_are_refused_in_one_sentence(options, message, tiny_run, tmp_path):
@@ -405,6 +409,66 @@ def test_a_model_that_does_not_fit_the_data_is_refused(tiny_run, tmp_path, train
     tiny_run("bytes", steps=1)
     with pytest.raises(ValueError, match="was made with another tokenizer than"):
         tiny_run("words", init_from="bytes", data=str(trained_data))
+    with pytest.raises(ValueError, match="was made with another tokenizer than"):
+        tiny_run("words", init_from="bytes/step_00000001", data=str(trained_data))
+
+
+def test_a_damaged_run_is_refused_in_one_sentence(tiny_run, tmp_path):
+    def damaged(name: str, change) -> str:
+        shutil.copytree(run, tmp_path / name)
+        change(tmp_path / name)
+        with pytest.raises(ValueError) as error:
+            tiny_run(resume=name, stop_at=6)
+        if name != "record":
+            with pytest.raises(ValueError):
+                load(tmp_path / name)
+        return str(error.value)
+
+    run = tiny_run(steps=6, stop_at=4)
+    part = "step_00000004/__0_0.distcp"
+    assert "cannot be read" in damaged("truncated", lambda folder: os.truncate(folder / part, 1000))
+    assert "cannot be read" in damaged("missing", lambda folder: (folder / part).unlink())
+    assert "cannot be read" in damaged("index", lambda folder: os.truncate(folder / "step_00000004/.metadata", 100))
+    assert "no checkpoint there" in damaged("gone", lambda folder: shutil.rmtree(folder / "step_00000004"))
+    assert "run.json is not JSON" in damaged("record", lambda folder: (folder / "run.json").write_text("{"))
+
+
+def test_a_run_can_be_continued_after_half_a_line_or_half_a_beginning(tiny_run, tmp_path):
+    straight = tiny_run("straight", steps=8)
+    run = tiny_run("run", steps=8, stop_at=4)
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    tiny_run(resume="run")
+    assert same_bits(run, straight) and log(run, "loss") == log(straight, "loss")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.json.tmp").write_text("{")
+    assert same_bits(tiny_run("new", steps=8), straight)
+
+
+def test_a_run_knows_its_dataset_and_needs_its_first_model_no_more(tiny_run, tiny_data, tmp_path):
+    tiny_run("first", steps=2)
+    straight = tiny_run("straight", init_from="first", steps=8)
+    run = tiny_run("run", init_from="first", steps=8, stop_at=4)
+    shutil.rmtree(tmp_path / "first")
+    shutil.copytree(tiny_data, tmp_path / "moved")
+    tiny_run(resume="run", data=str(tmp_path / "moved"))
+    assert same_bits(run, straight)
+    other = byte_data(tmp_path, 30)
+    with pytest.raises(ValueError, match="is another dataset than when run began"):
+        tiny_run(resume="run", data=str(other))
+
+
+def test_resume_takes_the_runs_flags_and_a_typed_one_counts_also_when_it_is_the_default(tiny_run, tmp_path, capsys):
+    tiny_run(steps=6, stop_at=4, micro_batch=2)
+    done = command("train.py", "--resume", "run", "--steps", str(Config.steps), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and f"holds a run with --steps 6, not {Config.steps}" in done.stderr
+    done = command("train.py", "--resume", "run", "--micro_batch", "0", cwd=tmp_path)
+    assert "continuing run after step 4" in done.stdout
+    tiny_run(resume="run", stop_at=3)
+    assert "run is finished" in capsys.readouterr().out
+    tiny_run("early", steps=6, stop_at=4)
+    tiny_run(resume="early", stop_at=3)
+    assert "early is already at step 4" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -420,9 +484,10 @@ def test_position_interpolation_can_be_trained(tiny_run, tmp_path):
     assert (load(run).config.rope_scale, load(run).config.max_seq_len) == (2.0, 32)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_run):
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="a lower --learning_rate usually helps"):
-        tiny_run(steps=50, learning_rate=1e20, grad_clip=1e20)
+        tiny_run(steps=50, learning_rate=1e20, grad_clip=1e20, save_every=1, log_every=100)
+    assert all(p.isfinite().all() for p in load(tmp_path / "run").parameters())
 
 
 def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path, monkeypatch):
