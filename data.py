@@ -429,7 +429,8 @@ def download(url: str, folder: Path, corpus: Corpus) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if (size is not None and have > size) or (len(checksum) == 64 and found != checksum):
         part.unlink()
-        raise ValueError(f"{url}: {have} bytes with SHA-256 {found}, expected {size} with {checksum}; deleted")
+        expected = f"expected {size} with {checksum or 'any'}"
+        raise ValueError(f"{url}: {have} bytes with SHA-256 {found}, {expected}; deleted")
     os.replace(part, path)
     return path
 

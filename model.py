@@ -440,12 +440,11 @@ def readable(path: Path):
     """Turn whatever a damaged file makes its reader raise into one ValueError."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if type(error) is ValueError:
+    except BaseException as error:  # the exceptions of sharded checkpoints are no Exceptions
+        if type(error) is ValueError or isinstance(error, (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)):
             raise
-        reason = str(error).strip().split("\n")[0]
+        lines = str(error).strip().splitlines() or [""]
+        reason = lines[0 if isinstance(error, Exception) else -1]  # the latter end with their cause
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {reason})") from error
 
 

@@ -36,6 +36,7 @@ def one_step(micro_batch: int) -> dict:
         weights = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
         return {"loss": loss, "norm": norm, "rank": torch.tensor(dist.get_rank())} | weights
     finally:
+        dist.barrier()  # a rank that leaves while another still talks to it may abort
         dist.destroy_process_group()
 
 

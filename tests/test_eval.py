@@ -229,7 +229,7 @@ def test_bad_input_is_one_sentence(model, tmp_path, monkeypatch, capsys, shared,
         ({"out": "r.jsonl"}, "--out r.jsonl must end in .json"),
         ({"out": "m/config.json/r.json"}, "m/config.json"),
         ({"model": "nowhere"}, "nowhere: no such file or folder"),
-        ({"task": "perplexity", "data": "nowhere"}, "nowhere is neither a file, a folder"),
+        ({"task": "perplexity", "data": "nowhere"}, "--data nowhere: no such file or folder"),
         ({"task": "perplexity", "data": "dev"}, "holds no files that end in"),
         ({"task": "perplexity", "data": str(tiny_data)} | stories, "was made with another tokenizer than the model's"),
     ):
