@@ -73,7 +73,7 @@ SIZES = {
     "15M": ModelConfig(288, 6, 6, 6, 768, max_seq_len=256, tie_embeddings=True),
     "260K": ModelConfig(64, 5, 8, 4, 172, vocab_size=512, max_seq_len=512, tie_embeddings=True),
     # for two laptop cores
-    "laptop": ModelConfig(256, 4, 4, 4, 704, vocab_size=4096, max_seq_len=256, tie_embeddings=True),
+    "laptop": ModelConfig(128, 4, 4, 4, 352, vocab_size=4096, max_seq_len=256, tie_embeddings=True),
 }
 
 
