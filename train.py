@@ -68,7 +68,7 @@ class Config:
     rope_scale: float = 0.0             # position interpolation; 0 keeps the model's
     seq_len: int = 256                  # tokens
     # how long
-    steps: int = 1280                   # optimizer steps; the learning rate's schedule ends there
+    steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
     batch_size: int = 8                 # sequences in an optimizer step
     micro_batch: int = 0                # sequences in a forward pass of one process; 0 takes its whole share
     stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
@@ -78,7 +78,7 @@ class Config:
     final_lr: float = 0.1               # fraction of the peak that is left at the last step
     weight_decay: float = 0.1           # of matrices; norms have none
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
     grad_clip: float = 1.0              # largest norm of the gradient of all weights
     seed: int = 0                       # of the first weights and of the order of the data
     # reporting
