@@ -107,7 +107,7 @@ def generate(
 
     contexts = [list(prompt) for prompt in prompts]  # what the model sees of each row
     new: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
+    running, told = [True] * len(prompts), False
     cache, unread = new_cache(), contexts
     for step in range(max_new_tokens):
         logits = read(model, cache, unread)
@@ -126,8 +126,10 @@ def generate(
             break
         full = [row for row, context in enumerate(contexts) if running[row] and len(context) > window]
         if full:
-            notice = f"the context window of {window} tokens is full; reading on with the last {window // 2}"
-            print(notice, file=sys.stderr)
+            if not told:
+                notice = f"the context window of {window} tokens is full; reading on with the last {window // 2}"
+                print(f"\n[{notice}, whenever that happens]", file=sys.stderr)
+                told = True
             for row in full:
                 contexts[row] = contexts[row][-(window // 2) :]
             cache, unread = new_cache(), contexts
