@@ -61,13 +61,14 @@ def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, unifor
 
 
 def read(model: Transformer, cache: KVCache, chunks: list[list[int]]) -> Tensor:
-    """Append a chunk, of any length, to each row of the cache; fp32 logits (B, V) after the last token of each."""
+    """Append a chunk, of any length, to each row of the cache; fp32 logits (B, V) after the last token of each.
+
+    The cache then counts the padding of shorter chunks too: trim it before the next.
+    """
     device = cache.lengths.device
     longest = max(map(len, chunks))
     tokens = torch.tensor([chunk + [0] * (longest - len(chunk)) for chunk in chunks], device=device)
-    before = cache.lengths.tolist()
     hidden = model.hidden(tokens, cache)
-    cache.trim([length + len(chunk) for length, chunk in zip(before, chunks)])
     last = hidden[torch.arange(len(chunks)), [len(chunk) - 1 for chunk in chunks]]
     return model.unembedding(last).float()
 
@@ -134,7 +135,7 @@ def generate(
                 contexts[row] = contexts[row][-(window // 2) :]
             cache, unread = new_cache(), contexts
         else:
-            # a row that has ended reads its last token again, into a place that nobody looks at
+            # this drops padding; a row that has ended reads its last token again, in the same place
             cache.trim([len(context) - 1 for context in contexts])
             unread = [context[-1:] for context in contexts]
     return new
