@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -236,16 +237,17 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
             raise ValueError(f"--data {path} was made with another tokenizer than the model's {tokenizer.name}")
         # these are (context, predicted) pairs as below; bytes are in proportion to the tokens predicted
         pieces = ((row[:-1].tolist(), row[1:].tolist()) for row in map(val.window, range(len(val))))
-        split = val.meta["splits"]["val"]
+        split, num_words = val.meta["splits"]["val"], 0
         documents, num_bytes = split["documents"], len(val) * val.seq_len * split["bytes"] / split["tokens"]
     else:
-        documents = num_bytes = 0
+        documents = num_bytes = num_words = 0
 
         def read_pieces() -> Iterator[tuple[list[int], list[int]]]:
-            nonlocal documents, num_bytes
+            nonlocal documents, num_bytes, num_words
             for file in find_files((config.data,), path):
                 for text in filter(str.strip, read_documents(file)):
                     documents, num_bytes = documents + 1, num_bytes + len(text.encode())
+                    num_words += len(re.split(r"\s+", text))  # as lm-evaluation-harness counts
                     yield from rolling_windows(tokenizer.encode(text, bos=True), window)
 
         pieces = read_pieces()
@@ -259,14 +261,15 @@ def run_perplexity(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
             tokens += len(predicted)
     if not tokens:
         raise ValueError(f"--data {path} has no text to measure")
-    return {
+    scores = {
         "nats_per_token": nats / tokens,
         "bits_per_byte": nats / math.log(2) / num_bytes,
-        "perplexity": math.exp(nats / tokens),
+        "perplexity": float(np.exp(nats / tokens)),
         "tokens": tokens,
         "bytes": round(num_bytes),
         "documents": documents,
     }
+    return scores | ({"word_perplexity": float(np.exp(nats / num_words))} if num_words else {})
 
 
 def largest_file(folder: Path) -> int:

@@ -251,7 +251,6 @@ def evaluate(model, val: TokenDataset, config: Config, device: torch.device) -> 
         rows = torch.from_numpy(val.windows(mine or indices[:1])).to(device)
         targets = rows[:, 1:] if mine else torch.full_like(rows[:, 1:], IGNORE)
         sums += torch.stack((model(rows[:, :-1], targets, num_targets=1), (targets != IGNORE).sum()))
-    model.reshard()
     dist.all_reduce(sums)
     nats = (sums[0] / sums[1]).item()
     split = val.meta["splits"]["val"]
@@ -288,8 +287,7 @@ def save(folder: Path, step: int, model, optimizer, keep: int):
 
 def checkpoint_tensors(model: Transformer, weights: dict, moments: dict) -> dict:
     """What a checkpoint holds: tensors alone, a tied matrix once; learning rate and the like come from the config."""
-    own = {name: weight for name, weight in weights.items() if name in dict(model.named_parameters())}
-    return {"model": own, "optimizer": moments["state"]}
+    return {"model": {name: weights[name] for name, _ in model.named_parameters()}, "optimizer": moments["state"]}
 
 
 def _sync(path: Path):

@@ -399,9 +399,9 @@ def test_a_dataset_holds_every_document_once_and_meta_counts_them(tmp_path):
 
 
 def test_adding_data_moves_no_document_from_validation_to_training(tmp_path):
-    write_texts(tmp_path / "in", range(100, 200))
+    write_texts(tmp_path / "in", range(101, 200))
     prepare((str(tmp_path / "in"),), tmp_path / "a", "bytes", 0.2, workers=1)
-    write_texts(tmp_path / "in", [*range(100), *range(200, 300)])
+    write_texts(tmp_path / "in", [*range(101), *range(200, 300)])
     prepare((str(tmp_path / "in"),), tmp_path / "b", "bytes", 0.2, workers=1)
     assert set(documents(tmp_path / "a", "val")) <= set(documents(tmp_path / "b", "val"))
     assert set(documents(tmp_path / "a", "train")) <= set(documents(tmp_path / "b", "train"))

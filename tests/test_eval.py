@@ -187,6 +187,7 @@ def test_perplexity_of_text_files_is_that_of_plain_scoring(model, tmp_path):
     assert (got["tokens"], got["bytes"], got["documents"]) == (count, count, 2)
     assert got["nats_per_token"] == pytest.approx(nats / count, rel=1e-5)
     assert got["bits_per_byte"] == pytest.approx(nats / count / math.log(2), rel=1e-5)
+    assert got["word_perplexity"] == pytest.approx(math.exp(nats / 32), rel=1e-4)  # 31 by "Grüße " * 30, and 1
 
 
 def test_perplexity_of_a_dataset_is_the_validation_loss_of_training(tiny_run, tiny_data, tmp_path):
