@@ -348,7 +348,7 @@ class Report:
             self._start_wandb()
 
     def step(self, done: int, last: int, loss: float, norm: float, lr: float):
-        """Log a step; the speed is that of the steps since the last one logged. Raises ValueError for a lost run."""
+        """Log a step; the speed is that of the steps since the last one logged."""
         seconds = (time.perf_counter() - self.clock) / (done - self.logged)
         speed, left = self.step_tokens / seconds, round(seconds * (last - done))
         self.logged, self.clock = done, time.perf_counter()
@@ -565,7 +565,8 @@ def train(config: Config, record: dict | None, device: torch.device):
     dist.barrier()
 
     report = Report(config, folder, start, step_flops, device)
-    where = f"{str(dtype).removeprefix('torch.')} arithmetic on {device.type}, {dist.get_world_size()} process(es)"
+    world = dist.get_world_size()
+    where = f"{config.dtype} arithmetic on {device.type}, {world} process{'es' * (world > 1)}"
     size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens"
     epochs = config.steps * config.batch_size / len(data)
     report.say(f"{num_params:,} parameters, {where}; {size}, {epochs:.2f} epochs of {config.data}")
