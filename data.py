@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -129,7 +130,7 @@ class Tokenizer:
         try:
             dict(zip(self.FILES, (self._sentencepiece, self._tiktoken, self._bytes)))[self.file]()
         except RuntimeError as error:
-            raise ValueError(f"{spec} is not a tokenizer file: {error}") from None
+            raise ValueError(f"{spec} is not a tokenizer file: neither sentencepiece's nor *.tiktoken") from error
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError(f"{spec} has no BOS or no EOS (ids {self.bos_id} and {self.eos_id})")
 
@@ -233,7 +234,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
     def sentences() -> Iterator[str]:
         try:
             yield from _sentences(texts)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too
             failed.append(error)
 
     try:
@@ -284,6 +285,7 @@ def find_files(source: tuple[str, ...], download_folder: Path) -> list[Path]:
             paths = sorted(root.rglob("*.py"))
             files += [path for path in paths if not skip.intersection(path.relative_to(root).parts)]
         elif item in CORPORA:
+            print(f"{item}: {len(CORPORA[item].urls)} file(s), licence {CORPORA[item].licence}", file=sys.stderr)
             files += [download(url, download_folder / item, CORPORA[item]) for url in CORPORA[item].urls]
         elif Path(item).is_dir():
             inside = [path for path in sorted(Path(item).rglob("*")) if path.name.endswith(SUFFIXES)]
@@ -593,8 +595,6 @@ def prepare(
 
     Raises ValueError for bad input; out appears only when everything in it is complete.
     """
-    from tqdm import tqdm
-
     out, workers = Path(out), workers or os.cpu_count()
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1, or 0 for all cores")
@@ -606,19 +606,35 @@ def prepare(
     if trained is not None and not (trained.isdigit() and int(trained) > 300):
         raise ValueError(f"--tokenizer {tokenizer}: give a vocabulary size above 300, such as train:4096")
     if trained is None:
-        chosen = Tokenizer(tokenizer)
+        Tokenizer(tokenizer)  # before anything is downloaded
     files = find_files(source, out.parent / "downloads")
-    total = sum(path.stat().st_size for path in files)
-
     aside = out.with_name(out.name + ".unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    if trained is not None:
+    try:
+        meta = _write_dataset(aside, files, tokenizer, val_fraction, workers)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+    words = ["python", "data.py", "--source", *source, "--out", str(out), "--tokenizer", tokenizer]
+    meta["command"] = shlex.join([*words, "--val_fraction", str(val_fraction)])
+    (aside / "meta.json").write_text(json.dumps(meta, indent=2))
+    os.replace(aside, out)
+    return meta
+
+
+def _write_dataset(aside: Path, files: list[Path], tokenizer: str, val_fraction: float, workers: int) -> dict:
+    from tqdm import tqdm
+
+    total = sum(path.stat().st_size for path in files)
+    path = tokenizer
+    if tokenizer.startswith("train:"):
         path = aside / "tokenizer.model"
         megabytes = min(total, TOKENIZER_CHARS) / 1e6
-        print(f"training a tokenizer of {trained} pieces on {megabytes:.1f} MB", file=sys.stderr)
-        train_tokenizer(_tokenizer_texts(files, val_fraction, aside / "seen.db", total), int(trained), path)
-        chosen = Tokenizer(path)
+        print(f"training a tokenizer of {tokenizer[6:]} pieces on {megabytes:.1f} MB", file=sys.stderr)
+        texts = _tokenizer_texts(files, val_fraction, aside / "seen.db", total)
+        train_tokenizer(texts, int(tokenizer[6:]), path)
+    chosen = Tokenizer(path)
     chosen.save(aside)
 
     counts = Counter()
@@ -643,17 +659,13 @@ def prepare(
         "empty_documents": counts["empty"],
         "duplicate_documents": counts["duplicates"],
         "splits": writer.splits(),
-        "command": f"python data.py --source {' '.join(source)} --out {out} --tokenizer {tokenizer}",
         "python": sys.version.split()[0],
     }
     for split, numbers in meta["splits"].items():
         if not numbers["documents"]:
-            shutil.rmtree(aside)
             found = sum(other["documents"] for other in meta["splits"].values())
-            hint = f"give more of them, or change --val_fraction {val_fraction}"
+            hint = f"give more text, or {'raise' if split == 'val' else 'lower'} --val_fraction {val_fraction}"
             raise ValueError(f"none of the {found} documents went to {split}; {hint}")
-    (aside / "meta.json").write_text(json.dumps(meta, indent=2))
-    os.replace(aside, out)
     return meta
 
 
@@ -812,9 +824,10 @@ class Config:
     """Prepare a dataset folder from text."""
 
     source: tuple[str, ...] = ("stdlib",)
-    """stdlib, files or folders, or the name of a public corpus (see CORPORA)"""
+    """stdlib, files or folders, or a public corpus: tinyshakespeare, tinystories, fineweb-edu (its first 16 files), c4
+    (its first 8); downloads go to a folder `downloads` beside --out"""
     out: str = "data/stdlib"            # the folder to make
-    tokenizer: str = "train:4096"       # tokenizer.model, gpt2, cl100k_base, a .tiktoken file, bytes, or train:SIZE
+    tokenizer: str = "train:4096"       # a file or a model's folder, gpt2, cl100k_base, bytes, or train:SIZE
     val_fraction: float = 0.05          # of the documents, chosen by their hash
     workers: int = 0                    # processes; 0 takes all cores
 

@@ -3,8 +3,8 @@
     python eval.py --model out/RUN --task mmlu --data DIR --out results.json
     python eval.py --model out/RUN --task perplexity --data data/stdlib
 
-A task is a short function that yields `Question`s; everything after it is shared. A score here is that of the
-protocol's reference code, and does not depend on the size of the batch.
+A task with choices is a short function that yields `Question`s, such as `mmlu`; everything after it is shared. A score
+here is that of the protocol's reference code, and does not depend on the size of the batch.
 """
 
 import csv
@@ -55,11 +55,11 @@ class Config:
     data: str                           # mmlu: the folder with dev/ and test/; perplexity: a dataset or text files
     out: str = ""                       # results as JSON; one line a question goes beside it, ending in .jsonl
     tokenizer: str = ""                 # where the model's folder holds none
-    protocol: Literal["hendrycks"] = "hendrycks"
+    protocol: Literal["hendrycks"] = "hendrycks"  # whose prompts and choices
     shots: int = 5                      # examples before each question
     subjects: str = ""                  # only these, divided by commas
     limit: int = 0                      # only the first so many questions of a subject; 0 is all
-    max_prompt: int = 2048              # tokens; a longer prompt loses its last examples
+    max_prompt: int = 2048              # tokens, at most the model's window; a longer prompt loses its last examples
     bos: bool = True                    # begin prompts with BOS
     batch_tokens: int = 16_384          # tokens in a forward pass, padding included
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
@@ -90,7 +90,8 @@ def mmlu(tokenizer: Tokenizer, config: Config, window: int) -> Iterator[Question
     letters = [continuation(tokenizer, "\nAnswer:", f" {letter}") for letter in "ABCD"]
     limit = min(config.max_prompt, window - max(map(len, letters)) + 1)
     every = sorted(sum(CATEGORIES.values(), []))
-    for subject in map(str.strip, config.subjects.split(",")) if config.subjects else every:
+    named = dict.fromkeys(map(str.strip, config.subjects.split(",")))
+    for subject in named if config.subjects else every:
         if subject not in every:
             raise ValueError(f"--subjects {subject} is not one of MMLU's 57, such as {every[0]}")
         words = "".join(f" {word}" for word in subject.split("_"))

@@ -391,9 +391,10 @@ def _read_llama2c(path: Path) -> tuple[ModelConfig, Named]:
     """llama2.c's version 0: seven int32 (a negative vocabulary means untied), then fp32 matrices, layers stacked."""
     with open(path, "rb") as file:
         dim, ffn_dim, layers, heads, kv_heads, vocab, seq_len = struct.unpack("<7i", file.read(28))
-    config = ModelConfig(
-        dim, layers, heads, kv_heads, ffn_dim, abs(vocab), max_seq_len=seq_len, tie_embeddings=vocab > 0
-    )
+    try:
+        config = ModelConfig(dim, layers, heads, kv_heads, ffn_dim, abs(vocab), seq_len, tie_embeddings=vocab > 0)
+    except ValueError as error:
+        raise ValueError(f"{path} is no llama2.c version 0 file ({error})") from None
     kv_dim, rope_pairs = kv_heads * config.head_dim, config.head_dim // 2
     stacks = [
         ("attention_norm", (dim,)), ("attention.query", (dim, dim)), ("attention.key", (kv_dim, dim)),
@@ -517,10 +518,10 @@ class _Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_checkpoint(folder: Path):
-    """Raise ValueError unless it holds tensors alone: from other entries PyTorch's reader would run code."""
+def check_checkpoint(folder: Path) -> set[str]:
+    """The names of its tensors. Raises ValueError for other entries, from which PyTorch's reader would run code."""
     with readable(folder), open(folder / ".metadata", "rb") as file:
-        _Metadata(file).load()
+        return set(_Metadata(file).load().state_dict_metadata)
 
 
 def _load_checkpoint(folder: Path, device, dtype: torch.dtype) -> Transformer:
@@ -619,6 +620,7 @@ def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: weight.cpu().contiguous() for name, weight in shard.items()}, aside / file, {"format": "pt"})
+        (aside / file).chmod(0o644)  # safetensors makes it readable for its owner alone
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(weight.nbytes for shard in shards for weight in shard.values())

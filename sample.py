@@ -222,7 +222,7 @@ def load_model(path: str, tokenizer: str = "", dtype: str = "auto") -> tuple[Tra
     dtype is fp32, bf16 or auto: bf16 on a GPU, else fp32. Raises ValueError when either is missing or they do not fit.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda"
+    bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(False)
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
     found = tokenizer or find_tokenizer(path)
     if not found:
@@ -238,19 +238,19 @@ class Config:
     """Continue text with a trained model."""
 
     model: str                          # a run or checkpoint folder, a Hugging Face or Meta folder, or a llama2.c .bin
-    prompt: tuple[str, ...] = ("",)     # one text to continue, or several
+    prompt: tuple[str, ...] = ("",)     # one text to continue, or several; blanks at the end are left off
     tokenizer: str = ""                 # where the model's folder holds none
     num: int = 1                        # samples of each prompt
-    max_new_tokens: int = 200
+    max_new_tokens: int = 200           # a sample may end earlier, at EOS
     temperature: float = 0.8            # 0 is greedy
     top_k: int = 0                      # 0 is all
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_p: float = 0.95                 # only the likeliest tokens that together are so probable; 1 is all
+    min_p: float = 0.0                  # only tokens at least this likely, relative to the likeliest
+    repetition_penalty: float = 1.0     # above 1 makes tokens that are there already less likely
     stop: tuple[str, ...] = ()          # texts at which a sample ends
-    seed: int = 0
+    seed: int = 0                       # the same seed gives the same samples
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    export: str = ""                    # write the model there as a Hugging Face folder instead of sampling
+    export: str = ""                    # instead write the model there as a Hugging Face folder, auto being fp32
 
 
 def main(config: Config):
@@ -260,7 +260,8 @@ def main(config: Config):
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
     if not config.prompt or "" in config.stop:
         raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
-    model, tokenizer = load_model(config.model, config.tokenizer, config.dtype)
+    dtype = "fp32" if config.export and config.dtype == "auto" else config.dtype  # the same folder on any machine
+    model, tokenizer = load_model(config.model, config.tokenizer, dtype)
     if config.export:
         save(model, config.export, tokenizer)
         print(f"wrote {config.export}")

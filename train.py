@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense
 
 @dataclass
 class Config:
-    """Train a LLaMA-2. Sizes of batches are in sequences over all processes."""
+    """Train a LLaMA-2. The defaults suit the laptop size; larger models want a lower learning rate."""
 
     # where
     data: str = "data/stdlib"           # dataset folder made by data.py
@@ -60,16 +61,16 @@ class Config:
     init_from: str = ""                 # model to start from: anything that model.load reads
     # what
     size: str = "laptop"                # a name in model.SIZES; the vocabulary is always the dataset's
-    dim: int = 0                        # 0 in these five takes the number of --size
-    num_layers: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    ffn_dim: int = 0
+    dim: int = 0                        # width; 0 here and in the next four takes the number of --size
+    num_layers: int = 0                 # blocks
+    num_heads: int = 0                  # query heads
+    num_kv_heads: int = 0               # key/value heads; with --num_heads given, as many
+    ffn_dim: int = 0                    # width of the feed-forward layers
     rope_scale: float = 0.0             # position interpolation; 0 keeps the model's
-    seq_len: int = 256                  # tokens
+    seq_len: int = 256                  # tokens of a sequence, and the context window of a new model
     # how long
     steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
-    batch_size: int = 8                 # sequences in an optimizer step
+    batch_size: int = 8                 # sequences in an optimizer step, over all processes
     micro_batch: int = 0                # sequences in a forward pass of one process; 0 takes its whole share
     stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
     # optimizer
@@ -77,8 +78,8 @@ class Config:
     warmup: float = 0.02                # steps, or below 1 a fraction of --steps
     final_lr: float = 0.1               # fraction of the peak that is left at the last step
     weight_decay: float = 0.1           # of matrices; norms have none
-    beta1: float = 0.9
-    beta2: float = 0.99
+    beta1: float = 0.9                  # of AdamW
+    beta2: float = 0.99                 # of AdamW; small batches want it higher than LLaMA's 0.95
     grad_clip: float = 1.0              # largest norm of the gradient of all weights
     seed: int = 0                       # of the first weights and of the order of the data
     # reporting
@@ -94,7 +95,8 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"   # auto: where a compiler is there and the run is long enough
 
 
-# flags that may differ when a run is continued: they do not change what is computed (the record knows its dataset)
+# flags that may differ when a run is continued: but for rounding they do not change what is computed, and of --data
+# the run's record knows the contents
 FREE = {"resume", "out", "data", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample"}
 FREE |= {"wandb", "compile"}
 
@@ -127,13 +129,16 @@ def join_world() -> torch.device:
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     if choice == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         choice = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
 
 
 def should_compile(choice: str, device: torch.device, run_flops: float) -> bool:
-    """auto: on a GPU with Triton; on a CPU with a C++ compiler, where the run earns back the half minute it takes."""
+    """auto: on a GPU with Triton; on a CPU with a C++ compiler, where the run is long enough to earn the time back."""
     if choice != "auto":
         return choice == "on"
     if device.type == "cuda":
@@ -163,10 +168,13 @@ def first_model(config: Config, meta: dict) -> Transformer:
     for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
         if getattr(config, name):
             raise ValueError(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
+    if config.size != Config.size:
+        raise ValueError(f"--size {config.size} does not go with --init_from, which brings its shape")
     model = load(config.init_from)
     theirs = find_tokenizer(config.init_from)
     if theirs and Tokenizer(theirs).sha256 != meta["tokenizer"]["sha256"]:
-        raise ValueError(f"--data {config.data} was made with another tokenizer than {theirs}")
+        hint = f"make it with --tokenizer {theirs}"
+        raise ValueError(f"--data {config.data} was made with another tokenizer than {theirs}; {hint}")
     if model.config.vocab_size < meta["vocab_size"]:
         sizes = f"{meta['vocab_size']}, larger than the model's {model.config.vocab_size}"
         raise ValueError(f"--data {config.data} has a vocabulary of {sizes}")
@@ -216,7 +224,7 @@ def train_step(
     """One optimizer step over this rank's micro-batches.
 
     Returns the loss, in nats a target over all ranks and micro-batches, and the norm of its gradient before
-    clipping: both are the same on every rank and for every way to divide the same batch.
+    clipping: both are the same on every rank and, but for rounding, for every way to divide the same batch.
     """
     world = dist.get_world_size()
     num_targets = sum((targets != IGNORE).sum() for _, targets in batches)
@@ -266,8 +274,8 @@ def save(folder: Path, step: int, model, optimizer, keep: int):
     aside = folder / f"{name}.tmp"
     weights, moments = get_state_dict(model, optimizer)
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(folder / name, ignore_errors=True)  # complete, but killed before `last` pointed to it
+        for old in (aside, folder / name):  # left by a kill, the second one before `last` pointed to it
+            _remove(old)
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(model.config), indent=2))
     dist.barrier()
@@ -281,13 +289,20 @@ def save(folder: Path, step: int, model, optimizer, keep: int):
         kept = sorted(path.name for path in folder.glob("step_????????") if path.name <= name)[-keep:]
         for old in folder.glob("step_*"):
             if old.name not in kept:
-                shutil.rmtree(old)
+                _remove(old)
     dist.barrier()
 
 
 def checkpoint_tensors(model: Transformer, weights: dict, moments: dict) -> dict:
     """What a checkpoint holds: tensors alone, a tied matrix once; learning rate and the like come from the config."""
     return {"model": {name: weights[name] for name, _ in model.named_parameters()}, "optimizer": moments["state"]}
+
+
+def _remove(folder: Path):
+    """Delete a checkpoint, which loses its name first, so that a kill leaves no half of it behind."""
+    if folder.exists():
+        os.rename(folder, nameless := folder.with_suffix(".tmp"))
+        shutil.rmtree(nameless)
 
 
 def _sync(path: Path):
@@ -316,8 +331,10 @@ def restore(folder: Path, model, optimizer) -> int:
         if found.get(name) != expected[name]:
             sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
             raise ValueError(f"{checkpoint} is of another size: {sizes}")
-    check_checkpoint(checkpoint)
+    saved = check_checkpoint(checkpoint)
     weights, moments = get_state_dict(model, optimizer)
+    # a weight that never had a gradient has no moments in the checkpoint
+    moments["state"] = {name: state for name, state in moments["state"].items() if f"optimizer.{name}.step" in saved}
     with readable(checkpoint):
         dcp.load(checkpoint_tensors(model, weights, moments), checkpoint_id=checkpoint)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -470,10 +487,12 @@ def resumed(first: Config) -> Config:
 def choose_run(config: Config) -> dict | None:
     """The record of the run that config continues, None for a new one. Raises ValueError where the two differ."""
     folder = Path(config.out)
-    if not (folder / "run.json").exists():
+    if not (folder / "run.json").exists() and not config.resume:
         if folder.exists() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise ValueError(f"--out {folder} holds other files; choose another folder")
         return None
+    if config.resume and folder != Path(config.resume):
+        raise ValueError(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
     record = read_json(folder / "run.json", "config", "model", "dataset")
     for name, theirs in record["config"].items():
         mine = getattr(config, name)
@@ -516,11 +535,11 @@ def prepare_default():
 
 
 def show_sample(config: Config):
-    print(f'\npython sample.py --model {config.out} --prompt "{config.sample}" --max_new_tokens 200\n', flush=True)
+    words = ["sample.py", "--model", config.out, f"--prompt={config.sample}", "--max_new_tokens", "200"]
+    print(f"\npython {shlex.join(words)}\n", flush=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the sample is drawn by a process of its own
-    command = [sys.executable, str(HERE / "sample.py"), "--model", config.out, f"--prompt={config.sample}"]
-    subprocess.run([*command, "--max_new_tokens", "200"])
+    subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]])
 
 
 def main(config: Config):
@@ -532,13 +551,17 @@ def main(config: Config):
             prepare_default()
         dist.barrier()
         train(config, record, device)
-        if dist.get_rank() == 0 and config.sample and not config.stop_at:
-            show_sample(config)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command continues {config.out} from its last checkpoint", file=sys.stderr)
+        if dist.get_rank() == 0:
+            saved = (Path(config.out) / "last").exists()
+            what = f"continues {config.out} from its last checkpoint" if saved else "begins anew: nothing was saved yet"
+            print(f"\nstopped; the same command {what}", file=sys.stderr)
         raise
     finally:
+        rank = dist.get_rank()
         dist.destroy_process_group()
+    if rank == 0 and config.sample and not config.stop_at:
+        show_sample(config)
 
 
 def train(config: Config, record: dict | None, device: torch.device):

@@ -96,6 +96,7 @@ def tiny_run(tiny_data, tmp_path, monkeypatch):
             config = dataclasses.replace(train.resumed(train.Config(resume=flags["resume"])), **flags)
         else:
             shape = dict.fromkeys(("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"), 0)
+            shape |= {"size": train.Config.size}
             options = TINY_RUN | (shape if "init_from" in flags else {}) | {"data": str(tiny_data), "out": out}
             config = train.Config(**options | flags)
         train.main(config)

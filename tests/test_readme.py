@@ -34,9 +34,10 @@ CHANGES = {
     ),
     "python train.py --data data/mine --size 15M --out out/mine": ({}, SHAPE + SHORT),
     "python train.py --resume out/mine": ({}, []),
-    "python train.py --data data/mine --init_from out/stdlib-hf --out out/tuned": ({"data/mine": "data/stdlib"}, SHORT),
+    "python data.py --source texts/ --out data/more --tokenizer out/stdlib-hf": ({}, ["--val_fraction", "0.3"]),
+    "python train.py --data data/more --init_from out/stdlib-hf --out out/tuned": ({}, SHORT),
     "torchrun --nproc_per_node 8 train.py --data data/mine --size 7B --seq_len 4096 --batch_size 512 "
-    "--micro_batch 2 --out out/7B": ({"8": "2"}, SHAPE + SHORT),
+    "--micro_batch 2 --learning_rate 3e-4 --steps 10000 --out out/7B": ({"8": "2"}, SHAPE + SHORT),
     "python train.py --steps 400 --out out/relu2": ({}, SHAPE + SHORT),
     "python data.py --source tinyshakespeare --out data/shakespeare --tokenizer bytes --val_fraction 0.1": (
         {"tinyshakespeare": SHAKESPEARE},

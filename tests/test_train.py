@@ -373,6 +373,7 @@ def test_wandb_mirrors_the_log_and_never_stops_a_run(tiny_run, tmp_path, monkeyp
     (dict(seed=2**64), "--seed .* must lie between 0 and"),
     (dict(warmup=float("nan")), "--warmup nan must be a number"),
     (dict(init_from="nowhere", num_heads=4), "--num_heads 4 does not go with --init_from"),
+    (dict(init_from="nowhere", size="15M"), "--size 15M does not go with --init_from"),
     (dict(out="."), "--out . holds other files"),
 ])  # fmt: skip
 def test_bad_flags_are_refused_in_one_sentence(options, message, tiny_run, tmp_path):
@@ -446,6 +447,14 @@ def test_a_run_can_be_continued_after_half_a_line_or_half_a_beginning(tiny_run, 
     assert same_bits(tiny_run("new", steps=8), straight)
 
 
+def test_a_weight_without_gradient_does_not_stop_a_run_from_going_on(tiny_run, monkeypatch):
+    """As after an edit that no longer uses the gate of the feed-forward layers."""
+    monkeypatch.setattr("model.FeedForward.forward", lambda self, x: self.down(self.up(x).relu().square()))
+    straight = tiny_run("straight", steps=8)
+    tiny_run("run", steps=8, stop_at=4)
+    assert same_bits(tiny_run(resume="run"), straight)
+
+
 def test_a_run_knows_its_dataset_and_needs_its_first_model_no_more(tiny_run, tiny_data, tmp_path):
     tiny_run("first", steps=2)
     straight = tiny_run("straight", init_from="first", steps=8)
@@ -467,6 +476,8 @@ def test_resume_takes_the_runs_flags_and_a_typed_one_counts_also_when_it_is_the_
     assert "continuing run after step 4" in done.stdout
     tiny_run(resume="run", stop_at=3)
     assert "run is finished" in capsys.readouterr().out
+    done = command("train.py", "--resume", "run", "--out", "other", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "--out other does not go with --resume run" in done.stderr
     tiny_run("early", steps=6, stop_at=4)
     tiny_run(resume="early", stop_at=3)
     assert "early is already at step 4" in capsys.readouterr().out
