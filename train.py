@@ -333,11 +333,14 @@ def restore(folder: Path, model, optimizer) -> int:
             raise ValueError(f"{checkpoint} is of another size: {sizes}")
     saved = check_checkpoint(checkpoint)
     weights, moments = get_state_dict(model, optimizer)
-    # a weight that never had a gradient has no moments in the checkpoint
-    moments["state"] = {name: state for name, state in moments["state"].items() if f"optimizer.{name}.step" in saved}
+    tensors = checkpoint_tensors(model, weights, moments)
+    without = [name for name in moments["state"] if f"optimizer.{name}.step" not in saved]  # they never had a gradient
+    tensors["optimizer"] = {name: state for name, state in moments["state"].items() if name not in without}
     with readable(checkpoint):
-        dcp.load(checkpoint_tensors(model, weights, moments), checkpoint_id=checkpoint)
+        dcp.load(tensors, checkpoint_id=checkpoint)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    for name in without:
+        del optimizer.state[model.get_parameter(name)]
     return int(checkpoint.name.removeprefix("step_"))
 
 

@@ -30,7 +30,7 @@ CHANGES = {
     ),
     "python data.py --source texts/ more.jsonl.gz --out data/mine --tokenizer train:8192": (
         {"train:8192": "train:400"},
-        [],
+        ["--val_fraction", "0.3"],
     ),
     "python train.py --data data/mine --size 15M --out out/mine": ({}, SHAPE + SHORT),
     "python train.py --resume out/mine": ({}, []),
@@ -68,8 +68,9 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "texts").mkdir()
-    for path in (ROOT / "tests").glob("*.py"):
-        shutil.copy(path, tmp_path / "texts" / path.name)
+    text = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
+    for i in range(60):
+        (tmp_path / "texts" / f"{i}.py").write_text(text[i * 2000 : (i + 1) * 2000])
     (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a record"}\n'))
     for line in filter(CHANGES.get, readme_commands()):
         changes, added = CHANGES[line]
