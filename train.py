@@ -631,8 +631,8 @@ def memory(device: torch.device) -> int:
 
 
 def leave():
-    """End the process without Python's own ending, in which a thread of gloo that still holds a tensor aborts it
-    (pytorch#179291: one run in ten of two ranks)."""
+    """End the process without Python's own ending, in which a thread of gloo that still holds a tensor can abort it
+    (pytorch#179291)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
