@@ -150,7 +150,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self.ids = prompt[-8:]  # decoding needs a few tokens before the new ones, or a first blank is lost
-        self.text = self.held = ""
+        self.held = ""
         self.settled = len(self.ids)
         self.finished = False
 
