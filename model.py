@@ -5,28 +5,35 @@ Comments give tensor shapes in these letters:
     B  sequences in the batch    H  query heads               D  model width
     T  tokens in a sequence      G  key/value heads, G <= H   F  feed-forward width
     V  vocabulary                K  width of one head         S  slots of the key/value cache
+    N  documents in packed rows
 
 Read it upwards from `Transformer.forward`, or downwards from the leaves. The second half of the file reads
 and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files and this project's checkpoints.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a target with this id is not trained on
+LOSS_CHUNK = 1024  # tokens whose logits exist at a time while training
+INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,38 @@ class KVCache:
         self.longest = max(lengths)
 
 
+class Documents(NamedTuple):
+    """The documents in packed rows (B, T): no token attends to another document than its own."""
+
+    positions: Tensor  # (B, T): of a token in its document
+    bounds: Tensor     # (N + 1,) int32: document n is the tokens bounds[n] … bounds[n + 1] - 1 of the rows laid end to end
+
+
+# PyTorch 2.11 and 2.13 say "causal" differently
+VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in signature(varlen_attn).parameters else {"is_causal": True}
+
+
+def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document, of q (B, T, H, K) on k and v (B, T, G, K)."""
+    rows, row_len = q.shape[:2]
+    k, v = (heads.repeat_interleave(q.size(2) // k.size(2), 2) for heads in (k, v))
+    q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))    # (B · T, H, K)
+    if q.is_cuda and q.dtype != torch.float32:
+        bounds = documents.bounds
+        y = varlen_attn(q, k, v, bounds, bounds, row_len, row_len, **VARLEN_CAUSAL)
+    else:
+        y = _attend_one_by_one(q, k, v, documents.bounds)
+    return y.unflatten(0, (rows, row_len))
+
+
+@torch.compiler.disable
+def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    """What varlen_attn does, without its kernel: to the last bit as if each document stood alone."""
+    parts = zip(*(heads.transpose(0, 1).split(bounds.diff().tolist(), 1) for heads in (q, k, v)))
+    outs = [F.scaled_dot_product_attention(*(part[None] for part in qkv), is_causal=True)[0] for qkv in parts]
+    return torch.cat(outs, 1).transpose(0, 1)
+
+
 class Attention(nn.Module):
     """Causal self-attention, H query heads sharing G key/value heads."""
 
@@ -167,9 +206,17 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, kv_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.query, self.key, self.value))
         q, k = rotate(q, rope), rotate(k, rope)               # (B, T, H, K), (B, T, G, K)
+        if documents is not None:
+            return self.out(attend_within(q, k, v, documents).flatten(2))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         mask = None
         if cache is not None:
@@ -203,9 +250,66 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, documents)
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of targets (n,) under the logits x @ weight.T, x (n, D), weight (V, D).
+
+    All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens' logits exist at a
+    time: their gradient, probabilities less one at the target, is turned at once into those of x and weight.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+        total = torch.zeros((), device=x.device)
+        x_grad = torch.empty_like(x) if training else None
+        weight_grad = torch.zeros(weight.shape, device=x.device) if training and weight.requires_grad else None
+        for begin in range(0, len(x), LOSS_CHUNK):
+            chunk = slice(begin, begin + LOSS_CHUNK)
+            answers = targets[chunk, None]
+            logits = F.linear(x[chunk], weight).float()                      # (chunk, V)
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            total += (normalizer - logits.gather(1, answers)).sum()
+            if training:
+                logits_grad = logits.sub_(normalizer).exp_()
+                logits_grad.scatter_add_(1, answers, torch.full_like(answers, -1, dtype=logits.dtype))
+                logits_grad = logits_grad.to(x.dtype)
+                torch.mm(logits_grad, weight, out=x_grad[chunk])
+                if weight_grad is not None:
+                    weight_grad += logits_grad.T @ x[chunk]
+        ctx.grads, ctx.weight_dtype = (x_grad, weight_grad), weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        x_grad, weight_grad = ctx.grads
+        if weight_grad is not None:
+            weight_grad = torch.mul(weight_grad, scale, out=torch.empty_like(weight_grad, dtype=ctx.weight_dtype))
+        return x_grad * scale, weight_grad, None, None
+
+
+class Unembedding(nn.Linear):
+    """Turns the residual stream into logits, or with targets into their loss."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        kept = targets != IGNORE  # on the host where the targets are there: then nothing waits for the device
+        if not kept.all():
+            kept = kept.nonzero().squeeze(1)
+            x, targets = x[kept.to(x.device, non_blocking=True)], targets[kept]
+        training = torch.is_grad_enabled() and x.requires_grad
+        return ChunkedLoss.apply(x, self.weight, targets.to(x.device, non_blocking=True), training)
 
 
 class Transformer(nn.Module):
@@ -215,23 +319,33 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.unembedding = Unembedding(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.unembedding.weight = self.embedding.weight
 
     @torch.no_grad()
-    def init_weights(self):
-        """Normal(0, 0.02); the two matrices that write to the residual stream get 0.02 / sqrt(2 * layers)."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-        for block in self.blocks:
-            for writer in (block.attention.out, block.feed_forward.down):
-                nn.init.normal_(writer.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+    def init_weights(self, seed: int = 0, rows: "Rows | None" = None):
+        """Normal(0, 0.02); the two matrices that write to the residual stream get 0.02 / sqrt(2 * layers).
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        Every INIT_ROWS rows of a matrix are drawn from a seed of their own, so that any number of processes, each
+        drawing the rows that it holds, makes the same model.
+        """
+        for name, weight in self.named_parameters():
+            first, mine = (rows or all_rows)(weight)
+            if weight.dim() == 1:
+                mine.fill_(1)
+                continue
+            writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+            std = 0.02 / (2 * len(self.blocks)) ** 0.5 if writes else 0.02
+            for begin in range(first - first % INIT_ROWS, first + len(mine), INIT_ROWS):
+                digest = hashlib.sha256(f"{seed} {name} {begin}".encode()).digest()
+                generator = torch.Generator(mine.device).manual_seed(int.from_bytes(digest[:7]))
+                shape = (min(INIT_ROWS, weight.size(0) - begin), weight.size(1))
+                drawn = torch.normal(0.0, std, shape, generator=generator, device=mine.device)
+                target = mine[max(0, begin - first) : begin - first + INIT_ROWS]
+                target.copy_(drawn[max(0, first - begin) :][: len(target)])
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
         """The normalised residual stream (B, T, D), which `unembedding` turns into logits.
 
         Raises ValueError when the tokens do not fit in the context window or in the cache.
@@ -239,11 +353,14 @@ class Transformer(nn.Module):
         num_tokens = tokens.size(1)
         if num_tokens > self.config.max_seq_len:
             raise ValueError(f"{num_tokens} tokens exceed the context window of {self.config.max_seq_len}")
-        positions = torch.arange(num_tokens, device=tokens.device) if cache is None else cache.begin(num_tokens)
+        if documents is not None:
+            positions = documents.positions
+        else:
+            positions = torch.arange(num_tokens, device=tokens.device) if cache is None else cache.begin(num_tokens)
         rope = rope_table(self.config, positions)
         x = self.embedding(tokens)                            # (B, T, D)
         for block in self.blocks:
-            x = block(x, rope, cache)
+            x = block(x, rope, cache, documents)
         if cache is not None:
             cache.end(num_tokens)
         return self.norm(x)
@@ -254,23 +371,32 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         num_targets: Tensor | float | None = None,
         cache: KVCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """fp32 logits (B, T, V) of the token after each of tokens (B, T); with targets (B, T), the loss in nats.
 
-        Targets are the tokens one later; `IGNORE` marks those that do not count. The loss is the sum over
-        the targets divided by num_targets: the number of targets given, unless the caller counts over more
+        Targets are the tokens one later; `IGNORE` marks those that do not count and cost nothing. The loss is the
+        sum over the targets divided by num_targets: the number of targets given, unless the caller counts over more
         than this batch (train.py divides by those of the whole step). No targets at all is a loss of 0.
         """
-        logits = self.unembedding(self.hidden(tokens, cache)).float()
+        x = self.hidden(tokens, cache, documents)
         if targets is None:
-            return logits
+            return self.unembedding(x).float()
         if num_targets is None:
-            num_targets = (targets != IGNORE).sum().clamp(min=1)
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        return total / num_targets
+            num_targets = max(1, int((targets != IGNORE).sum()))
+        return self.unembedding(x, targets) / num_targets
 
 
 # ---- weights on disk ----
+
+# Where a parameter's weights are in this process: the first row, and the rows from there on as a plain tensor. A model
+# spread over several processes (train.py) has only some rows of each parameter in each.
+Rows = Callable[[nn.Parameter], tuple[int, Tensor]]
+
+
+def all_rows(weight: nn.Parameter) -> tuple[int, Tensor]:
+    return 0, weight.data
+
 
 HF_NAMES = {  # this project's name of a module -> Hugging Face's
     "embedding": "model.embed_tokens",
@@ -431,9 +557,27 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     Raises ValueError naming the tensor, the expected and the found shape where a file does not fit its config, and
     for files that cannot be read at all. No file can run code.
     """
+    model = _empty(read_config(path), device, dtype)
+    load_weights(model, path)
+    return model
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The shape of the model at path, which is what `load` takes. Raises ValueError like it."""
     path = checkpoint_folder(Path(path))
     with readable(path):
-        return _load(path, device, dtype)
+        return _open(path)[0]
+
+
+def load_weights(model: Transformer, path: str | Path, rows: Rows = all_rows):
+    """Fill a model of the right shape from path, as `load` does; of a Hugging Face folder only the rows are read."""
+    path = checkpoint_folder(Path(path))
+    with readable(path):
+        _, tensors = _open(path)
+        if tensors is None:
+            _load_checkpoint(model, path)
+        else:
+            _fill(model, tensors, path, rows)
 
 
 @contextlib.contextmanager
@@ -449,18 +593,21 @@ def readable(path: Path):
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {reason})") from error
 
 
-def _load(path: Path, device, dtype: torch.dtype) -> Transformer:
+def _open(path: Path) -> tuple[ModelConfig, Named | None]:
+    """The shape of a model and its tensors, which come one at a time; None for a checkpoint, read in another way."""
     if path.is_file():
-        config, tensors = _read_llama2c(path)
-    elif (path / ".metadata").exists():
-        return _load_checkpoint(path, device, dtype)
-    elif (path / "params.json").exists():
-        config, tensors = _read_meta(path)
-    elif (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
-        config, tensors = _read_hugging_face(path)
-    else:
-        raise ValueError(f"{path}: no model here (looked for config.json with safetensors, params.json, a checkpoint)")
-    model = _empty(config, device, dtype)
+        return _read_llama2c(path)
+    if (path / ".metadata").exists():
+        return config_from_hugging_face(json.loads((path / "config.json").read_text()), path), None
+    if (path / "params.json").exists():
+        return _read_meta(path)
+    if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
+        return _read_hugging_face(path)
+    raise ValueError(f"{path}: no model here (looked for config.json with safetensors, params.json, a checkpoint)")
+
+
+@torch.no_grad()
+def _fill(model: Transformer, tensors: Named, path: Path, rows: Rows):
     missing = dict(model.named_parameters())
     for name, tensor in tensors:
         if name not in missing:
@@ -468,11 +615,11 @@ def _load(path: Path, device, dtype: torch.dtype) -> Transformer:
         target = missing.pop(name)
         if target.shape != tensor.shape:
             raise ValueError(f"{path}: tensor {name} should be {tuple(target.shape)} and is {tuple(tensor.shape)}")
-        target.data.copy_(tensor)
+        first, mine = rows(target)
+        mine.copy_(tensor[first : first + len(mine)])
     if missing:
         name, target = next(iter(missing.items()))
         raise ValueError(f"{path}: tensor {name} {tuple(target.shape)} is missing")
-    return model
 
 
 def _empty(config: ModelConfig, device, dtype: torch.dtype) -> Transformer:
@@ -524,18 +671,12 @@ def check_checkpoint(folder: Path) -> set[str]:
         return set(_Metadata(file).load().state_dict_metadata)
 
 
-def _load_checkpoint(folder: Path, device, dtype: torch.dtype) -> Transformer:
+def _load_checkpoint(model: Transformer, folder: Path):
     import torch.distributed.checkpoint as dcp
 
     check_checkpoint(folder)
-    config = config_from_hugging_face(json.loads((folder / "config.json").read_text()), folder)
-    model = _empty(config, device, dtype)
-    state = {"model": model.state_dict()}
-    if config.tie_embeddings:
-        del state["model"]["unembedding.weight"]
-    with warnings.catch_warnings(action="ignore"):  # that it reads in a single process, as it should
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
-    return model
+    with warnings.catch_warnings(action="ignore"):  # that each process reads for itself, as it should
+        dcp.load({"model": dict(model.named_parameters())}, checkpoint_id=folder, no_dist=True)
 
 
 def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:

@@ -352,7 +352,7 @@ model = load({str(tmp_path / "m")!r}); done = True; thread.join()
 print(peak - before)
 """
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert weights < peak < 1.25 * weights, f"{peak / weights:.2f} times the weights"
+    assert 0.95 * weights < peak < 1.25 * weights, f"{peak / weights:.2f} times the weights"
 
 
 # ---- other formats ----
