@@ -10,7 +10,8 @@ The way of a corpus:
 5. The tokens are written to flat files `{train,val}_{00000…}.bin`, described by meta.json, in a folder
    that gets its name only when it is complete.
 
-A dataset is read by `TokenDataset`. Which windows a step trains on is a pure function of (seed, step).
+A dataset is read by `TokenDataset` as windows of its text, or by `PackedDataset` as rows of whole documents; `Mixture`
+draws from several. Which sequences a step trains on is a pure function of (seed, step).
 """
 
 import base64
@@ -39,9 +40,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+IGNORE = -100                  # a target that does not count, as in model.py
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 SEPARATOR = "<|endoftext|>"    # divides the documents of a .txt file that has it
 PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blank line after this many characters
@@ -49,6 +52,7 @@ DOCUMENT_CHARS = 1_000_000     # any longer document is cut likewise, so that me
 TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
 TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
 SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
+MIXTURE_BLOCK = 1000           # sequences in which a mixture has exactly its proportions
 
 
 @dataclass(frozen=True)
@@ -682,6 +686,19 @@ def _tokenizer_texts(files: list[Path], val_fraction: float, database: Path, tot
 # ---- reading ----
 
 
+class Batch(NamedTuple):
+    """Sequences (n, T) of int64: inputs, and the targets, which are the inputs one later."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    bounds: np.ndarray | None = None  # of packed rows laid end to end: where each document begins, and the end
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """For packed rows what model.Documents is made of: positions (n, T) in the document, and the bounds as int32."""
+        positions = np.arange(self.tokens.size) - np.repeat(self.bounds[:-1], np.diff(self.bounds))
+        return positions.reshape(self.tokens.shape), self.bounds.astype(np.int32)
+
+
 class TokenDataset:
     """One split of a dataset folder as windows of seq_len + 1 tokens: the inputs and, one later, the targets.
 
@@ -706,33 +723,188 @@ class TokenDataset:
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def window(self, index: int) -> np.ndarray:
-        for tokens, count in zip(self.files, self.counts):
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        """The stretches of text in a sequence: (file, first token, number of inputs)."""
+        for file, count in enumerate(self.counts):
             if index < count:
-                return tokens[index * self.seq_len : (index + 1) * self.seq_len + 1]
+                return [(file, index * self.seq_len, self.seq_len)]
             index -= count
         raise IndexError(index)
 
-    def windows(self, indices) -> np.ndarray:
-        """(len(indices), seq_len + 1) tokens, int64."""
-        rows = np.stack([self.window(int(index)) for index in indices]).astype(np.int64)
-        if (largest := rows.max()) >= self.meta["vocab_size"]:
+    def batch(self, indices) -> Batch:
+        """The sequences of these indices. Raises ValueError for a token outside the vocabulary."""
+        tokens = np.zeros((len(indices), self.seq_len), np.int64)
+        targets = np.full_like(tokens, IGNORE)
+        bounds = []
+        for row, index in enumerate(indices):
+            used = 0
+            for file, start, size in self.pieces(int(index)):
+                bounds.append(row * self.seq_len + used)
+                tokens[row, used : used + size] = self.files[file][start : start + size]
+                targets[row, used : used + size] = self.files[file][start + 1 : start + size + 1]
+                used += size
+            if used < self.seq_len:  # what is left over is as another document, without targets
+                bounds.append(row * self.seq_len + used)
+        if (largest := max(tokens.max(), targets.max())) >= self.meta["vocab_size"]:
             raise ValueError(f"{self.folder} has a token {largest}, its vocabulary only {self.meta['vocab_size']}")
-        return rows
+        return Batch(tokens, targets, np.array([*bounds, tokens.size]))
 
-    def batch_indices(self, step: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
-        """The windows that this rank reads in optimizer step `step` (from 0), of the batch_size that all ranks read.
+    def index(self, number: int, seed: int) -> int:
+        """The index of the sequence that is drawn as number `number`: an epoch is each once, shuffled anew."""
+        return shuffled(number % len(self), len(self), (seed, number // len(self)))
 
-        An epoch is each window once, shuffled anew; it may end within a step.
-        """
-        share = batch_size // world
-        first = step * batch_size + rank * share
-        return [shuffled(i % len(self), len(self), (seed, i // len(self))) for i in range(first, first + share)]
+    def place(self, index: int) -> str:
+        """Where a sequence comes from: file, tokens, and which documents of the file they belong to."""
+        names = []
+        for file, start, size in self.pieces(index):
+            begun = np.count_nonzero(self.files[file][: start + 1] == self.meta["bos"])
+            ended = begun + np.count_nonzero(self.files[file][start + 1 : start + size] == self.meta["bos"])
+            documents = f"document {begun}" if begun == ended else f"documents {begun}-{ended}"
+            names.append(f"{Path(self.files[file].filename).name} tokens {start}-{start + size} ({documents})")
+        return f"{self.folder}: {', '.join(names)}"
 
     def spread_indices(self, count: int) -> list[int]:
-        """At most count windows spaced evenly over the split, always the same."""
+        """At most count sequences spaced evenly over the split, always the same."""
         count = min(count, len(self))
         return [i * len(self) // count for i in range(count)]
+
+
+class PackedDataset(TokenDataset):
+    """One split as rows filled with whole documents, padded at the end; a document that is longer than a row is cut.
+
+    Rows are packed by best fit over the whole split, the longest pieces first; 20 bytes of memory a document.
+    """
+
+    def __init__(self, folder: str | Path, split: str, seq_len: int):
+        super().__init__(folder, split, seq_len)
+        pieces = np.concatenate([self._cut(file) for file in range(len(self.files))])
+        row_of = pack(pieces[:, 2], seq_len)
+        self.table = pieces[np.argsort(row_of, kind="stable")]
+        self.first = np.concatenate(([0], np.cumsum(np.bincount(row_of))))
+
+    def _cut(self, file: int) -> np.ndarray:
+        """The pieces of a file's documents, as in `pieces`; EOS has no target and is no input."""
+        tokens = self.files[file]
+        starts = np.flatnonzero(tokens == self.meta["bos"])
+        if self.meta["bos"] == self.meta["eos"]:  # GPT-2's tokenizer has one token for both
+            starts = starts[::2]
+        inputs = np.diff(starts, append=len(tokens)) - 1
+        per_document = -(-inputs // self.seq_len)
+        number = np.arange(per_document.sum()) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+        offset = number * self.seq_len
+        sizes = np.minimum(self.seq_len, np.repeat(inputs, per_document) - offset)
+        return np.stack((np.full_like(sizes, file), np.repeat(starts, per_document) + offset, sizes), 1)
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        return [tuple(piece) for piece in self.table[self.first[index] : self.first[index + 1]].tolist()]
+
+
+def pack(sizes: np.ndarray, room: int) -> np.ndarray:
+    """The row of each piece, when the longest goes first, always to the row that it fills best (best-fit decreasing).
+
+    >>> pack(np.array([2, 7, 3, 5, 3]), 10).tolist()
+    [1, 0, 0, 1, 1]
+    """
+    rows = np.empty(len(sizes), np.int64)
+    by_room = [[] for _ in range(room + 1)]  # the rows that have this much room left
+    some = 0  # bit r is set where by_room[r] is not empty
+    count = 0
+    for piece in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[piece])
+        if fitting := some >> size:
+            left = size + (fitting & -fitting).bit_length() - 1
+            row = by_room[left].pop()
+            if not by_room[left]:
+                some ^= 1 << left
+        else:
+            row, left, count = count, room, count + 1
+        rows[piece] = row
+        if left > size:
+            by_room[left - size].append(row)
+            some |= 1 << (left - size)
+    return rows
+
+
+def mixture_weights(sources: tuple[str, ...]) -> tuple[list[str], list[float]]:
+    """The folders of sources `FOLDER` or `FOLDER:WEIGHT`, and their shares, which add up to 1. Raises ValueError.
+
+    >>> mixture_weights(("data/a:3", "data/b"))
+    (['data/a', 'data/b'], [0.75, 0.25])
+    """
+    folders, weights = [], []
+    for source in sources:
+        folder, colon, weight = source.rpartition(":")
+        if not colon or Path(source).exists():
+            folder, weight = source, "1"
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ValueError(f"--data {source}: {weight} is no number; write FOLDER or FOLDER:WEIGHT") from None
+        folders.append(folder)
+        if not 0 < weights[-1] < math.inf:
+            raise ValueError(f"--data {source}: the weight must be above 0")
+    return folders, [weight / sum(weights) for weight in weights]
+
+
+class Mixture:
+    """Datasets drawn from together, each source `FOLDER` or `FOLDER:WEIGHT`.
+
+    Every MIXTURE_BLOCK sequences have exactly the proportions of the weights, in an order shuffled anew for each block;
+    each source goes through its own epochs. Raises ValueError for a bad weight and for sources of different tokenizers.
+    """
+
+    def __init__(self, sources: tuple[str, ...], split: str, seq_len: int, packed: bool = False):
+        self.folders, self.weights = mixture_weights(sources)
+        self.parts = [(PackedDataset if packed else TokenDataset)(folder, split, seq_len) for folder in self.folders]
+        self.packed = packed
+        for part in self.parts:
+            if part.meta["tokenizer"]["sha256"] != self.parts[0].meta["tokenizer"]["sha256"]:
+                raise ValueError(f"--data {part.folder} was made with another tokenizer than {self.folders[0]}")
+        self.ends = [round(end * MIXTURE_BLOCK) for end in itertools.accumulate(self.weights)]
+        for source, begin, end in zip(sources, [0, *self.ends], self.ends):
+            if begin == end:
+                raise ValueError(f"--data {source}: its share is below 1 in {MIXTURE_BLOCK}")
+
+    def draw(self, number: int, seed: int) -> tuple[int, int]:
+        """(source, index) of the sequence that is drawn as number `number` of the run."""
+        if len(self.parts) == 1:
+            return 0, self.parts[0].index(number, seed)
+        block, place = divmod(number, MIXTURE_BLOCK)
+        place = shuffled(place, MIXTURE_BLOCK, (seed, block))
+        source = next(i for i, end in enumerate(self.ends) if place < end)
+        begin = self.ends[source - 1] if source else 0
+        drawn = block * (self.ends[source] - begin) + place - begin
+        return source, self.parts[source].index(drawn, seed)
+
+    def numbers(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> range:
+        """The sequences of this rank in optimizer step `step` (from 0), of the batch_size that all ranks read."""
+        share = batch_size // world
+        first = step * batch_size + rank * share
+        return range(first, first + share)
+
+    def batch(self, numbers, seed: int) -> Batch:
+        drawn = [self.draw(number, seed) for number in numbers]
+        rows = [self.parts[source].batch([index]) for source, index in drawn]
+        starts = [row.bounds[:-1] + i * row.tokens.size for i, row in enumerate(rows)]
+        tokens, targets = (np.concatenate(arrays) for arrays in zip(*(row[:2] for row in rows)))
+        return Batch(tokens, targets, np.array([*np.concatenate(starts), tokens.size]) if self.packed else None)
+
+    def place(self, number: int, seed: int) -> str:
+        source, index = self.draw(number, seed)
+        return self.parts[source].place(index)
+
+    def epochs(self, count: int) -> dict[str, float]:
+        """How often each source has been gone through after count sequences."""
+        shares = [(end - begin) / MIXTURE_BLOCK for begin, end in zip([0, *self.ends], self.ends)]
+        return {
+            folder: round(count * share / len(part), 4)
+            for folder, share, part in zip(self.folders, shares, self.parts)
+        }
+
+
 
 
 def shuffled(index: int, size: int, key: tuple[int, int]) -> int:

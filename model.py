@@ -166,7 +166,7 @@ class Documents(NamedTuple):
     """The documents in packed rows (B, T): no token attends to another document than its own."""
 
     positions: Tensor  # (B, T): of a token in its document
-    bounds: Tensor     # (N + 1,) int32: document n is the tokens bounds[n] … bounds[n + 1] - 1 of the rows laid end to end
+    bounds: Tensor     # (N + 1,) int32: of the rows laid end to end, document n is bounds[n] … bounds[n + 1] - 1
 
 
 # PyTorch 2.11 and 2.13 say "causal" differently
@@ -656,7 +656,7 @@ class _Metadata(pickle.Unpickler):
             "torch.distributed.checkpoint.metadata": self.DESCRIPTIONS,
             "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
             "torch.serialization": ["_get_layout"],
-            "torch": ["Size", *(str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16))],
+            "torch": ["Size", "float32", "bfloat16", "int64"],
             "pathlib": ["PosixPath", "WindowsPath"],
             "pathlib._local": ["PosixPath", "WindowsPath"],
         }

@@ -5,12 +5,16 @@
     torchrun --nproc_per_node 8 train.py --data data/NAME ...   # the same run on 8 GPUs
     python train.py --resume out/RUN                            # continues it exactly
 
+    python train.py --plan --size 7B --seq_len 4096 --gpus 8 --gpu A100-80GB     # would it fit, how long would it take
+
 Every run joins a process group and shards its model over it, also a run of one process. The batch of a step
 is a pure function of (dataset, seed, step); processes and micro-batches only divide the work.
 """
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import json
 import math
 import os
@@ -18,36 +22,53 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from data import TokenDataset, Tokenizer, find_tokenizer, git_commit, read_json, read_meta, run_command
+from data import (
+    Batch,
+    Mixture,
+    Tokenizer,
+    find_tokenizer,
+    git_commit,
+    mixture_weights,
+    read_json,
+    read_meta,
+    run_command,
+)
 from model import (
     IGNORE,
     SIZES,
+    Documents,
     ModelConfig,
     Transformer,
     check_checkpoint,
-    checkpoint_folder,
     config_to_hugging_face,
-    load,
+    load_weights,
+    read_config,
     readable,
 )
 
 HERE = Path(__file__).parent
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # bf16, dense
 
 
 @dataclass
@@ -55,7 +76,7 @@ class Config:
     """Train a LLaMA-2. The defaults suit the laptop size; larger models want a lower learning rate."""
 
     # where
-    data: str = "data/stdlib"           # dataset folder made by data.py
+    data: tuple[str, ...] = ("data/stdlib",)  # dataset folders made by data.py; FOLDER:WEIGHT draws from several
     out: str = "out/stdlib"             # the run's folder: checkpoints, log.jsonl, loss.png
     resume: str = ""                    # folder of a run to continue; its own flags are taken
     init_from: str = ""                 # model to start from: anything that model.load reads
@@ -68,12 +89,14 @@ class Config:
     ffn_dim: int = 0                    # width of the feed-forward layers
     rope_scale: float = 0.0             # position interpolation; 0 keeps the model's
     seq_len: int = 256                  # tokens of a sequence, and the context window of a new model
+    pack: bool = False                  # fill sequences with whole documents that do not see each other
     # how long
     steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
     batch_size: int = 8                 # sequences in an optimizer step, over all processes
     micro_batch: int = 0                # sequences in a forward pass of one process; 0 takes its whole share
     stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
     # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon takes the blocks' matrices, AdamW keeps the rest
     learning_rate: float = 2e-3         # peak
     warmup: float = 0.02                # steps, or below 1 a fraction of --steps
     final_lr: float = 0.1               # fraction of the peak that is left at the last step
@@ -82,23 +105,38 @@ class Config:
     beta2: float = 0.99                 # of AdamW; small batches want it higher than LLaMA's 0.95
     grad_clip: float = 1.0              # largest norm of the gradient of all weights
     seed: int = 0                       # of the first weights and of the order of the data
+    # when a step goes wrong
+    max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite
+    spike: float = 6.0                  # a loss or gradient norm this many standard deviations above its level
+    on_spike: Literal["log", "skip", "rollback"] = "log"  # or no update, or the last checkpoint and on past that data
     # reporting
     log_every: int = 10                 # steps
     eval_every: int = 500               # steps; the last step is always evaluated
     eval_tokens: int = 131_072          # validation tokens, always the same ones
     save_every: int = 500               # steps; the last step is always saved
     keep: int = 2                       # newest checkpoints to keep
+    keep_every: int = 0                 # steps; a checkpoint of a multiple of this is kept for good
     sample: str = "def "                # a text to continue when training ends; "" is none
     wandb: str = ""                     # project name; offline when nobody is logged in
     # machine
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the arithmetic, weights stay fp32; auto: bf16 if it is faster
     compile: Literal["auto", "on", "off"] = "auto"   # auto: where a compiler is there and the run is long enough
+    checkpointing: str = "none"         # activations computed again in the backward pass: none, selective, full, or 2
+    #                                     for those of every second block, 3 for every third, ...
+    shard_over: int = 0                 # neighbouring processes that share one copy of the model; 0 is all of them
+    reshard_after_forward: bool = True  # give gathered weights back until the backward pass; costs time, saves memory
+    deterministic: bool = False         # on a GPU: the same bits again, slower; a CPU always does that
+    # forecast
+    plan: bool = False                  # only say what the run would need, on this hardware:
+    gpus: int = 8                       # how many
+    gpu: str = "A100-80GB"              # a name in train.GPUS
 
 
 # flags that may differ when a run is continued: but for rounding they do not change what is computed, and of --data
 # the run's record knows the contents
 FREE = {"resume", "out", "data", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample"}
-FREE |= {"wandb", "compile"}
+FREE |= {"wandb", "compile", "checkpointing", "shard_over", "reshard_after_forward", "deterministic", "keep_every"}
+FREE |= {"max_bad_steps", "plan", "gpus", "gpu"}
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -114,17 +152,36 @@ def learning_rate(step: int, config: Config) -> float:
 # ---- set-up ----
 
 
-def join_world() -> torch.device:
+def join_world(deterministic: bool = False) -> torch.device:
     """Join the process group that torchrun describes; without torchrun, a world of one. Returns the device."""
     cuda = torch.cuda.is_available()
     if cuda:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products need
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.use_deterministic_algorithms(deterministic)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world = next(dist.rendezvous("env://"))
+        # after --max-restarts the keys of the last attempt are still in the store
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def on_first_rank(action: Callable[[], None], group: dist.ProcessGroup | None = None):
+    """Run action on the first rank while the others wait. Raises OSError on all where it does so there."""
+    problem = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = [(error.errno, error.strerror, error.filename and str(error.filename))]
+    dist.broadcast_object_list(problem, src=0, group=group)
+    if problem[0]:
+        raise OSError(*problem[0])
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -158,150 +215,389 @@ def model_config(config: Config, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(SIZES[config.size], vocab_size=vocab_size, max_seq_len=config.seq_len, **changes)
 
 
-def first_model(config: Config, meta: dict) -> Transformer:
-    """The model before its first step, whole, in fp32; the same on every rank. Raises ValueError for a misfit."""
+def first_config(config: Config, meta: dict) -> ModelConfig:
+    """The shape of a new run's model. Raises ValueError where --init_from does not fit the other flags or the data."""
     if not config.init_from:
-        torch.manual_seed(config.seed)
-        model = Transformer(model_config(config, meta["vocab_size"]))
-        model.init_weights()
-        return model
+        return model_config(config, meta["vocab_size"])
     for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
         if getattr(config, name):
             raise ValueError(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
     if config.size != Config.size:
         raise ValueError(f"--size {config.size} does not go with --init_from, which brings its shape")
-    model = load(config.init_from)
+    shape = read_config(config.init_from)
     theirs = find_tokenizer(config.init_from)
     if theirs and Tokenizer(theirs).sha256 != meta["tokenizer"]["sha256"]:
         hint = f"make it with --tokenizer {theirs}"
-        raise ValueError(f"--data {config.data} was made with another tokenizer than {theirs}; {hint}")
-    if model.config.vocab_size < meta["vocab_size"]:
-        sizes = f"{meta['vocab_size']}, larger than the model's {model.config.vocab_size}"
-        raise ValueError(f"--data {config.data} has a vocabulary of {sizes}")
+        raise ValueError(f"--data {config.data[0]} was made with another tokenizer than {theirs}; {hint}")
+    if shape.vocab_size < meta["vocab_size"]:
+        sizes = f"{meta['vocab_size']}, larger than the model's {shape.vocab_size}"
+        raise ValueError(f"--data {config.data[0]} has a vocabulary of {sizes}")
     if config.rope_scale:
-        model.config = dataclasses.replace(model.config, rope_scale=config.rope_scale, max_seq_len=config.seq_len)
-    if config.seq_len > model.config.max_seq_len:
-        raise ValueError(f"--seq_len {config.seq_len} exceeds the model's context window of {model.config.max_seq_len}")
+        shape = dataclasses.replace(shape, rope_scale=config.rope_scale, max_seq_len=config.seq_len)
+    if config.seq_len > shape.max_seq_len:
+        raise ValueError(f"--seq_len {config.seq_len} exceeds the model's context window of {shape.max_seq_len}")
+    return shape
+
+
+def build(shape: ModelConfig, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool) -> Transformer:
+    """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere."""
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model = shard(model, config, device, dtype, compiled).to_empty(device=device)
+    if shape.tie_embeddings:
+        model.unembedding.weight = model.embedding.weight
     return model
 
 
-def shard(model: Transformer, dtype: torch.dtype, compiled: bool) -> Transformer:
-    """Compile each block, then spread the model over all ranks' devices: fp32 shards, dtype arithmetic, fp32 sums."""
+def shard(
+    model: Transformer, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> Transformer:
+    """Checkpoint, compile, then shard every block, in this order: fp32 shards, dtype arithmetic, fp32 gradient sums.
+
+    The embedding is a unit apart, and the final norm one with the output layer, which the backward pass needs first.
+    With --shard_over, the ranks that share a copy are neighbours and copies only exchange gradients (HSDP).
+    """
+    world, copy = dist.get_world_size(), config.shard_over
+    mesh = copy and init_device_mesh(device.type, (world // copy, copy), mesh_dim_names=("replicate", "shard"))
     # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
+    unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh or None)
+    for layer, block in enumerate(model.blocks):
+        block.forward = checkpointed(block.forward, config.checkpointing, layer)
         if compiled:
-            block.compile()
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
+            # the loop over documents that stands in for the GPU's kernel cannot be compiled
+            block.forward = torch.compile(block.forward, fullgraph=not config.pack or device.type == "cuda")
+        unit(block, reshard_after_forward=config.reshard_after_forward)
+    if not model.config.tie_embeddings:
+        unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
+        unit([model.norm, model.unembedding], reshard_after_forward=False)
+    return unit(model)
 
 
-def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+def checkpointed(forward: Callable, mode: str, layer: int) -> Callable:
+    """forward, but keeping less for the backward pass, which computes the rest again. The gradients are the same."""
+    if mode == "none" or mode.isdigit() and layer % int(mode):
+        return forward
+    contexts = {"context_fn": keep_the_costly} if mode == "selective" else {}
+    return lambda *inputs: torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **contexts)
+
+
+ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "varlen_attn")  # in the names of kernels
+
+
+def keep_the_costly():
+    """For selective checkpointing: keep the outputs of attention and of every second matrix product."""
+    products = {False: 0, True: 0}  # seen in the forward pass, and when computing again
+
+    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+        if op is torch.ops.aten.mm.default:
+            products[context.is_recompute] += 1
+            keep = products[context.is_recompute] % 2 == 1
+        else:
+            keep = any(name in str(op) for name in ATTENTION)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def local_rows(weight: DTensor) -> tuple[int, Tensor]:
+    """The rows of a sharded parameter that this rank holds: the number of the first, and the rows."""
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return offset[0], weight.detach().to_local()
+
+
+def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW, and with --optimizer muon also Muon (Jordan et al. 2024) for the blocks' matrices; moments are zero.
+
+    Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate suits both.
+    """
+    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2 and config.optimizer == "muon"]
+    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    matrices = {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay}
+    vectors = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
+    betas = (config.beta1, config.beta2)
+    adamw = torch.optim.AdamW([matrices, vectors], lr=config.learning_rate, betas=betas, fused=True)
+    for p in others:
+        step = torch.zeros((), device=p.device)
+        adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    if not hidden:
+        return [adamw]
+    muon = torch.optim.Muon(
+        hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for p in hidden:
+        muon.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+    return [adamw, muon]
 
 
 # ---- a step ----
 
 
-def step_batches(data: TokenDataset, config: Config, step: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of a step: inputs and targets (micro_batch, T); targets are the inputs one later."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    rows = torch.from_numpy(data.windows(data.batch_indices(step, config.batch_size, config.seed, rank, world)))
-    size = config.micro_batch or len(rows)
-    return [(part[:, :-1].to(device), part[:, 1:].to(device)) for part in rows.split(size)]
+class MicroBatch(NamedTuple):
+    tokens: Tensor    # (micro_batch, T) on the device
+    targets: Tensor   # (micro_batch, T) on the host, where the loss finds what to leave out without waiting
+    documents: Documents | None
+
+
+def to_device(batch: Batch, device: torch.device) -> MicroBatch:
+    """Pinned memory lets the copies run beside the device's work."""
+
+    def host(values) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+    documents = None
+    if batch.bounds is not None:
+        positions, bounds = (host(values).to(device, non_blocking=True) for values in batch.documents())
+        documents = Documents(positions, bounds)
+    return MicroBatch(host(batch.tokens).to(device, non_blocking=True), host(batch.targets), documents)
+
+
+def step_batches(data: Mixture, config: Config, step: int, device: torch.device) -> list[MicroBatch]:
+    """This rank's micro-batches of a step."""
+    numbers = data.numbers(step, config.batch_size, dist.get_rank(), dist.get_world_size())
+    size = config.micro_batch or len(numbers)
+    parts = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
+    return [to_device(data.batch(part, config.seed), device) for part in parts]
+
+
+def prefetch(make: Callable[[int], list[MicroBatch]], steps: range, device: torch.device) -> Iterator[list[MicroBatch]]:
+    """make(step) for each step, one ahead of its use, in a thread beside the training."""
+    set_device = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=set_device) as pool:
+        ahead = pool.submit(make, steps[0]) if steps else None
+        for step in steps:
+            batches = ahead.result()
+            ahead = pool.submit(make, step + 1) if step + 1 in steps else None
+            yield batches
+
+
+class Guard:
+    """Judges a step by its loss and gradient norm before they do harm: on the device, so that nobody waits for it.
+
+    The level of each is a running mean and variance, over about the last 50 steps. A spike lies more than `spike`
+    standard deviations above (from step 100 on); it moves the level only as far as that, so one wild step does not hide
+    the next, while a lasting change is followed in time.
+    """
+
+    SETTLED, MEMORY = 100, 50
+
+    def __init__(self, spike: float, device: torch.device):
+        self.spike = spike
+        self.level = torch.zeros(5, device=device)  # steps judged; means of loss and norm; their variances
+        self.passed_over = torch.zeros((), dtype=torch.long)  # steps' worth of data that rolling back has skipped
+
+    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(not finite, a spike), each true or false; the level has then taken notice."""
+        count, mean, variance = self.level[0], self.level[1:3], self.level[3:5]
+        values = torch.stack((loss, norm))
+        bad = ~values.isfinite().all()
+        limit = torch.where(count < self.SETTLED, math.inf, mean + self.spike * variance.sqrt())
+        spike = ~bad & (values > limit).any()
+        share = 1 / (count + 1).clamp(max=self.MEMORY)
+        change = values.minimum(limit) - mean
+        level = torch.cat((count[None] + 1, mean + share * change, (1 - share) * (variance + share * change.square())))
+        self.level = torch.where(bad, self.level, level)
+        return bad, spike
+
+
+class Outcome(NamedTuple):
+    """What a step came to, on the device until somebody reads it; the same on every rank."""
+
+    loss: Tensor     # nats a target, over all ranks and micro-batches
+    norm: Tensor     # of the loss's gradient, before clipping
+    bad: Tensor      # loss or norm is not finite: there was no update
+    spike: Tensor    # one of them is far above its level
+    losses: Tensor   # (ranks, micro-batches): what each contributed
+    counts: Tensor   # targets, and sequences without any
 
 
 def train_step(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[MicroBatch],
     lr: float,
-    grad_clip: float,
-) -> tuple[Tensor, Tensor]:
+    config: Config,
+    guard: Guard,
+) -> Outcome:
     """One optimizer step over this rank's micro-batches.
 
-    Returns the loss, in nats a target over all ranks and micro-batches, and the norm of its gradient before
-    clipping: both are the same on every rank and, but for rounding, for every way to divide the same batch.
+    Loss and norm are, but for rounding, the same for every way to divide the same batch. Nothing here waits for the
+    device: where the update must not happen, the device finds out by itself.
     """
-    world = dist.get_world_size()
-    num_targets = sum((targets != IGNORE).sum() for _, targets in batches)
-    dist.all_reduce(num_targets)
-    loss = torch.zeros((), device=num_targets.device)
-    for i, (tokens, targets) in enumerate(batches):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    is_target = [batch.targets != IGNORE for batch in batches]
+    counts = torch.tensor([sum(t.sum() for t in is_target), sum((~t.any(1)).sum() for t in is_target)])
+    counts = counts.to(batches[0].tokens.device, non_blocking=True)
+    dist.all_reduce(counts)
+    losses = torch.zeros(world, len(batches), device=counts.device)
+    for i, (tokens, targets, documents) in enumerate(batches):
         model.set_requires_gradient_sync(i == len(batches) - 1)  # reduce the gradients once, with the last micro-batch
-        part = model(tokens, targets, num_targets.clamp(min=1) / world)  # the reduction divides by the world again
-        part.backward()
-        loss += part.detach() / world
-    dist.all_reduce(loss)
-    norm = clip_grad_norm_(model.parameters(), grad_clip).full_tensor()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, norm
+        # the reduction of the gradients divides by the world again
+        loss = model(tokens, targets, counts[0].clamp(min=1) / world, documents=documents)
+        loss.backward()
+        losses[rank, i] = loss.detach() / world
+    dist.all_reduce(losses)
+    loss = losses.sum()
+    norm = clip_grad_norm_(model.parameters(), config.grad_clip).full_tensor()
+    bad, spike = guard.judge(loss, norm)
+    skip = bad | spike if config.on_spike == "skip" else bad
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.found_inf = skip.float()  # fused AdamW then leaves weights and moments as they are
+        if optimizer.defaults.get("fused") or not skip:  # another optimizer has to be asked to, and waits
+            optimizer.step()
+        optimizer.zero_grad()
+    return Outcome(loss, norm, bad, spike, losses, counts)
 
 
 @torch.no_grad()
-def evaluate(model, val: TokenDataset, config: Config, device: torch.device) -> dict[str, float]:
-    """Loss on a fixed set of validation windows, in nats a token and bits a byte; any number of ranks agrees.
+def evaluate(model, val: Mixture, config: Config, device: torch.device) -> dict[str, float]:
+    """Loss on a fixed set of validation sequences, in nats a token and bits a byte; any number of ranks agrees.
 
-    Bits a byte are those of the tokens over the bytes that the whole split has for a token.
+    Several sources take part by their weights, and each is listed too. Bits a byte are those of the tokens over the
+    bytes that the whole split has for a token.
     """
-    indices = val.spread_indices(config.eval_tokens // config.seq_len)
     rank, world = dist.get_rank(), dist.get_world_size()
     size = config.micro_batch or max(1, config.batch_size // world)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, targets
-    for start in range(0, len(indices), size * world):  # every rank makes the same number of passes
-        mine = indices[start : start + size * world][rank::world]
-        rows = torch.from_numpy(val.windows(mine or indices[:1])).to(device)
-        targets = rows[:, 1:] if mine else torch.full_like(rows[:, 1:], IGNORE)
-        sums += torch.stack((model(rows[:, :-1], targets, num_targets=1), (targets != IGNORE).sum()))
+    sums = torch.zeros(len(val.parts), 2, dtype=torch.float64, device=device)  # nats, targets
+    for part, weight, sum_of_part in zip(val.parts, val.weights, sums):
+        indices = part.spread_indices(max(1, int(config.eval_tokens * weight) // config.seq_len))
+        for start in range(0, len(indices), size * world):  # every rank makes the same number of passes
+            mine = indices[start : start + size * world][rank::world]
+            rows = part.batch([*mine, *indices[:1] * (size - len(mine))])  # of one shape, filled up without targets
+            rows.targets[len(mine) :] = IGNORE
+            batch = to_device(rows if val.packed else rows._replace(bounds=None), device)
+            loss = model(batch.tokens, batch.targets, num_targets=1, documents=batch.documents)
+            sum_of_part += torch.stack((loss, (batch.targets != IGNORE).sum().to(device)))
     dist.all_reduce(sums)
-    nats = (sums[0] / sums[1]).item()
-    split = val.meta["splits"]["val"]
-    return {"val_loss": nats, "val_bits_per_byte": nats / math.log(2) * split["tokens"] / split["bytes"]}
+    sums = sums.cpu()
+    splits = [part.meta["splits"]["val"] for part in val.parts]
+    num_bytes = sums[:, 1] @ torch.tensor([split["bytes"] / split["tokens"] for split in splits], dtype=sums.dtype)
+    nats, targets = sums.sum(0)
+    scores = {"val_loss": (nats / targets).item(), "val_bits_per_byte": (nats / math.log(2) / num_bytes).item()}
+    if len(val.parts) > 1:
+        scores |= {f"val_loss {name}": (a / b).item() for name, (a, b) in zip(val.folders, sums)}
+    return scores
 
 
 # ---- checkpoints ----
 
 
-def save(folder: Path, step: int, model, optimizer, keep: int):
-    """Every rank writes its shards aside; complete, the folder gets its name, `last` points to it, old ones go."""
-    name = f"step_{step:08d}"
-    aside = folder / f"{name}.tmp"
-    weights, moments = get_state_dict(model, optimizer)
-    if dist.get_rank() == 0:
-        for old in (aside, folder / name):  # left by a kill, the second one before `last` pointed to it
+class Checkpoints:
+    """Saves a run in the background: training waits only until its tensors are copied to the host's memory.
+
+    A checkpoint is written aside by all ranks, read again, synced, renamed, and only then pointed to by `last`; a kill
+    at any moment leaves the one before. It holds tensors alone: weights, moments, and the state of the guard.
+    """
+
+    def __init__(self, folder: Path, config: Config, model, optimizers: list, guard: Guard, device: torch.device):
+        self.folder, self.config, self.model = folder, config, model
+        self.tensors = checkpoint_tensors(model, optimizers, guard)
+        self.guard = guard
+        cuda = device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned and non-blocking on a GPU
+        self.group = dist.new_group(backend="gloo")  # what it says to other ranks must not mix with the training's
+        self.saving, self.newest = None, -1
+
+    def begin(self, step: int):
+        """Begin to save, nothing else being saved any more."""
+        self.tensors["guard"] = guard_tensors(self.guard)
+        staged = self.stager.stage(detached(self.tensors))
+        thread = ThreadPoolExecutor(1)  # anew each time: its idle OpenMP threads would slow down a CPU's training by 30 %
+        self.saving = step, thread.submit(self._write, step, staged)
+        thread.shutdown(wait=False)
+
+    def finish(self) -> ValueError | None:
+        """Wait until nothing is being saved any more. Returns, on all ranks, what went wrong; nothing else is lost."""
+        if not self.saving:
+            return None
+        (step, future), self.saving = self.saving, None
+        try:
+            future.result()
+            self.newest = step
+        except BaseException as error:  # the exceptions of torch's checkpoints are no Exceptions
+            if isinstance(error, (KeyboardInterrupt, MemoryError)):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            before = f"the last one is that of step {self.newest}" if self.newest >= 0 else "there is none yet"
+            return ValueError(f"{self.folder}: no checkpoint of step {step} ({reason}); {before}")
+        return None
+
+    def _write(self, step: int, staged: dict):
+        name = f"step_{step:08d}"
+        aside = self.folder / f"{name}.tmp"
+        try:
+            on_first_rank(functools.partial(self._begin, aside, self.folder / name), self.group)
+            dcp.save(staged, checkpoint_id=aside, process_group=self.group)
+            dcp.load(staged, checkpoint_id=aside, process_group=self.group)  # raises for a missing or misshapen tensor
+            finite = all(bool(local(t).isfinite().all()) for t in flat(staged))
+            if not all_agree(finite, self.group):
+                raise ValueError("it holds numbers that are not finite")
+            on_first_rank(functools.partial(self._finish, aside, name), self.group)
+        except BaseException:
+            if dist.get_rank() == 0:
+                shutil.rmtree(aside, ignore_errors=True)  # room for the next one
+            raise
+
+    def _begin(self, aside: Path, final: Path):
+        for old in (aside, final):  # left by a kill, the second one before `last` pointed to it
             _remove(old)
         aside.mkdir()
-        (aside / "config.json").write_text(json.dumps(config_to_hugging_face(model.config), indent=2))
-    dist.barrier()
-    dcp.save(checkpoint_tensors(model, weights, moments), checkpoint_id=aside)
-    dist.barrier()
-    if dist.get_rank() == 0:
+        (aside / "config.json").write_text(json.dumps(config_to_hugging_face(self.model.config), indent=2))
+
+    def _finish(self, aside: Path, name: str):
         for path in aside.iterdir():
             _sync(path)
-        os.rename(aside, folder / name)
-        _write_whole(folder / "last", name)
-        kept = sorted(path.name for path in folder.glob("step_????????") if path.name <= name)[-keep:]
-        for old in folder.glob("step_*"):
+        os.rename(aside, self.folder / name)
+        _write_whole(self.folder / "last", name)
+        steps = sorted(path.name for path in self.folder.glob("step_????????") if path.name <= name)
+        kept = steps[-self.config.keep :]
+        if self.config.keep_every:
+            kept += [other for other in steps if int(other[5:]) % self.config.keep_every == 0]
+        for old in self.folder.glob("step_*"):
             if old.name not in kept:
                 _remove(old)
-    dist.barrier()
 
 
-def checkpoint_tensors(model: Transformer, weights: dict, moments: dict) -> dict:
-    """What a checkpoint holds: tensors alone, a tied matrix once; learning rate and the like come from the config."""
-    return {"model": {name: weights[name] for name, _ in model.named_parameters()}, "optimizer": moments["state"]}
+def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> dict:
+    """What a checkpoint holds; a tied matrix once. Learning rate, data order and the like follow from step and flags."""
+    names = {p: name for name, p in model.named_parameters()}
+    state = {names[p]: moments for optimizer in optimizers for p, moments in optimizer.state.items()}
+    return {"model": dict(model.named_parameters()), "optimizer": state, "guard": guard_tensors(guard)}
+
+
+def guard_tensors(guard: Guard) -> dict:
+    return {"level": guard.level, "passed_over": guard.passed_over}
+
+
+def detached(tensors: dict) -> dict:
+    return {key: detached(t) if isinstance(t, dict) else t.detach() for key, t in tensors.items()}
+
+
+def flat(tensors: dict) -> Iterator[Tensor]:
+    for t in tensors.values():
+        yield from flat(t) if isinstance(t, dict) else [t]
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def all_agree(mine: bool, group: dist.ProcessGroup | None = None) -> bool:
+    flag = torch.tensor(int(mine))
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return bool(flag)
 
 
 def _remove(folder: Path):
     """Delete a checkpoint, which loses its name first, so that a kill leaves no half of it behind."""
     if folder.exists():
-        os.rename(folder, nameless := folder.with_suffix(".tmp"))
+        nameless = folder.with_suffix(".tmp")
+        if folder != nameless:
+            shutil.rmtree(nameless, ignore_errors=True)
+            os.rename(folder, nameless)
         shutil.rmtree(nameless)
 
 
@@ -321,27 +617,50 @@ def _write_whole(path: Path, text: str):
     _sync(path.parent)
 
 
-def restore(folder: Path, model, optimizer) -> int:
-    """Read weights and moments of the last checkpoint, on any number of ranks; returns its step, 0 without one."""
+def restore(folder: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], guard: Guard) -> int:
+    """Read the last checkpoint, on any number of ranks, and return its step; -1 where there is none.
+
+    One that is damaged is passed over, with a word about it, for the one before. Raises ValueError when none is whole,
+    and for a checkpoint of another size.
+    """
     if not (folder / "last").exists():
-        return 0
-    checkpoint = checkpoint_folder(folder)
+        return -1
+    last = (folder / "last").read_text().strip()
+    names = {path.name for path in folder.glob("step_????????") if path.name <= last} | {last}
+    problem = None
+    for name in sorted(names, reverse=True):
+        if problem and dist.get_rank() == 0:
+            print(f"{problem}; going back to {folder / name}", file=sys.stderr)
+        problem = None
+        try:
+            _read_checkpoint(folder / name, model, optimizers, guard)
+        except ValueError as error:
+            problem = error
+        if all_agree(problem is None):
+            return int(name.removeprefix("step_"))
+        problem = problem or ValueError(f"{folder / name} cannot be read by another process")
+    raise problem
+
+
+def _read_checkpoint(checkpoint: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], guard: Guard):
     found, expected = read_json(checkpoint / "config.json"), config_to_hugging_face(model.config)
     for name in expected:
         if found.get(name) != expected[name]:
             sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
             raise ValueError(f"{checkpoint} is of another size: {sizes}")
-    saved = check_checkpoint(checkpoint)
-    weights, moments = get_state_dict(model, optimizer)
-    tensors = checkpoint_tensors(model, weights, moments)
-    without = [name for name in moments["state"] if f"optimizer.{name}.step" not in saved]  # they never had a gradient
-    tensors["optimizer"] = {name: state for name, state in moments["state"].items() if name not in without}
-    with readable(checkpoint):
-        dcp.load(tensors, checkpoint_id=checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    for name in without:
-        del optimizer.state[model.get_parameter(name)]
-    return int(checkpoint.name.removeprefix("step_"))
+    check_checkpoint(checkpoint)
+    with readable(checkpoint), torch.no_grad():
+        dcp.load(checkpoint_tensors(model, optimizers, guard), checkpoint_id=checkpoint)
+
+
+# ---- forecast ----
+
+GPUS = {  # bf16 FLOP/s without sparsity, GiB of memory, share of the FLOP/s that training is taken to reach
+    "A100-40GB": (312e12, 39.5, 0.55),
+    "A100-80GB": (312e12, 79.2, 0.55),
+    "H100-80GB": (989e12, 79.1, 0.40),
+    "H200": (989e12, 139.8, 0.40),
+}
 
 
 # ---- reporting ----
@@ -350,34 +669,90 @@ def restore(folder: Path, model, optimizer) -> int:
 class Report:
     """What a run says of itself, on rank 0: the progress line, log.jsonl, loss.png and, when asked, wandb."""
 
-    def __init__(self, config: Config, folder: Path, start: int, step_flops: float, device: torch.device):
-        self.config, self.folder, self.device, self.wandb = config, folder, device, None
+    def __init__(self, config: Config, data: Mixture, start: int, step_flops: float, device: torch.device):
+        self.config, self.folder, self.data, self.device, self.wandb = config, Path(config.out), data, device, None
         self.quiet = dist.get_rank() != 0
         self.step_tokens = config.batch_size * config.seq_len
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peaks = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in name]
-        self.mfu_of_speed = step_flops / self.step_tokens / peaks[0] / dist.get_world_size() if peaks else None
-        self.logged, self.clock = start, time.perf_counter()
+        peak = gpu_peak(device)
+        self.mfu_of_speed = step_flops / self.step_tokens / peak / dist.get_world_size() if peak else None
+        self.begin(start)
+        if config.wandb and not self.quiet:
+            self._start_wandb()
+
+    def begin(self, start: int):
+        """What was logged after step start is forgotten: it will be done again, or differently."""
+        self.logged, self.clock, self.bad_in_a_row = start, time.perf_counter(), 0
         if self.quiet:
             return
-        log = folder / "log.jsonl"
+        log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         whole = (line for line in lines if line.endswith("}"))  # a kill may have left half of the last one
         _write_whole(log, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= start))
-        if config.wandb:
-            self._start_wandb()
 
-    def step(self, done: int, last: int, loss: float, norm: float, lr: float):
+    def introduce(self, shape: ModelConfig, dtype: torch.dtype, compiled: bool):
+        """The first words of a run: what, where, how much, and what it will need."""
+        config, world, kind = self.config, dist.get_world_size(), self.device.type
+        where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
+        size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens"
+        epochs = self.data.epochs(config.steps * config.batch_size)
+        read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
+        self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
+
+    def read(self, pending: list[tuple[int, float, int, Outcome]], last: int, log_now: bool) -> int | None:
+        """Read the outcomes of the steps since the last reading, on every rank: log the last, and each that went wrong.
+
+        Returns the first step that was a spike, None without one. Raises ValueError after --max_bad_steps in a row.
+        """
+        spike = None
+        for step, _, passed_over, outcome in pending:
+            bad = bool(outcome.bad)
+            self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+            if bad or outcome.spike:
+                self._went_wrong(step, passed_over, outcome)
+                spike = step if spike is None and not bad else spike
+            if self.bad_in_a_row >= self.config.max_bad_steps:
+                what = f"{self.bad_in_a_row} steps in a row up to {step} without a finite loss and gradient"
+                raise ValueError(f"{what}; a lower --learning_rate usually helps, or a look at the data named above")
+        if log_now:
+            step, lr, _, outcome = pending[-1]
+            self._step(step, last, lr, outcome)
+        pending.clear()
+        return spike
+
+    def _went_wrong(self, step: int, passed_over: int, outcome: Outcome):
+        """Log a bad step or a spike with the places in the data: of the micro-batches to blame, where these are known."""
+        kind = "bad step" if outcome.bad else "spike"
+        skipped = bool(outcome.bad) or self.config.on_spike == "skip"
+        loss, norm = outcome.loss.item(), outcome.norm.item()
+        blamed = ~outcome.losses.cpu().isfinite()
+        blamed = blamed if blamed.any() else torch.ones_like(blamed)
+        numbers = self.data.numbers(step - 1 + passed_over, self.config.batch_size)
+        each = len(numbers) // blamed.numel()
+        places = [
+            self.data.place(number, self.config.seed)
+            for i in blamed.flatten().nonzero().squeeze(1).tolist()
+            for number in numbers[i * each : (i + 1) * each]
+        ]
+        self.write(step=step, event=kind, skipped=skipped, loss=loss, grad_norm=norm, data=places)
+        more = f" and {len(places) - 1} more places" if len(places) > 1 else ""
+        update = "no update" if skipped else "update made"
+        self.say(f"step {step}: {kind}, loss {loss:.4g}, gradient norm {norm:.4g}, {update}; {places[0]}{more}")
+
+    def _step(self, done: int, last: int, lr: float, outcome: Outcome):
         """Log a step; the speed is that of the steps since the last one logged."""
         seconds = (time.perf_counter() - self.clock) / (done - self.logged)
         speed, left = self.step_tokens / seconds, round(seconds * (last - done))
         self.logged, self.clock = done, time.perf_counter()
+        loss, (targets, without) = outcome.loss.item(), outcome.counts.tolist()
         self.write(
             step=done,
             loss=loss,
             lr=lr,
-            grad_norm=norm,
+            grad_norm=outcome.norm.item(),
             tokens=done * self.step_tokens,
+            targets=targets,
+            sequences_without_target=without,
+            epochs=self.data.epochs(done * self.config.batch_size),
             tokens_per_s=round(speed),
             mfu=self.mfu_of_speed and speed * self.mfu_of_speed,
             memory=memory(self.device),
@@ -387,7 +762,7 @@ class Report:
 
     def validation(self, done: int, scores: dict[str, float]):
         self.write(step=done, **scores)
-        nats, bits = scores.values()
+        nats, bits = scores["val_loss"], scores["val_bits_per_byte"]
         self.say(f"step {done}/{self.config.steps}  validation {nats:.4f} nats a token, {bits:.4f} bits a byte")
 
     @contextlib.contextmanager
@@ -411,8 +786,11 @@ class Report:
     def write(self, **fields):
         if self.quiet:
             return
-        with open(self.folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(fields) + "\n")
+        try:
+            with open(self.folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(fields) + "\n")
+        except OSError as error:  # a full disk, say, may have room again for the next checkpoint
+            print(f"log.jsonl: step {fields['step']} is missing ({error.strerror})", file=sys.stderr)
         if self.wandb:
             try:
                 self.wandb.log(fields, step=fields["step"])
@@ -430,6 +808,10 @@ class Report:
         """loss.png: training and validation loss against the step, from log.jsonl."""
         if self.quiet:
             return
+        with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
+            self._draw()
+
+    def _draw(self):
         import matplotlib
 
         matplotlib.use("Agg")
@@ -451,19 +833,29 @@ class Report:
             self.wandb.finish()
 
 
-def flops_per_token(model: Transformer, seq_len: int) -> float:
+def count_parameters(shape: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(shape).parameters())
+
+
+def flops_per_token(shape: ModelConfig, seq_len: int) -> float:
     """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B)."""
-    num_params = sum(p.numel() for p in model.parameters())
-    return 6 * num_params + 12 * model.config.num_layers * model.config.dim * seq_len
+    return 6 * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
 
 
-def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.device) -> dict:
+def gpu_peak(device: torch.device) -> float | None:
+    """bf16 FLOP/s of this GPU, where it is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for gpu, (peak, *_) in GPUS.items() if gpu.split("-")[0] in name), None)
+
+
+def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: torch.device) -> dict:
     """run.json: everything needed to know later what was run."""
     cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "config": dataclasses.asdict(config),
-        "model": dataclasses.asdict(model),
-        "dataset": describe_dataset(meta),
+        "model": dataclasses.asdict(shape),
+        "dataset": describe_data(config, metas),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -472,8 +864,11 @@ def describe_run(config: Config, model: ModelConfig, meta: dict, device: torch.d
     }
 
 
-def describe_dataset(meta: dict) -> dict:
-    return {"tokenizer": meta["tokenizer"], "splits": meta["splits"]}
+def describe_data(config: Config, metas: list[dict]) -> list[dict]:
+    shares = mixture_weights(config.data)[1]
+    return [
+        {"share": share, "tokenizer": meta["tokenizer"], "splits": meta["splits"]} for share, meta in zip(shares, metas)
+    ]
 
 
 # ---- the run ----
@@ -483,7 +878,8 @@ def resumed(first: Config) -> Config:
     """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
     if not first.resume:
         return Config()
-    saved = Config(**read_json(Path(first.resume) / "run.json", "config")["config"])
+    values = read_json(Path(first.resume) / "run.json", "config")["config"]
+    saved = Config(**values | {"data": tuple(values["data"])})
     return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0)
 
 
@@ -508,11 +904,12 @@ def choose_run(config: Config) -> dict | None:
 def check(config: Config, world: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
     every = ("log_every", "eval_every", "save_every")
-    for name in ("seq_len", "steps", "batch_size", *every, "keep", "learning_rate", "grad_clip"):
+    positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus")
+    for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
     shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
-    for name in ("micro_batch", "stop_at", "warmup", "weight_decay", *shape):
+    for name in ("micro_batch", "stop_at", "keep_every", "shard_over", "warmup", "weight_decay", *shape):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
     for name in ("final_lr", "beta1", "beta2"):
@@ -527,14 +924,22 @@ def check(config: Config, world: int):
     share = config.batch_size // world
     if config.micro_batch and share % config.micro_batch:
         raise ValueError(f"--micro_batch {config.micro_batch} must divide --batch_size / processes = {share}")
+    if config.shard_over and world % config.shard_over:
+        raise ValueError(f"--shard_over {config.shard_over} must divide the {world} processes")
+    mode = config.checkpointing
+    if mode not in ("none", "selective", "full") and not (mode.isdecimal() and int(mode)):
+        raise ValueError(f"--checkpointing {mode} is not none, selective, full or a number of blocks")
+    if config.gpu not in GPUS:
+        raise ValueError(f"--gpu {config.gpu} is not one of {', '.join(GPUS)}")
 
 
 def prepare_default():
     """Make the dataset that a run without flags trains on, by the command that anybody could type."""
-    command = [sys.executable, str(HERE / "data.py"), "--source", "stdlib", "--out", Config.data]
-    print(f"first the data: python data.py --source stdlib --out {Config.data}", flush=True)
+    (folder,) = Config.data
+    command = [sys.executable, str(HERE / "data.py"), "--source", "stdlib", "--out", folder]
+    print(f"first the data: python data.py --source stdlib --out {folder}", flush=True)
     if subprocess.run(command).returncode:
-        raise ValueError(f"--data {Config.data} could not be prepared")
+        raise ValueError(f"--data {folder} could not be prepared")
 
 
 def show_sample(config: Config):
@@ -545,82 +950,196 @@ def show_sample(config: Config):
     subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]])
 
 
+class Stop:
+    """SIGTERM or SIGINT, sent to any process, ends the run on all of them after the same step, with a checkpoint.
+
+    SIGINT is obeyed at once when it comes again after a while; torchrun passes on what the terminal has sent already.
+    """
+
+    PATIENCE = 3.0  # seconds
+
+    def __enter__(self):
+        self.signal, self.since, self.answer = 0, math.inf, None
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame):
+        if number == signal.SIGINT and time.monotonic() > self.since + self.PATIENCE:
+            raise KeyboardInterrupt
+        self.signal, self.since = number, min(self.since, time.monotonic())
+
+    def ask_others(self):
+        """Begin to find out whether any rank was told to stop; on the host, beside the work of the step."""
+        self.flag = torch.tensor(self.signal)
+        self.answer = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+
+    def agreed(self) -> str:
+        """The name of the signal that all ranks now obey; empty without one."""
+        self.answer.wait()
+        return signal.Signals(int(self.flag)).name if self.flag else ""
+
+
 def main(config: Config):
-    device = join_world()
+    if config.plan:
+        check(config, config.gpus)
+        print(plan(config))
+        return
+    device = join_world(config.deterministic)
     try:
         record = choose_run(config)
         check(config, dist.get_world_size())
-        if dist.get_rank() == 0 and config.data == Config.data and not Path(config.data).exists():
+        if dist.get_rank() == 0 and config.data == Config.data and not Path(config.data[0]).exists():
             prepare_default()
         dist.barrier()
-        train(config, record, device)
-    except KeyboardInterrupt:
-        if dist.get_rank() == 0:
-            saved = (Path(config.out) / "last").exists()
-            what = f"continues {config.out} from its last checkpoint" if saved else "begins anew: nothing was saved yet"
-            print(f"\nstopped; the same command {what}", file=sys.stderr)
-        raise
-    finally:
+        with Stop() as stop:
+            finished = train(config, record, device, stop)
         rank = dist.get_rank()
+    finally:
         dist.destroy_process_group()
-    if rank == 0 and config.sample and not config.stop_at:
+    if rank == 0 and finished and config.sample:
         show_sample(config)
 
 
-def train(config: Config, record: dict | None, device: torch.device):
-    """Take the run in config.out from its last checkpoint, or from nothing, to its end."""
-    meta, folder = read_meta(config.data), Path(config.out)
-    if record and record["dataset"] != describe_dataset(meta):
-        raise ValueError(f"--data {config.data} is another dataset than when {config.out} began")
-    data, val = (TokenDataset(config.data, split, config.seq_len) for split in ("train", "val"))
+def train(config: Config, record: dict | None, device: torch.device, stop: Stop) -> bool:
+    """Take the run in config.out from its last checkpoint, or from nothing, to its end. False if it ends before."""
+    folder, metas = Path(config.out), [read_meta(source) for source in mixture_weights(config.data)[0]]
+    if record and record["dataset"] != describe_data(config, metas):
+        raise ValueError(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
+    data, val = (Mixture(config.data, split, config.seq_len, config.pack) for split in ("train", "val"))
 
-    begun = record and (folder / "last").exists()  # then the weights come from the checkpoint, whatever --init_from was
-    model = Transformer(ModelConfig(**record["model"])) if begun else first_model(config, meta)
-    num_params = sum(p.numel() for p in model.parameters())
-    step_flops = flops_per_token(model, config.seq_len) * config.batch_size * config.seq_len
+    shape = ModelConfig(**record["model"]) if record else first_config(config, metas[0])
+    step_flops = flops_per_token(shape, config.seq_len) * config.batch_size * config.seq_len
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     config = dataclasses.replace(config, dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype])
-    model = shard(model, dtype, should_compile(config.compile, device, step_flops * config.steps))
-    optimizer = make_optimizer(model, config)
-    start = restore(folder, model, optimizer)
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not record:
-            _write_whole(folder / "run.json", json.dumps(describe_run(config, model.config, meta, device), indent=2))
-        Tokenizer(config.data).save(folder)
-    dist.barrier()
+    compiled = should_compile(config.compile, device, step_flops * config.steps)
+    model = build(shape, config, device, dtype, compiled)
+    optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
+    on_first_rank(lambda: prepare_folder(config, record or describe_run(config, shape, metas, device)))
+    start = restore(folder, model, optimizers, guard)
 
-    report = Report(config, folder, start, step_flops, device)
-    world = dist.get_world_size()
-    where = f"{config.dtype} arithmetic on {device.type}, {world} process{'es' * (world > 1)}"
-    size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens"
-    epochs = config.steps * config.batch_size / len(data)
-    report.say(f"{num_params:,} parameters, {where}; {size}, {epochs:.2f} epochs of {config.data}")
+    report = Report(config, data, max(0, start), step_flops, device)
+    report.introduce(shape, dtype, compiled)
     last = min(config.stop_at or config.steps, config.steps)
     if start >= last:
         done = "finished; to train again, delete it or choose another --out"
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
-        return
-    if start:
+        return start >= config.steps
+    checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)
+    run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report)
+    if start >= 0:
         report.say(f"continuing {folder} after step {start}")
-    for step in range(start, last):
-        lr = learning_rate(step, config)
-        loss, norm = train_step(model, optimizer, step_batches(data, config, step, device), lr, config.grad_clip)
-        done = step + 1
-        log_now, save_now = (done % every == 0 or done == last for every in (config.log_every, config.save_every))
-        if log_now:
-            report.step(done, last, loss.item(), norm.item(), lr)
-        if (log_now or save_now) and not math.isfinite(loss + norm):
-            bad = f"loss {loss.item()}, gradient norm {norm.item()} at step {done}"
-            raise ValueError(f"{bad}; a lower --learning_rate usually helps")
-        with report.paused():
-            if done % config.eval_every == 0 or done == config.steps:
-                report.validation(done, evaluate(model, val, config, device))
-            if save_now:
-                save(folder, done, model, optimizer, config.keep)
-                report.draw()
-    report.say(f"{folder}: checkpoint of step {last}, log.jsonl, loss.png")
+    else:
+        if config.init_from:
+            load_weights(model, config.init_from, local_rows)
+        else:
+            model.init_weights(config.seed, local_rows)
+        run.rehearse()
+    done = run.steps(max(0, start), last, stop)
     report.close()
+    return done == config.steps
+
+
+def prepare_folder(config: Config, record: dict):
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "run.json").exists():
+        _write_whole(folder / "run.json", json.dumps(record, indent=2))
+    Tokenizer(mixture_weights(config.data)[0][0]).save(folder)
+
+
+@dataclass
+class Run:
+    """What the steps of a run work with."""
+
+    config: Config
+    device: torch.device
+    data: Mixture
+    val: Mixture
+    model: Transformer
+    optimizers: list[torch.optim.Optimizer]
+    guard: Guard
+    checkpoints: Checkpoints
+    report: Report
+
+    def rehearse(self):
+        """Save, evaluate and sample before the first step: what would fail after days fails now."""
+        self.checkpoints.begin(0)
+        if problem := self.checkpoints.finish():
+            raise problem
+        evaluate(self.model, self.val, dataclasses.replace(self.config, eval_tokens=self.config.seq_len), self.device)
+        if self.config.sample:
+            tokenizer, window = Tokenizer(self.data.folders[0]), self.model.config.max_seq_len
+            ids = tokenizer.encode_prompt(self.config.sample)
+            if len(ids) > window:
+                raise ValueError(f"--sample has {len(ids)} tokens, more than the context window of {window}")
+            with torch.no_grad():
+                logits = self.model(torch.tensor([ids], device=self.device))
+            tokenizer.decode([logits[0, -1].argmax().item()])
+
+    def steps(self, step: int, last: int, stop: Stop) -> int:
+        """Go from `step` steps done to `last`. Returns the number done, less than `last` after a signal."""
+        config, report = self.config, self.report
+        batches, pending = self.batches(step, last), []
+        gc.disable()  # Python's garbage collector works at the pauses below instead of anywhere
+        while step < last:
+            stop.ask_others()
+            lr, passed_over = learning_rate(step, config), int(self.guard.passed_over)
+            outcome = train_step(self.model, self.optimizers, next(batches), lr, config, self.guard)
+            step += 1
+            pending.append((step, lr, passed_over, outcome))
+            stopped_by = stop.agreed()
+            ends = step == last or bool(stopped_by)
+            log_now, save_now = (step % every == 0 or ends for every in (config.log_every, config.save_every))
+            evaluate_now = step % config.eval_every == 0 or step == config.steps
+            if not log_now and not save_now and not evaluate_now:
+                continue
+            spike = report.read(pending, last, log_now)
+            with report.paused():
+                if spike and config.on_spike == "rollback":
+                    step = self.roll_back(spike)
+                    batches = self.batches(step, last)
+                    continue
+                if evaluate_now:
+                    report.validation(step, evaluate(self.model, self.val, config, self.device))
+                if save_now:
+                    self.save(step, ends)
+                gc.collect(1)
+            if stopped_by:
+                report.say(f"{stopped_by}: stopped after step {step}; the same command continues {config.out}")
+                break
+        gc.enable()
+        return step
+
+    def batches(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
+        shift = int(self.guard.passed_over)
+        make = functools.partial(step_batches, self.data, self.config, device=self.device)
+        return prefetch(make, range(first + shift, last + shift), self.device)
+
+    def save(self, step: int, ends: bool):
+        """Begin a checkpoint. One that failed is reported and the run goes on, but at its end that is an error."""
+        if problem := self.checkpoints.finish():
+            self.report.say(f"{problem}; the run goes on")
+        self.checkpoints.begin(step)
+        self.report.draw()
+        if ends:
+            if problem := self.checkpoints.finish():
+                raise problem
+            self.report.say(f"{self.config.out}: checkpoint of step {step}, log.jsonl, loss.png")
+
+    def roll_back(self, spike: int) -> int:
+        """Return to the last checkpoint, to go on past the data between it and the spike (PaLM, section 5.1)."""
+        self.checkpoints.finish()
+        passed_over = int(self.guard.passed_over)
+        step = restore(Path(self.config.out), self.model, self.optimizers, self.guard)
+        self.guard.passed_over.fill_(passed_over + spike - step)
+        self.report.begin(step)
+        self.report.write(step=step, event="rollback", spike=spike, passed_over=int(self.guard.passed_over))
+        self.report.say(f"back to step {step}, and on past the data of {spike - step} steps")
+        return step
 
 
 def memory(device: torch.device) -> int:

@@ -93,12 +93,15 @@ def tiny_run(tiny_data, tmp_path, monkeypatch):
 
     def run(out: str = "run", **flags) -> Path:
         if "resume" in flags:
+            flags |= {"data": (flags["data"],)} if "data" in flags else {}
             config = dataclasses.replace(train.resumed(train.Config(resume=flags["resume"])), **flags)
         else:
             shape = dict.fromkeys(("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"), 0)
             shape |= {"size": train.Config.size}
-            options = TINY_RUN | (shape if "init_from" in flags else {}) | {"data": str(tiny_data), "out": out}
-            config = train.Config(**options | flags)
+            options = TINY_RUN | (shape if "init_from" in flags else {}) | {"data": str(tiny_data), "out": out} | flags
+            sources = options["data"]
+            options["data"] = (sources,) if isinstance(sources, str) else sources
+            config = train.Config(**options)
         train.main(config)
         return tmp_path / config.out
 

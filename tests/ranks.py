@@ -10,29 +10,29 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import IGNORE, ModelConfig, Transformer
-from train import join_world, leave, shard, train_step
+from model import IGNORE, ModelConfig
+from train import Config, Guard, MicroBatch, build, join_world, leave, local_rows, train_step
 
 CONFIG = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=50, max_seq_len=64)
 
 
 def one_step(micro_batch: int) -> dict:
     """The weights move by exactly the gradient, since the learning rate is 1 and nothing is clipped."""
-    join_world()
+    device = join_world()
     try:
-        torch.manual_seed(0)
-        model = Transformer(CONFIG)
-        model.init_weights()
-        model = shard(model, torch.float32, compiled=False)
+        model = build(CONFIG, Config(), device, torch.float32, compiled=False)
+        model.init_weights(0, local_rows)
         rows = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(1))
         tokens, targets = rows[:, :-1], rows[:, 1:].clone()
         for row, count in enumerate((16, 1, 0, 9, 2, 16, 1, 0)):
             targets[row, count:] = IGNORE
         share = 8 // dist.get_world_size()
         mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-        batches = list(zip(tokens[mine].split(micro_batch), targets[mine].split(micro_batch)))
+        parts = zip(tokens[mine].split(micro_batch), targets[mine].split(micro_batch))
+        batches = [MicroBatch(*part, documents=None) for part in parts]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        loss, norm = train_step(model, optimizer, batches, lr=1.0, grad_clip=float("inf"))
+        config, guard = Config(grad_clip=float("inf")), Guard(6.0, device)
+        loss, norm, *_ = train_step(model, [optimizer], batches, 1.0, config, guard)
         weights = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
         return {"loss": loss, "norm": norm, "rank": torch.tensor(dist.get_rank())} | weights
     finally:

@@ -22,6 +22,7 @@ from data import (
     CORPORA,
     PIECE_CHARS,
     Corpus,
+    Mixture,
     ShardWriter,
     TokenDataset,
     Tokenizer,
@@ -430,7 +431,7 @@ def test_token_files_are_divided_and_read_as_one(tmp_path, monkeypatch):
     assert len(files) > 5 and [entry["file"] for entry in files[:2]] == ["train_00000.bin", "train_00001.bin"]
     data = TokenDataset(tmp_path / "d", "train", 16)
     assert len(data) == sum((entry["tokens"] - 1) // 16 for entry in files)
-    assert data.windows(range(len(data))).shape == (len(data), 17)
+    assert data.batch(range(len(data))).tokens.shape == (len(data), 16)
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(tmp_path):
@@ -493,7 +494,7 @@ def test_ids_above_65535_are_stored_in_four_bytes(tmp_path, shared):
     (tmp_path / "in" / "z.md").write_text("안녕하세요 " * 20)
     prepare((str(tmp_path / "in"),), tmp_path / "d", str(shared("gpt2_bpe/cl100k_base.tiktoken")), 0.1, workers=1)
     data = TokenDataset(tmp_path / "d", "train", 8)
-    assert data.meta["dtype"] == "uint32" and data.windows(range(len(data))).max() > 65_535
+    assert data.meta["dtype"] == "uint32" and data.batch(range(len(data))).tokens.max() > 65_535
 
 
 def refused(*words: str) -> str:
@@ -543,12 +544,15 @@ def test_all_ranks_together_read_each_window_once_an_epoch(world, tiny_data):
     """Trap 12: also where the length of the data does not divide by anything."""
     batch_size, drawn = 24, []
     data = next(
-        data for data in (TokenDataset(tiny_data, "train", n) for n in range(50, 99)) if world == 1 or len(data) % world
+        data
+        for data in (Mixture((str(tiny_data),), "train", n).parts[0] for n in range(50, 99))
+        if world == 1 or len(data) % world
     )
+    mixture = Mixture((str(tiny_data),), "train", data.seq_len)
     for step in range(3 * len(data) // batch_size):
-        per_rank = [data.batch_indices(step, batch_size, 7, rank, world) for rank in range(world)]
-        assert sum(per_rank, []) == data.batch_indices(step, batch_size, 7)
-        drawn += sum(per_rank, [])
+        per_rank = [list(mixture.numbers(step, batch_size, rank, world)) for rank in range(world)]
+        assert sum(per_rank, []) == list(mixture.numbers(step, batch_size))
+        drawn += [mixture.draw(number, 7)[1] for number in sum(per_rank, [])]
     for epoch in range(2):
         counts = Counter(drawn[epoch * len(data) : (epoch + 1) * len(data)])
         assert set(counts) == set(range(len(data))) and set(counts.values()) == {1}
@@ -559,7 +563,8 @@ def test_windows_are_the_tokens_and_no_more(tiny_data):
     data = TokenDataset(tiny_data, "train", 10)
     flat = np.fromfile(tiny_data / "train_00000.bin", "<u2")
     assert len(data) == (len(flat) - 1) // 10
-    assert all((window == flat[i * 10 : i * 10 + 11]).all() for i, window in enumerate(data.windows(range(len(data)))))
+    tokens, targets, _ = data.batch(range(len(data)))
+    assert (tokens.ravel() == flat[: len(data) * 10]).all() and (targets.ravel() == flat[1 : len(data) * 10 + 1]).all()
     assert data.spread_indices(4) == [i * len(data) // 4 for i in range(4)]
     assert data.spread_indices(10**9) == list(range(len(data)))
 
@@ -572,7 +577,7 @@ def test_a_damaged_dataset_is_refused(tiny_data, tmp_path):
         shutil.copytree(tiny_data, folder)
         change(folder)
         with pytest.raises(ValueError) as error:
-            TokenDataset(folder, "train", 10).windows([0])
+            TokenDataset(folder, "train", 10).batch([0])
         return str(error.value)
 
     def truncated(folder):
