@@ -694,7 +694,7 @@ class Batch(NamedTuple):
     bounds: np.ndarray | None = None  # of packed rows laid end to end: where each document begins, and the end
 
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """For packed rows what model.Documents is made of: positions (n, T) in the document, and the bounds as int32."""
+        """For packed rows what model.Documents is made of: positions (n, T) in the document, and bounds as int32."""
         positions = np.arange(self.tokens.size) - np.repeat(self.bounds[:-1], np.diff(self.bounds))
         return positions.reshape(self.tokens.shape), self.bounds.astype(np.int32)
 

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -243,30 +244,33 @@ def build(shape: ModelConfig, config: Config, device: torch.device, dtype: torch
     """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere."""
     with torch.device("meta"):
         model = Transformer(shape)
-    model = shard(model, config, device, dtype, compiled).to_empty(device=device)
+    model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
     if shape.tie_embeddings:
         model.unembedding.weight = model.embedding.weight
     return model
 
 
-def shard(
-    model: Transformer, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool
-) -> Transformer:
+def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
+    """All ranks in a row; with --shard_over in rows of that many, which share a copy and send each other gradients."""
+    world, size = dist.get_world_size(), config.shard_over
+    if not size or size == world:
+        return init_device_mesh(device.type, (world,))
+    return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dtype, compiled: bool) -> Transformer:
     """Checkpoint, compile, then shard every block, in this order: fp32 shards, dtype arithmetic, fp32 gradient sums.
 
     The embedding is a unit apart, and the final norm one with the output layer, which the backward pass needs first.
-    With --shard_over, the ranks that share a copy are neighbours and copies only exchange gradients (HSDP).
     """
-    world, copy = dist.get_world_size(), config.shard_over
-    mesh = copy and init_device_mesh(device.type, (world // copy, copy), mesh_dim_names=("replicate", "shard"))
     # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh or None)
+    unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh)
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointed(block.forward, config.checkpointing, layer)
         if compiled:
             # the loop over documents that stands in for the GPU's kernel cannot be compiled
-            block.forward = torch.compile(block.forward, fullgraph=not config.pack or device.type == "cuda")
+            block.forward = torch.compile(block.forward, fullgraph=not config.pack or mesh.device_type == "cuda")
         unit(block, reshard_after_forward=config.reshard_after_forward)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
@@ -427,7 +431,7 @@ def train_step(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     is_target = [batch.targets != IGNORE for batch in batches]
-    counts = torch.tensor([sum(t.sum() for t in is_target), sum((~t.any(1)).sum() for t in is_target)])
+    counts = torch.stack((sum(t.sum() for t in is_target), sum((~t.any(1)).sum() for t in is_target)))
     counts = counts.to(batches[0].tokens.device, non_blocking=True)
     dist.all_reduce(counts)
     losses = torch.zeros(world, len(batches), device=counts.device)
@@ -445,8 +449,10 @@ def train_step(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.found_inf = skip.float()  # fused AdamW then leaves weights and moments as they are
-        if optimizer.defaults.get("fused") or not skip:  # another optimizer has to be asked to, and waits
+        fused = optimizer.defaults.get("fused")
+        if fused:
+            optimizer.found_inf = skip.float()  # its step then leaves weights and moments as they are
+        if fused or not skip:  # for an optimizer without such a switch the host waits for the answer
             optimizer.step()
         optimizer.zero_grad()
     return Outcome(loss, norm, bad, spike, losses, counts)
@@ -505,7 +511,7 @@ class Checkpoints:
         """Begin to save, nothing else being saved any more."""
         self.tensors["guard"] = guard_tensors(self.guard)
         staged = self.stager.stage(detached(self.tensors))
-        thread = ThreadPoolExecutor(1)  # anew each time: its idle OpenMP threads would slow down a CPU's training by 30 %
+        thread = ThreadPoolExecutor(1)  # anew each time, so that its OpenMP threads end with it
         self.saving = step, thread.submit(self._write, step, staged)
         thread.shutdown(wait=False)
 
@@ -530,8 +536,8 @@ class Checkpoints:
         aside = self.folder / f"{name}.tmp"
         try:
             on_first_rank(functools.partial(self._begin, aside, self.folder / name), self.group)
-            dcp.save(staged, checkpoint_id=aside, process_group=self.group)
-            dcp.load(staged, checkpoint_id=aside, process_group=self.group)  # raises for a missing or misshapen tensor
+            save_shards(staged, aside, self.group)
+            load_shards(staged, aside, self.group)  # raises for a missing or misshapen tensor
             finite = all(bool(local(t).isfinite().all()) for t in flat(staged))
             if not all_agree(finite, self.group):
                 raise ValueError("it holds numbers that are not finite")
@@ -562,10 +568,25 @@ class Checkpoints:
 
 
 def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> dict:
-    """What a checkpoint holds; a tied matrix once. Learning rate, data order and the like follow from step and flags."""
+    """What a checkpoint holds; a tied matrix once. Learning rate, order of the data and so on follow from the flags."""
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: moments for optimizer in optimizers for p, moments in optimizer.state.items()}
     return {"model": dict(model.named_parameters()), "optimizer": state, "guard": guard_tensors(guard)}
+
+
+def save_shards(tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
+    _alone_or_together(dcp.save, tensors, folder, group)
+
+
+def load_shards(tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
+    _alone_or_together(dcp.load, tensors, folder, group)
+
+
+def _alone_or_together(action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None):
+    """A single process is told so: through gloo, the list of tensors would wake a second team of OpenMP threads, after
+    which all training on a CPU is slower by 40 %."""
+    with warnings.catch_warnings(action="ignore"):  # that it is a single process
+        action(tensors, checkpoint_id=folder, process_group=group, no_dist=dist.get_world_size() == 1)
 
 
 def guard_tensors(guard: Guard) -> dict:
@@ -650,7 +671,7 @@ def _read_checkpoint(checkpoint: Path, model: Transformer, optimizers: list[torc
             raise ValueError(f"{checkpoint} is of another size: {sizes}")
     check_checkpoint(checkpoint)
     with readable(checkpoint), torch.no_grad():
-        dcp.load(checkpoint_tensors(model, optimizers, guard), checkpoint_id=checkpoint)
+        load_shards(checkpoint_tensors(model, optimizers, guard), checkpoint)
 
 
 # ---- forecast ----
@@ -720,7 +741,7 @@ class Report:
         return spike
 
     def _went_wrong(self, step: int, passed_over: int, outcome: Outcome):
-        """Log a bad step or a spike with the places in the data: of the micro-batches to blame, where these are known."""
+        """Log a bad step or a spike with the data it read: of the micro-batches to blame, where these are known."""
         kind = "bad step" if outcome.bad else "spike"
         skipped = bool(outcome.bad) or self.config.on_spike == "skip"
         loss, norm = outcome.loss.item(), outcome.norm.item()
