@@ -277,15 +277,19 @@ class ChunkedLoss(torch.autograd.Function):
             chunk = slice(begin, begin + LOSS_CHUNK)
             answers = targets[chunk, None]
             logits = F.linear(x[chunk], weight).float()                      # (chunk, V)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            total += (normalizer - logits.gather(1, answers)).sum()
+            largest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, answers)
+            exps = logits.sub_(largest).exp_()                               # in place, like all that follows
+            sums = exps.sum(-1, keepdim=True)
+            total += (sums.log() + largest - chosen).sum()
             if training:
-                logits_grad = logits.sub_(normalizer).exp_()
+                logits_grad = exps.div_(sums)
                 logits_grad.scatter_add_(1, answers, torch.full_like(answers, -1, dtype=logits.dtype))
                 logits_grad = logits_grad.to(x.dtype)
                 torch.mm(logits_grad, weight, out=x_grad[chunk])
                 if weight_grad is not None:
                     weight_grad += logits_grad.T @ x[chunk]
+                del logits_grad
+            del logits, exps  # before the next chunk's are made
         ctx.grads, ctx.weight_dtype = (x_grad, weight_grad), weight.dtype
         return total
 

@@ -58,6 +58,7 @@ from data import (
 )
 from model import (
     IGNORE,
+    LOSS_CHUNK,
     SIZES,
     Documents,
     ModelConfig,
@@ -126,6 +127,7 @@ class Config:
     #                                     for those of every second block, 3 for every third, ...
     shard_over: int = 0                 # neighbouring processes that share one copy of the model; 0 is all of them
     reshard_after_forward: bool = True  # give gathered weights back until the backward pass; costs time, saves memory
+    reduce_each: bool = False           # reduce gradients with every micro-batch, not with the last; the same
     deterministic: bool = False         # on a GPU: the same bits again, slower; a CPU always does that
     # forecast
     plan: bool = False                  # only say what the run would need, on this hardware:
@@ -137,7 +139,7 @@ class Config:
 # the run's record knows the contents
 FREE = {"resume", "out", "data", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample"}
 FREE |= {"wandb", "compile", "checkpointing", "shard_over", "reshard_after_forward", "deterministic", "keep_every"}
-FREE |= {"max_bad_steps", "plan", "gpus", "gpu"}
+FREE |= {"max_bad_steps", "reduce_each", "plan", "gpus", "gpu"}
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -436,7 +438,7 @@ def train_step(
     dist.all_reduce(counts)
     losses = torch.zeros(world, len(batches), device=counts.device)
     for i, (tokens, targets, documents) in enumerate(batches):
-        model.set_requires_gradient_sync(i == len(batches) - 1)  # reduce the gradients once, with the last micro-batch
+        model.set_requires_gradient_sync(config.reduce_each or i == len(batches) - 1)  # once, with the last micro-batch
         # the reduction of the gradients divides by the world again
         loss = model(tokens, targets, counts[0].clamp(min=1) / world, documents=documents)
         loss.backward()
@@ -684,6 +686,88 @@ GPUS = {  # bf16 FLOP/s without sparsity, GiB of memory, share of the FLOP/s tha
 }
 
 
+def kept_bytes(shape: ModelConfig, mode: str, compiled: bool, size: int) -> int:
+    """Bytes that one block keeps of a token for its backward pass; size is that of a number in the arithmetic."""
+    dim, kv_dim, ffn_dim = shape.dim, shape.num_kv_heads * shape.head_dim, shape.ffn_dim
+    attention = 4 * shape.num_heads  # its fp32 normalizers
+    if mode == "full":
+        return size * dim  # the input
+    if mode == "selective":  # input, attention's output, and of the seven products query, value, gate and down
+        return size * (4 * dim + kv_dim + ffn_dim) + attention
+    if compiled:  # input, two normed inputs, query, key, value, attention's output, out, gate, up, their product
+        return size * (6 * dim + 2 * kv_dim + 3 * ffn_dim) + attention + 8
+    # the norms keep an fp32 copy, the normed and the scaled input; SiLU keeps its input, the product its factors
+    return 2 * (4 + 2 * size) * dim + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8
+
+
+def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> dict[str, int]:
+    """Bytes on each rank at the peak of a step, by what they are for. What the allocator and NCCL add is not in it.
+
+    The peak is at one of three moments: in the loss, when all activations are kept; in the backward pass of the last
+    block, the same; or in that of the first, when the gradients of all others are there instead.
+    """
+    with torch.device("meta"):
+        model = Transformer(shape)
+    params, of_block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    of_ends = shape.vocab_size * shape.dim
+    size = 4 if config.dtype == "fp32" else 2
+    share = config.batch_size // world
+    tokens = (config.micro_batch or share) * config.seq_len
+    shard = params // (config.shard_over or world)
+
+    modes = [config.checkpointing] * shape.num_layers
+    if config.checkpointing.isdigit():
+        modes = ["none" if layer % int(config.checkpointing) else "full" for layer in range(shape.num_layers)]
+    kept = tokens * sum(kept_bytes(shape, mode, compiled, size) for mode in modes)
+    # a block whose forward pass is computed again then has all it keeps, and gradients of it
+    again = kept_bytes(shape, "none", compiled, size) + size * (2 * shape.ffn_dim + shape.dim)
+    again = tokens * again if set(modes) != {"none"} else 0
+    logits = (4 + size % 4) * min(tokens, LOSS_CHUNK) * shape.vocab_size + (4 + size) * of_ends
+    of_gradients = (4 + size) * of_block  # as they are computed, and as they are reduced
+    whole = 4 * params if share * config.seq_len > tokens and not config.reduce_each else 0  # summed before reducing
+    gathered = size * (params if not config.reshard_after_forward else 2 * of_block + of_ends)
+    moments = [
+        dict(gradients=whole, activations=kept, logits=logits),
+        dict(gradients=whole + of_gradients, activations=kept + again, logits=0),
+        dict(gradients=max(whole, 4 * shard) + of_gradients, activations=again, logits=0),
+    ]
+    peak = max(moments, key=lambda parts: sum(parts.values()))
+    of_moments = 8 * shard
+    if config.optimizer == "muon":
+        of_moments -= 4 * shape.num_layers * of_block * shard // params  # one moment for the blocks instead of two
+    return {"weights": 4 * shard, "moments": of_moments, "gathered": gathered} | peak
+
+
+def plan(config: Config) -> str:
+    """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time; nothing is run."""
+    if config.init_from:
+        shape = read_config(config.init_from)
+    else:
+        shape = model_config(config, SIZES.get(config.size, SIZES["7B"]).vocab_size)
+    peak_flops, capacity, efficiency = GPUS[config.gpu]
+    compiled = config.compile != "off"
+    needs = forecast(shape, config, config.gpus, compiled)
+    parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
+    need, reserve = sum(parts.values()), 2.0  # GiB; the reserve is for CUDA, NCCL and gaps in the allocator
+    verdict = "fits" if need + reserve <= capacity else f"does not fit: with {reserve:.0f} GiB in reserve it is too much"
+    share = config.batch_size // config.gpus
+    tokens = config.steps * config.batch_size * config.seq_len
+    flops = flops_per_token(shape, config.seq_len)
+    again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}.get(config.checkpointing)
+    again = 1 / 3 / int(config.checkpointing) if again is None else again
+    speed = efficiency * peak_flops / (flops * (1 + again))
+    hours = tokens / (speed * config.gpus) / 3600
+    setting = f"{config.micro_batch or share} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
+    lines = [
+        f"{config.size or shape}: {count_parameters(shape):,} parameters on {config.gpus} × {config.gpu}, {setting}",
+        "GiB a GPU: " + ", ".join(f"{name} {amount:.1f}" for name, amount in parts.items()),
+        f"together {need:.1f} of {capacity} GiB: {verdict}",
+        f"about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak_flops / 1e12:.0f} TFLOP/s are reached, "
+        f"{hours:,.1f} hours for {config.steps:,} steps of {config.batch_size} × {config.seq_len} ({tokens:,} tokens)",
+    ]
+    return "\n".join(lines)
+
+
 # ---- reporting ----
 
 
@@ -710,7 +794,7 @@ class Report:
         whole = (line for line in lines if line.endswith("}"))  # a kill may have left half of the last one
         _write_whole(log, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= start))
 
-    def introduce(self, shape: ModelConfig, dtype: torch.dtype, compiled: bool):
+    def introduce(self, shape: ModelConfig, compiled: bool):
         """The first words of a run: what, where, how much, and what it will need."""
         config, world, kind = self.config, dist.get_world_size(), self.device.type
         where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
@@ -718,6 +802,9 @@ class Report:
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
         self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
+        parts = {name: num_bytes / 2**30 for name, num_bytes in forecast(shape, config, world, compiled).items()}
+        most = ", ".join(f"{name} {amount:.2g}" for name, amount in parts.items())
+        self.say(f"forecast: {sum(parts.values()):.2g} GiB in each process at the peak of a step ({most})")
 
     def read(self, pending: list[tuple[int, float, int, Outcome]], last: int, log_now: bool) -> int | None:
         """Read the outcomes of the steps since the last reading, on every rank: log the last, and each that went wrong.
@@ -1043,7 +1130,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     start = restore(folder, model, optimizers, guard)
 
     report = Report(config, data, max(0, start), step_flops, device)
-    report.introduce(shape, dtype, compiled)
+    report.introduce(shape, compiled)
     last = min(config.stop_at or config.steps, config.steps)
     if start >= last:
         done = "finished; to train again, delete it or choose another --out"

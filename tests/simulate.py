@@ -1,4 +1,4 @@
-"""The largest number of bytes that tensors hold during a training step, on a rank of many or of one, without the memory.
+"""The most bytes that tensors hold during a training step, on one rank of many, without having the memory.
 
 A fake process group and fake tensors (which have shapes, but no data) take the place of the GPUs.
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from model import IGNORE, ModelConfig, Transformer
+from model import SIZES, ModelConfig, Transformer
 
 
 class Allocated(TorchDispatchMode):
@@ -67,7 +67,7 @@ class Allocated(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool, num_micro_batches: int = 1) -> int:
+def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> int:
     """Bytes at the peak of the second of two steps; with fake=False the work is really done, by a world of one."""
     backend, store = ("fake", FakeStore()) if fake else ("gloo", dist.HashStore())
     dist.init_process_group(backend, rank=0, world_size=world, store=store)
@@ -79,7 +79,7 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool, num_m
             model = train.shard(Transformer(shape), config, mesh, dtype, compiled=config.compile == "on")
             optimizers, guard = train.make_optimizers(model, config), train.Guard(config.spike, device)
             tokens = torch.ones(config.micro_batch, config.seq_len, dtype=torch.long)
-            batches = [train.MicroBatch(tokens, tokens, None)] * num_micro_batches
+            batches = [train.MicroBatch(tokens, tokens, None)] * (config.batch_size // world // config.micro_batch)
             for _ in range(2):
                 allocated.peak = 0
                 train.train_step(model, optimizers, batches, 1e-4, config, guard)
@@ -90,10 +90,8 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool, num_m
 
 if __name__ == "__main__":
     import tyro
-    from model import SIZES
-    import time
 
-    config = tyro.cli(train.Config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
-    started = time.time()
-    found = peak(SIZES[config.size], config, config.gpus, fake=True)
-    print(f"{found / 2**30:.2f} GiB, {time.time() - started:.0f} s")
+    settings = tyro.cli(train.Config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    found = peak(SIZES[settings.size], settings, settings.gpus, fake=True)
+    expected = sum(train.forecast(SIZES[settings.size], settings, settings.gpus, compiled=False).values())
+    print(f"simulated {found / 2**30:.2f} GiB, forecast {expected / 2**30:.2f} GiB")
