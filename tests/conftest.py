@@ -1,7 +1,9 @@
 """Each test's name finishes the sentence "plainllama promises that …"."""
 
 import dataclasses
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,35 @@ def command(*words: str, cwd=None, env: dict | None = None, check: bool = True) 
     done = subprocess.run(words, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def start_ranks(world: int, function, *args) -> list[multiprocessing.Process]:
+    """Begin function(*args) in `world` processes that find each other as under torchrun, but start in a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = [context.Process(target=_rank, args=(rank, world, port, function, args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _rank(rank: int, world: int, port: int, function, args):
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*args)
+    train.leave()
+
+
+def run_ranks(world: int, function, *args):
+    for process in start_ranks(world, function, *args):
+        process.join(120)
+        assert process.exitcode == 0
 
 
 def torchrun(num_processes: int, script: str, *words: str, cwd=None) -> subprocess.CompletedProcess:

@@ -346,7 +346,7 @@ def test_a_run_explains_itself(tiny_run, capsys):
         and record["model"]["dim"] == 32
         and record["versions"]["torch"] == torch.__version__
     )
-    assert record["dataset"]["tokenizer"]["name"] == "bytes" and record["processes"] == 1 and record["device"]
+    assert record["dataset"][0]["tokenizer"]["name"] == "bytes" and record["processes"] == 1 and record["device"]
     first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     numbers = {"step", "loss", "lr", "grad_norm", "tokens", "targets", "sequences_without_target", "epochs"}
     assert first.keys() == numbers | {"tokens_per_s", "mfu", "memory"}
@@ -409,8 +409,8 @@ def test_a_folder_with_another_run_is_left_alone(tiny_run):
 
 def test_a_checkpoint_of_another_size_is_refused(tiny_run):
     run = tiny_run(steps=3, stop_at=2)
-    path = run / "step_00000002" / "config.json"
-    path.write_text(path.read_text().replace('"intermediate_size": 64', '"intermediate_size": 96'))
+    for path in run.glob("step_*/config.json"):
+        path.write_text(path.read_text().replace('"intermediate_size": 64', '"intermediate_size": 96'))
     with pytest.raises(ValueError, match="is of another size: intermediate_size 96, the run's is 64"):
         tiny_run(resume="run", stop_at=0)
 
@@ -441,11 +441,12 @@ def test_a_damaged_run_is_refused_in_one_sentence(tiny_run, tmp_path):
         return str(error.value)
 
     run = tiny_run(steps=6, stop_at=4)
+    shutil.rmtree(run / "step_00000000")
     part = "step_00000004/__0_0.distcp"
     assert "cannot be read" in damaged("truncated", lambda folder: os.truncate(folder / part, 1000))
     assert "cannot be read" in damaged("missing", lambda folder: (folder / part).unlink())
     assert "cannot be read" in damaged("index", lambda folder: os.truncate(folder / "step_00000004/.metadata", 100))
-    assert "no checkpoint there" in damaged("gone", lambda folder: shutil.rmtree(folder / "step_00000004"))
+    assert "config.json is missing" in damaged("gone", lambda folder: shutil.rmtree(folder / "step_00000004"))
     assert "run.json is not JSON" in damaged("record", lambda folder: (folder / "run.json").write_text("{"))
 
 
