@@ -109,7 +109,7 @@ class Config:
     seed: int = 0                       # of the first weights and of the order of the data
     # when a step goes wrong
     max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite
-    spike: float = 6.0                  # a loss or gradient norm this many standard deviations above its level
+    spike: float = 10.0                 # a loss or gradient norm this many standard deviations above its level
     on_spike: Literal["log", "skip", "rollback"] = "log"  # or no update, or the last checkpoint and on past that data
     # reporting
     log_every: int = 10                 # steps
@@ -528,9 +528,9 @@ class Checkpoints:
         except BaseException as error:  # the exceptions of torch's checkpoints are no Exceptions
             if isinstance(error, (KeyboardInterrupt, MemoryError)):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            space = f"{shutil.disk_usage(self.folder).free / 1e9:,.1f} GB free there"
             before = f"the last one is that of step {self.newest}" if self.newest >= 0 else "there is none yet"
-            return ValueError(f"{self.folder}: no checkpoint of step {step} ({reason}); {before}")
+            return ValueError(f"{self.folder}: no checkpoint of step {step} ({reason(error)}; {space}); {before}")
         return None
 
     def _write(self, step: int, staged: dict):
@@ -567,6 +567,17 @@ class Checkpoints:
         for old in self.folder.glob("step_*"):
             if old.name not in kept:
                 _remove(old)
+
+
+def reason(error: BaseException) -> str:
+    """Why a checkpoint failed, in a line; a full disk, say, is what stands behind the first error that torch reports."""
+    first = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+    cause = first
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__context__
+    return (str(first).strip().splitlines() or [type(first).__name__])[-1]
 
 
 def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> dict:
@@ -724,12 +735,13 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     again = tokens * again if set(modes) != {"none"} else 0
     logits = (4 + size % 4) * min(tokens, LOSS_CHUNK) * shape.vocab_size + (4 + size) * of_ends
     of_gradients = (4 + size) * of_block  # as they are computed, and as they are reduced
-    whole = 4 * params if share * config.seq_len > tokens and not config.reduce_each else 0  # summed before reducing
+    # of earlier micro-batches: whole until the last one reduces them
+    earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else params)
     gathered = size * (params if not config.reshard_after_forward else 2 * of_block + of_ends)
     moments = [
-        dict(gradients=whole, activations=kept, logits=logits),
-        dict(gradients=whole + of_gradients, activations=kept + again, logits=0),
-        dict(gradients=max(whole, 4 * shard) + of_gradients, activations=again, logits=0),
+        dict(gradients=earlier, activations=kept, logits=logits),
+        dict(gradients=earlier + of_gradients, activations=kept + again, logits=0),
+        dict(gradients=max(earlier, 4 * shard) + of_gradients, activations=again, logits=0),
     ]
     peak = max(moments, key=lambda parts: sum(parts.values()))
     of_moments = 8 * shard
@@ -1139,6 +1151,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)
     run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report)
     if start >= 0:
+        checkpoints.newest = start
         report.say(f"continuing {folder} after step {start}")
     else:
         if config.init_from:
