@@ -15,6 +15,7 @@ draws from several. Which sequences a step trains on is a pure function of (seed
 """
 
 import base64
+import bisect
 import functools
 import gzip
 import hashlib
@@ -860,6 +861,7 @@ class Mixture:
         self.folders, self.weights = mixture_weights(sources)
         self.parts = [(PackedDataset if packed else TokenDataset)(folder, split, seq_len) for folder in self.folders]
         self.packed = packed
+        self.block = functools.lru_cache(maxsize=4)(self._block)
         for part in self.parts:
             if part.meta["tokenizer"]["sha256"] != self.parts[0].meta["tokenizer"]["sha256"]:
                 raise ValueError(f"--data {part.folder} was made with another tokenizer than {self.folders[0]}")
@@ -873,11 +875,18 @@ class Mixture:
         if len(self.parts) == 1:
             return 0, self.parts[0].index(number, seed)
         block, place = divmod(number, MIXTURE_BLOCK)
-        place = shuffled(place, MIXTURE_BLOCK, (seed, block))
-        source = next(i for i, end in enumerate(self.ends) if place < end)
-        begin = self.ends[source - 1] if source else 0
-        drawn = block * (self.ends[source] - begin) + place - begin
+        source, drawn = self.block(block, seed)[place]
         return source, self.parts[source].index(drawn, seed)
+
+    def _block(self, block: int, seed: int) -> list[tuple[int, int]]:
+        """(source, how many were drawn from it before) of each sequence of a block."""
+        order = [bisect.bisect(self.ends, shuffled(i, MIXTURE_BLOCK, (seed, block))) for i in range(MIXTURE_BLOCK)]
+        drawn = [block * (end - begin) for begin, end in zip([0, *self.ends], self.ends)]
+        pairs = []
+        for source in order:
+            pairs.append((source, drawn[source]))
+            drawn[source] += 1
+        return pairs
 
     def numbers(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> range:
         """The sequences of this rank in optimizer step `step` (from 0), of the batch_size that all ranks read."""

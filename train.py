@@ -570,7 +570,7 @@ class Checkpoints:
 
 
 def reason(error: BaseException) -> str:
-    """Why a checkpoint failed, in a line; a full disk, say, is what stands behind the first error that torch reports."""
+    """Why a checkpoint failed, in a line; a full disk, say, stands behind the first error that torch reports."""
     first = next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
     cause = first
     while cause is not None:
@@ -761,7 +761,7 @@ def plan(config: Config) -> str:
     needs = forecast(shape, config, config.gpus, compiled)
     parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
     need, reserve = sum(parts.values()), 2.0  # GiB; the reserve is for CUDA, NCCL and gaps in the allocator
-    verdict = "fits" if need + reserve <= capacity else f"does not fit: with {reserve:.0f} GiB in reserve it is too much"
+    verdict = "fits" if need + reserve <= capacity else "does not fit"
     share = config.batch_size // config.gpus
     tokens = config.steps * config.batch_size * config.seq_len
     flops = flops_per_token(shape, config.seq_len)
@@ -773,7 +773,7 @@ def plan(config: Config) -> str:
     lines = [
         f"{config.size or shape}: {count_parameters(shape):,} parameters on {config.gpus} × {config.gpu}, {setting}",
         "GiB a GPU: " + ", ".join(f"{name} {amount:.1f}" for name, amount in parts.items()),
-        f"together {need:.1f} of {capacity} GiB: {verdict}",
+        f"together {need:.1f} of {capacity} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)",
         f"about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak_flops / 1e12:.0f} TFLOP/s are reached, "
         f"{hours:,.1f} hours for {config.steps:,} steps of {config.batch_size} × {config.seq_len} ({tokens:,} tokens)",
     ]

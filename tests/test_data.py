@@ -20,9 +20,11 @@ import pytest
 from conftest import ROOT, command, flags
 from data import (
     CORPORA,
+    IGNORE,
     PIECE_CHARS,
     Corpus,
     Mixture,
+    PackedDataset,
     ShardWriter,
     TokenDataset,
     Tokenizer,
@@ -657,3 +659,100 @@ def test_preparing_100_mb_stays_under_1_gb(shared, tmp_path):
 def test_two_workers_are_at_least_1_7_times_one(shared, tmp_path):
     (one, _), (two, _) = (prepare_100_mb(shared, tmp_path, workers) for workers in (1, 2))
     assert one / two >= 1.7, f"{one:.1f} s and {two:.1f} s"
+
+
+# ---- packed rows and mixtures ----
+
+
+def test_rows_are_filled_with_whole_documents(tmp_path):
+    """Each document is there once, cut only where it is longer than a row; targets are the inputs one later."""
+    texts = [f"{'x' * n} {i}" for i, n in enumerate([3, 90, 20, 61, 62, 63, 64, 200, 5, 40] * 20)]
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i:03}.md").write_text(text)
+    prepare((str(tmp_path / "in"),), tmp_path / "d", "bytes", 0.05, workers=1)
+    data = PackedDataset(tmp_path / "d", "train", 64)
+    flat = np.fromfile(tmp_path / "d" / "train_00000.bin", "<u2")
+    documents = [tuple(part) for part in np.split(flat, np.flatnonzero(flat == 256)[1:])]
+    pieces, used = Counter(), 0
+    for index in range(len(data)):
+        tokens, targets, bounds = data.batch([index])
+        positions, _ = data.batch([index]).documents()
+        assert bounds[0] == 0 and bounds[-1] == 64 and (np.diff(bounds) > 0).all()
+        for begin, end in zip(bounds, bounds[1:]):
+            assert (positions[0, begin:end] == np.arange(end - begin)).all()
+            if (targets[0, begin:end] != IGNORE).any():
+                pieces[(*tokens[0, begin:end], targets[0, end - 1])] += 1
+                assert (targets[0, begin : end - 1] == tokens[0, begin + 1 : end]).all()
+                used += end - begin
+    expected = Counter(piece for d in documents for piece in (d[i : i + 65] for i in range(0, len(d) - 1, 64)))
+    assert pieces == expected and used == len(flat) - len(documents)
+    assert used / (len(data) * 64) > 0.97
+
+
+def test_a_dataset_whose_documents_begin_and_end_alike_is_packed_too(tmp_path, shared):
+    """GPT-2's tokenizer has one token for both."""
+    write_texts(tmp_path / "in", range(60))
+    prepare((str(tmp_path / "in"),), tmp_path / "d", str(shared("gpt2_bpe/r50k_base.tiktoken")), 0.1, workers=1)
+    data = PackedDataset(tmp_path / "d", "train", 512)
+    tokens, targets, bounds = data.batch(range(len(data)))
+    inside = np.split(tokens.ravel(), bounds[1:-1])
+    ends = np.split(targets.ravel(), bounds[1:-1])
+    whole = [(a, b) for a, b in zip(inside, ends) if b[0] != IGNORE]
+    assert len(whole) == data.meta["splits"]["train"]["documents"]
+    assert all(a[0] == 50256 and b[-1] == 50256 and (a[1:] != 50256).all() for a, b in whole)
+
+
+def mixture(tiny_data, tmp_path, *weights: float) -> Mixture:
+    """Sources of different lengths."""
+    folders = [str(tiny_data)]
+    for i in range(1, len(weights)):
+        write_texts(tmp_path / f"in{i}", range(40 * i))
+        prepare((str(tmp_path / f"in{i}"),), tmp_path / f"d{i}", "bytes", 0.1, workers=1)
+        folders.append(str(tmp_path / f"d{i}"))
+    return Mixture(tuple(f"{folder}:{weight}" for folder, weight in zip(folders, weights)), "train", 16)
+
+
+def test_a_mixture_has_exactly_its_proportions_and_each_source_its_own_epochs(tiny_data, tmp_path):
+    data = mixture(tiny_data, tmp_path, 6, 3, 1)
+    drawn = [data.draw(number, 5) for number in range(12_000)]
+    for block in range(12):
+        assert Counter(source for source, _ in drawn[block * 1000 : (block + 1) * 1000]) == {0: 600, 1: 300, 2: 100}
+    first = [source for source, _ in drawn[:60]]
+    assert first != sorted(first) and len(set(first)) == 3
+    for source, part in enumerate(data.parts):
+        indices = [index for other, index in drawn if other == source]
+        for epoch in range(len(indices) // len(part)):
+            assert sorted(indices[epoch * len(part) : (epoch + 1) * len(part)]) == list(range(len(part)))
+        share = (0.6, 0.3, 0.1)[source]
+        assert data.epochs(12_000)[part.folder] == pytest.approx(12_000 * share / len(part), abs=1e-3)
+    assert [data.draw(number, 6) for number in range(50)] != drawn[:50]
+
+
+def test_all_ranks_together_read_the_mixture_that_one_reads(tiny_data, tmp_path):
+    data = mixture(tiny_data, tmp_path, 2, 1)
+    whole = data.batch(data.numbers(7, 24), 3).tokens
+    for world in (1, 2, 3, 8):
+        parts = [data.batch(data.numbers(7, 24, rank, world), 3).tokens for rank in range(world)]
+        assert (np.concatenate(parts) == whole).all()
+
+
+@pytest.mark.parametrize("sources, message", [
+    (("DATA:0.5", "DATA:zero"), "DATA:zero: zero is no number; write FOLDER or FOLDER:WEIGHT"),
+    (("DATA:-1",), "DATA:-1: the weight must be above 0"),
+    (("DATA:1", "DATA:1e-5"), "its share is below 1 in 1000"),
+    (("DATA", "OTHER"), "OTHER was made with another tokenizer than"),
+])  # fmt: skip
+def test_an_impossible_mixture_is_refused(sources, message, tiny_data, tmp_path):
+    write_texts(tmp_path / "in", range(60))
+    prepare((str(tmp_path / "in"),), tmp_path / "other", "train:400", 0.1, workers=1)
+    named = [source.replace("DATA", str(tiny_data)).replace("OTHER", str(tmp_path / "other")) for source in sources]
+    message = message.replace("DATA", str(tiny_data)).replace("OTHER", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=message):
+        Mixture(tuple(named), "train", 16)
+
+
+def test_a_target_that_does_not_count_is_called_the_same_everywhere():
+    import model
+
+    assert IGNORE == model.IGNORE

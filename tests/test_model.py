@@ -6,14 +6,29 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint.metadata as dcp_metadata
 
-from conftest import random_model
-from model import IGNORE, SIZES, KVCache, ModelConfig, Transformer, load, rope_table, rotate, save
+from conftest import ROOT, random_model
+from model import (
+    IGNORE,
+    SIZES,
+    Documents,
+    KVCache,
+    ModelConfig,
+    Transformer,
+    Unembedding,
+    attend_within,
+    load,
+    rope_table,
+    rotate,
+    save,
+)
 
 TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=50, max_seq_len=64)
 VARIANTS = {
@@ -486,3 +501,161 @@ def test_a_weight_is_stored_once_when_tied(tmp_path):
     stored = load_file(tmp_path / "m" / "model.safetensors")
     assert "lm_head.weight" not in stored and len(stored) == 2 + 9 * 2
     assert np.isfinite(stored["model.embed_tokens.weight"]).all()
+
+
+# ---- packed documents ----
+
+
+def packed(lengths: list[int], row_len: int) -> Documents:
+    """Documents of these lengths, end to end in rows of row_len."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(-1, row_len)
+    return Documents(positions, bounds.int())
+
+
+LENGTHS = [7, 20, 5, 1, 31, 32]  # three rows of 32
+
+
+def test_documents_in_a_row_do_not_see_each_other():
+    """Trap 10: with other tokens in document 1 the logits of all others stay the same to the last bit."""
+    model = make()
+    tokens = some_tokens(3, 32)
+    other = tokens.clone()
+    other[0, 7:27] = (other[0, 7:27] + 1) % 50
+    documents = packed(LENGTHS, 32)
+    before, after = (model(t, documents=documents).flatten(0, 1) for t in (tokens, other))
+    same = (before == after).all(-1)
+    assert same.tolist() == [True] * 7 + [False] * 20 + [True] * 69
+    assert not torch.equal(model(tokens)[0, 27:], model(other)[0, 27:])  # without the bounds they do
+
+
+def test_a_packed_document_is_the_same_as_alone():
+    model = make()
+    tokens = some_tokens(3, 32)
+    together = model(tokens, documents=packed(LENGTHS, 32)).flatten(0, 1).split(LENGTHS)
+    for logits, alone in zip(together, tokens.flatten().split(LENGTHS)):
+        torch.testing.assert_close(logits, model(alone[None])[0], atol=1e-5, rtol=1e-5)
+    q, k, v = (torch.randn(3, 32, heads, 8) for heads in (4, 2, 2))
+    y = attend_within(q, k, v, packed(LENGTHS, 32)).flatten(0, 1).split(LENGTHS)
+    begin = 0
+    for out, size in zip(y, LENGTHS):
+        one = (heads.flatten(0, 1)[None, begin : begin + size] for heads in (q, k, v))
+        alone = attend_within(*one, packed([size], size))[0]
+        assert torch.equal(out, alone)  # to the last bit
+        begin += size
+
+
+def test_the_loss_of_packed_documents_is_that_of_each_alone():
+    model = make()
+    tokens = some_tokens(3, 33)
+    loss = model(tokens[:, :-1], tokens[:, 1:], documents=packed(LENGTHS, 32))
+    parts = zip(tokens[:, :-1].flatten().split(LENGTHS), tokens[:, 1:].flatten().split(LENGTHS))
+    alone = sum(model(inputs[None], targets[None], num_targets=96) for inputs, targets in parts)
+    torch.testing.assert_close(loss, alone)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    alone.backward()
+    for grad, p in zip(grads, model.parameters()):
+        torch.testing.assert_close(grad, p.grad, atol=1e-5, rtol=1e-4)
+
+
+# ---- the loss in chunks ----
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_loss_in_chunks_is_cross_entropy_with_its_gradients(dtype, tolerance, monkeypatch):
+    """Also in bf16, where the value of PyTorch's own (10.125 for 10.437) is wrong."""
+    monkeypatch.setattr("model.LOSS_CHUNK", 16)
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(3, 21, 24, generator=generator) * 2).to(dtype).requires_grad_()
+    output = Unembedding(24, 300, bias=False).to(dtype)
+    targets = torch.randint(300, (3, 21), generator=generator)
+    targets[1, 4:] = IGNORE
+    (output(x, targets) / 7).backward()
+    mine = output(x, targets).item(), x.grad.clone(), output.weight.grad.clone()
+    x.grad = output.weight.grad = None
+    logits = torch.nn.functional.linear(x, output.weight).float().flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    (total / 7).backward()
+    assert mine[0] == pytest.approx(total.item(), rel=1e-6)
+    for grad, expected in ((mine[1], x.grad), (mine[2], output.weight.grad)):
+        assert (grad - expected).norm() < tolerance * expected.norm()
+    assert (mine[1][1, 4:] == 0).all()
+
+
+def test_ignored_targets_cost_nothing(monkeypatch):
+    seen = []
+    original = torch.nn.functional.linear
+    monkeypatch.setattr("model.F.linear", lambda x, weight: seen.append(len(x)) or original(x, weight))
+    output, x = Unembedding(8, 30, bias=False), torch.randn(4, 600, 8)
+    targets = torch.full((4, 600), IGNORE)
+    targets[2, :100] = 3
+    output(x, targets)
+    assert seen == [100]
+    seen.clear()
+    assert output(x, torch.full((4, 600), IGNORE)) == 0 and not seen
+
+
+def test_the_loss_in_chunks_needs_a_quarter_of_the_memory():
+    """8,192 tokens, 32,000 classes: counted on tensors without data; the slow test below measures."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    from simulate import Allocated
+
+    FakeTensor.__bool__ = lambda self: True
+
+    def peak(loss) -> int:
+        with FakeTensorMode(), Allocated() as allocated:
+            x, output = torch.empty(1, 8192, 512, requires_grad=True), Unembedding(512, 32_000, bias=False)
+            before = allocated.now
+            loss(x, output, torch.zeros(1, 8192, dtype=torch.long)).backward()
+            return allocated.peak - before
+
+    chunked = peak(lambda x, output, targets: output(x, targets))
+    assert chunked < peak(plain_loss) / 4
+
+
+def plain_loss(x, output, targets):
+    logits = output(x).float().flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_in_chunks_needs_a_quarter_of_the_memory_and_no_more_time_as_measured(dtype):
+    code = f"""
+import resource, sys, time; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, model, test_model
+torch.set_num_threads(2)
+x = torch.randn(1, 8192, 512, dtype=torch.{dtype}, requires_grad=True)
+output = model.Unembedding(512, 32_000, bias=False).to(torch.{dtype})
+targets = torch.randint(32_000, (1, 8192))
+loss = test_model.plain_loss if sys.argv[1] == "plain" else lambda x, output, targets: output(x, targets)
+rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, times = rss(), []
+for _ in range(4):
+    started = time.perf_counter(); loss(x, output, targets).backward(); times.append(time.perf_counter() - started)
+print(rss() - before, sorted(times[1:])[1])
+"""
+    found = {}
+    for kind in ("plain", "chunked"):
+        words, env = [sys.executable, "-c", code, kind], os.environ | {"OMP_NUM_THREADS": "2"}
+        done = subprocess.run(words, capture_output=True, text=True, check=True, env=env)
+        found[kind] = [float(number) for number in done.stdout.split()]
+    memory, seconds = (chunked / plain for chunked, plain in zip(found["chunked"], found["plain"]))
+    print(f"{dtype}: {memory:.3f} of {found['plain'][0] / 1e3:.0f} MB, {1 / seconds:.2f} × the speed")
+    assert memory < 0.25 and seconds < 1 / 0.9
+
+
+def test_weights_that_are_drawn_row_by_row_are_normal_and_do_not_repeat():
+    model = Transformer(dataclasses.replace(TINY, dim=256, ffn_dim=688, num_heads=4, num_kv_heads=4, vocab_size=1000))
+    model.init_weights(3)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            std = 0.02 / 2 if name.endswith(("out.weight", "down.weight")) else 0.02
+            assert weight.std().item() == pytest.approx(std, rel=0.03) and abs(weight.mean().item()) < std / 30
+            assert len(weight[:, 0].unique()) == len(weight)
+    other = Transformer(model.config)
+    other.init_weights(4)
+    assert not torch.equal(other.embedding.weight, model.embedding.weight)

@@ -42,7 +42,7 @@ def test_activation_checkpointing_changes_no_bit_of_the_gradients(mode, world): 
 
 
 def test_activation_checkpointing_keeps_what_it_says(world):  # noqa: F811
-    """A block that is computed again computes its first six products again (nobody needs the last), or three of them."""
+    """A block that is computed again makes its first six products again (nobody needs the last), or three of them."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Products(TorchDispatchMode):
@@ -243,13 +243,13 @@ def drill(folder, options: dict, kills: int, number: int, seed: int) -> int:
     while not (folder / options["out"] / f"step_{options['steps']:08d}").exists():
         processes = start_ranks(2, train_here, folder, options)
         if sent < kills:
-            time.sleep(draw.uniform(0.3, 2.0))
+            time.sleep(draw.uniform(0.5, 2.0))
             victim = draw.choice(processes)
             if victim.is_alive():
                 os.kill(victim.pid, number)
                 sent += 1
         for process in processes:
-            process.join(60 if number == signal.SIGTERM or sent >= kills else 5)
+            process.join(60 if number == signal.SIGTERM or sent >= kills else 2)
             if process.is_alive():
                 assert number == signal.SIGKILL, "a process did not end after SIGTERM"
                 process.kill()  # as torchrun does to the survivors
@@ -561,3 +561,34 @@ def test_a_save_stalls_training_for_a_fraction_of_what_writing_takes(world, tmp_
         ratios.append(stalled / (time.monotonic() - started))
     print(f"stalled for {sorted(ratios[1:])[2]:.1%} of a blocking save")
     assert sorted(ratios[1:])[2] < 0.15
+
+
+# ---- what a run reads ----
+
+
+def test_a_run_on_packed_documents_and_on_a_mixture_resumes_exactly_and_says_what_it_read(options, tiny_run, tmp_path):
+    """The validation loss of each source is there too; other weights are another run."""
+    from conftest import byte_data
+
+    (tmp_path / "more").mkdir()
+    sources = (f"{options['data'][0]}:3", str(byte_data(tmp_path / "more", 60)))
+    both = dict(data=sources, pack=True, steps=12, micro_batch=2, eval_tokens=2048)
+    straight = tiny_run("straight", **both)
+    tiny_run("cut", stop_at=5, **both)
+    assert same_bits(tiny_run("cut", **both), straight)
+    epochs = log(straight, "epochs")[-1]
+    assert epochs.keys() == {options["data"][0], sources[1]} and epochs[sources[1]] > epochs[options["data"][0]] / 3
+    last = [row for row in map(json.loads, open(straight / "log.jsonl")) if "val_loss" in row][-1]
+    each = [last[f"val_loss {folder}"] for folder in epochs]
+    assert min(each) <= last["val_loss"] <= max(each) and each[0] != each[1]
+    with pytest.raises(ValueError, match="is another dataset than when straight began"):
+        tiny_run("straight", **both | {"data": (sources[0].replace(":3", ":2"), sources[1])})
+
+
+def test_packing_gives_the_same_losses_on_any_number_of_processes(options, tmp_path):
+    both = options | {"pack": True, "steps": 6, "micro_batch": 1, "batch_size": 4}
+    run_ranks(1, train_here, tmp_path, both | {"out": "one"})
+    run_ranks(2, train_here, tmp_path, both | {"out": "two"})
+    assert log(tmp_path / "two", "loss") == pytest.approx(log(tmp_path / "one", "loss"), rel=1e-5)
+    assert log(tmp_path / "two", "val_loss") == pytest.approx(log(tmp_path / "one", "val_loss"), rel=1e-5)
+    assert all(0.7 * 4 * 32 < targets <= 4 * 32 for targets in log(tmp_path / "one", "targets"))
