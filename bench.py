@@ -141,8 +141,9 @@ class HuggingFace:
         for p in model.parameters():
             weights = train.local_rows(p)[1]
             weights.fill_(1) if p.dim() == 1 else weights.normal_(0, 0.02)
-        betas = (self.config.beta1, self.config.beta2)
-        self.optimizers = [torch.optim.AdamW(model.parameters(), self.config.learning_rate, betas, fused=True)]
+        same = {"lr": self.config.learning_rate, "betas": (self.config.beta1, self.config.beta2)}
+        same["weight_decay"] = self.config.weight_decay
+        self.optimizers = [torch.optim.AdamW(model.parameters(), fused=True, **same)]
 
     def step(self) -> torch.Tensor:
         losses = []
@@ -223,10 +224,12 @@ def no_stderr():
     """The profiler has things to say that do not concern the reader of a table."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
-    yield
-    os.dup2(saved, 2)
-    os.close(saved)
-    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def capacity(device: torch.device) -> int:
@@ -234,6 +237,9 @@ def capacity(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+TITLES = f"{'':48}   tokens/s   a device     MFU a product       GiB of forecast first step s"
 
 
 class Bench:
@@ -257,6 +263,7 @@ class Bench:
         gc.collect()  # the model before, which is full of cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        matrix_product(setting.dtype, self.device)  # while there is room
         trial, losses = SIDES[setting.side](setting, self.config, self.shape, self.device), []
         first = timed(lambda: losses.append(trial.step()), 1, self.device)
         for _ in range(self.config.warmup):
@@ -285,13 +292,25 @@ class Bench:
         self.rows.append(row)
         return row
 
-    def header(self):
-        titles = f"{'tokens/s':>10} {'a device':>10} {'MFU':>7} {'a product':>9} {'GiB':>9} {'of forecast':>11}"
-        self.say(f"{'':48} {titles} {'first step s':>12}")
+    def try_out(self, setting: Setting, rounds: int) -> dict | None:
+        """A row; None, with a word about it, where the setting does not fit in memory."""
+        need, there = sum(self.forecast(setting).values()), capacity(self.device)
+        if setting.side == "hf" or need <= there:
+            try:
+                return self.report(self.measure(setting, rounds))
+            except torch.OutOfMemoryError:
+                pass
+        self.say(f"{str(setting):48} does not fit: {need / 2**30:.1f} GiB forecast, {there / 2**30:.1f} there")
+        return None
+
+    def best_of(self, rows: list[dict | None]) -> dict:
+        if not any(rows):
+            raise ValueError(f"--size {self.config.size} with these flags does not fit in memory")
+        return max(filter(None, rows), key=lambda row: row["tokens_per_s"])
 
     def fastest(self, settings: list[Setting]) -> Setting:
-        speeds = [self.report(self.measure(s, rounds=1))["tokens_per_s"] for s in settings]
-        return settings[speeds.index(max(speeds))]
+        rows = [self.try_out(setting, rounds=1) for setting in settings]
+        return settings[rows.index(self.best_of(rows))]
 
     def contest(self, *pair: Setting) -> dict:
         """Rounds in turn, and the ratio of the two speeds: the median of the ratios round by round."""
@@ -307,26 +326,14 @@ class Bench:
         for mode in ("none", "selective", "2", "full"):
             speed, size = 0.0, 1
             while size <= self.config.micro_batch:
-                row = self.if_it_fits(dataclasses.replace(base, checkpointing=mode, micro_batch=size))
+                setting = dataclasses.replace(base, checkpointing=mode, micro_batch=size)
+                row = self.try_out(setting, self.config.repeats)
                 if row is None or row["tokens_per_s"] < 0.97 * speed:
                     break
                 speed, size = row["tokens_per_s"], 2 * size
-        if not self.rows:
-            raise ValueError(f"--size {self.config.size} does not fit in memory, not even with one sequence at a time")
-        best = max(self.rows, key=lambda row: row["tokens_per_s"])
-        self.say(f"fastest: {best['name']}")
-        return best["name"]
-
-    def if_it_fits(self, setting: Setting) -> dict | None:
-        need, there = sum(self.forecast(setting).values()), capacity(self.device)
-        problem = "would not fit" if need > there else ""
-        if not problem:
-            try:
-                return self.report(self.measure(setting, self.config.repeats))
-            except torch.OutOfMemoryError:
-                problem = "does not fit"
-        self.say(f"{str(setting):48} {problem}: {need / 2**30:.1f} GiB forecast, {there / 2**30:.1f} there")
-        return None
+        name = self.best_of(self.rows)["name"]
+        self.say(f"fastest: {name}")
+        return name
 
 
 # ---- the run ----
@@ -371,7 +378,7 @@ def run(config: Config, device: torch.device) -> dict:
     shape = train.model_config(base.train_config(config), SIZES[config.size].vocab_size)
     bench, results = Bench(config, shape, device), describe(config, shape, device)
     bench.say(f"{config.size}, {results['parameters']:,} parameters; {results['processes']} × {results['device']}")
-    bench.header()
+    bench.say(TITLES)
     if config.sweep:
         results["fastest"] = bench.sweep(base)
     elif config.pack:
@@ -380,7 +387,8 @@ def run(config: Config, device: torch.device) -> dict:
         results |= bench.contest(*(bench.fastest(variants(base, side, config, device)) for side in SIDES))
     else:
         bench.report(bench.measure(base, config.repeats))
-    results["product_flops"] = {name: matrix_product(name, device) for name in {row["dtype"] for row in bench.rows}}
+    used = sorted({row["dtype"] for row in bench.rows})
+    results["product_flops"] = {name: matrix_product(name, device) for name in used}
     for name, flops in results["product_flops"].items():
         bench.say(f"a product of large matrices in {name}: {flops / 1e12:.3g} TFLOP/s")
     return results | {"rows": bench.rows}

@@ -261,35 +261,39 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+def loss_of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of targets (n,) under logits (n, V), and its gradient (n, V): the probabilities,
+    less one at the target. All in fp32, in place where it can be; the gradient comes in the type of the logits."""
+    dtype, logits, answers = logits.dtype, logits.float(), targets[:, None]
+    largest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, answers)
+    exps = logits.sub_(largest).exp_()
+    sums = exps.sum(-1, keepdim=True)
+    of_target = (chosen - largest).exp() / sums - 1
+    loss = (sums.log() + largest - chosen).sum()
+    return loss, exps.div_(sums).to(dtype).scatter_(1, answers, of_target.to(dtype))
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Sum of the cross-entropies of targets (n,) under the logits x @ weight.T, x (n, D), weight (V, D).
 
     All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens' logits exist at a
-    time: their gradient, probabilities less one at the target, is turned at once into those of x and weight.
+    time, and their gradient is turned at once into those of x and weight. train.py may compile of_logits.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable) -> Tensor:
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if training else None
         weight_grad = torch.zeros(weight.shape, device=x.device) if training and weight.requires_grad else None
         for begin in range(0, len(x), LOSS_CHUNK):
             chunk = slice(begin, begin + LOSS_CHUNK)
-            answers = targets[chunk, None]
-            logits = F.linear(x[chunk], weight).float()                      # (chunk, V)
-            largest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, answers)
-            exps = logits.sub_(largest).exp_()                               # in place, like all that follows
-            sums = exps.sum(-1, keepdim=True)
-            total += (sums.log() + largest - chosen).sum()
+            loss, logits_grad = of_logits(F.linear(x[chunk], weight), targets[chunk])
+            total += loss
             if training:
-                logits_grad = exps.div_(sums)
-                logits_grad.scatter_add_(1, answers, torch.full_like(answers, -1, dtype=logits.dtype))
-                logits_grad = logits_grad.to(x.dtype)
                 torch.mm(logits_grad, weight, out=x_grad[chunk])
-                if weight_grad is not None:
-                    weight_grad += logits_grad.T @ x[chunk]
-                del logits_grad
-            del logits, exps  # before the next chunk's are made
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ x[chunk]
+            del logits_grad  # before the next chunk's is made
         ctx.grads, ctx.weight_dtype = (x_grad, weight_grad), weight.dtype
         return total
 
@@ -298,11 +302,13 @@ class ChunkedLoss(torch.autograd.Function):
         x_grad, weight_grad = ctx.grads
         if weight_grad is not None:
             weight_grad = torch.mul(weight_grad, scale, out=torch.empty_like(weight_grad, dtype=ctx.weight_dtype))
-        return x_grad * scale, weight_grad, None, None
+        return x_grad * scale, weight_grad, None, None, None
 
 
 class Unembedding(nn.Linear):
     """Turns the residual stream into logits, or with targets into their loss."""
+
+    loss_of_logits = staticmethod(loss_of_logits)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
@@ -313,7 +319,8 @@ class Unembedding(nn.Linear):
             kept = kept.nonzero().squeeze(1)
             x, targets = x[kept.to(x.device, non_blocking=True)], targets[kept]
         training = torch.is_grad_enabled() and x.requires_grad
-        return ChunkedLoss.apply(x, self.weight, targets.to(x.device, non_blocking=True), training)
+        targets = targets.to(x.device, non_blocking=True)
+        return ChunkedLoss.apply(x, self.weight, targets, training, self.loss_of_logits)
 
 
 class Transformer(nn.Module):

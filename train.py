@@ -263,7 +263,7 @@ def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
 def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dtype, compiled: bool) -> Transformer:
     """Checkpoint, compile, then shard every block, in this order: fp32 shards, dtype arithmetic, fp32 gradient sums.
 
-    The embedding is a unit apart, and the final norm one with the output layer, which the backward pass needs first.
+    The loss is compiled too. The embedding is a unit apart, and the final norm one with the output layer, which the backward pass needs first.
     """
     # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -274,6 +274,8 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
             # the loop over documents that stands in for the GPU's kernel cannot be compiled
             block.forward = torch.compile(block.forward, fullgraph=not config.pack or mesh.device_type == "cuda")
         unit(block, reshard_after_forward=config.reshard_after_forward)
+    if compiled:
+        model.unembedding.loss_of_logits = torch.compile(model.unembedding.loss_of_logits, fullgraph=True)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
         unit([model.norm, model.unembedding], reshard_after_forward=False)

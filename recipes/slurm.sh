@@ -11,11 +11,11 @@
 # Submit it from the project's folder, its Python environment activated:
 #
 #     DATA=/shared/data/mine OUT=/shared/out/7B sbatch recipes/slurm.sh
-#     sbatch --nodes 16 recipes/slurm.sh                  # any number of nodes that divides BATCH_SIZE / 8
+#     sbatch --nodes 16 recipes/slurm.sh                  # any number that divides BATCH_SIZE / MICRO_BATCH / 8
 #
 # Before its time ends or when it is preempted, Slurm sends SIGTERM: the run finishes its step, saves, and the job
-# queues up again by itself. After a crash torchrun starts the processes anew, three times. Every start is this same
-# command: it continues from the last checkpoint.
+# queues up again by itself; scancel ends it for good. After a crash torchrun starts the processes anew, three times.
+# Every start is this same command: it continues from the last checkpoint.
 
 #SBATCH --job-name=plainllama
 #SBATCH --nodes=4
@@ -58,11 +58,12 @@ wait "$step"
 status=$?
 while kill -0 "$step" 2> /dev/null; do # the signal ended the waiting, not what was waited for
     wait "$step"
+    status=$?
 done
 
-finished=$(printf 'step_%08d' "$STEPS")
-state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T) # COMPLETING: somebody cancelled it
-if [ "$stopped" = yes ] && [ "$(cat "$OUT/last")" != "$finished" ] && [ "$state" = RUNNING ]; then
-    exec scontrol requeue "$SLURM_JOB_ID"
+if [ "$stopped" = yes ]; then
+    [ "$(cat "$OUT/last")" = "$(printf 'step_%08d' "$STEPS")" ] && exit 0 # it was the last step
+    state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T) # COMPLETING where somebody cancelled the job
+    [ "$state" = RUNNING ] && exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

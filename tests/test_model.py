@@ -535,6 +535,8 @@ def test_a_packed_document_is_the_same_as_alone():
     together = model(tokens, documents=packed(LENGTHS, 32)).flatten(0, 1).split(LENGTHS)
     for logits, alone in zip(together, tokens.flatten().split(LENGTHS)):
         torch.testing.assert_close(logits, model(alone[None])[0], atol=1e-5, rtol=1e-5)
+    stretched = packed(LENGTHS, 32)._replace(positions=packed(LENGTHS, 32).positions * 3)
+    assert not torch.allclose(model(tokens, documents=stretched).flatten(0, 1), torch.cat(together), atol=1e-3)
     q, k, v = (torch.randn(3, 32, heads, 8) for heads in (4, 2, 2))
     y = attend_within(q, k, v, packed(LENGTHS, 32)).flatten(0, 1).split(LENGTHS)
     begin = 0

@@ -591,4 +591,8 @@ def test_packing_gives_the_same_losses_on_any_number_of_processes(options, tmp_p
     run_ranks(2, train_here, tmp_path, both | {"out": "two"})
     assert log(tmp_path / "two", "loss") == pytest.approx(log(tmp_path / "one", "loss"), rel=1e-5)
     assert log(tmp_path / "two", "val_loss") == pytest.approx(log(tmp_path / "one", "val_loss"), rel=1e-5)
+    model, data = load(tmp_path / "one" / "step_00000000"), Mixture(both["data"], "train", 32, packed=True)
+    tokens, targets, documents = train.to_device(data.batch(data.numbers(0, 4), 0), CPU)
+    assert log(tmp_path / "one", "loss")[0] == pytest.approx(model(tokens, targets, documents=documents).item(), rel=1e-5)
+    assert log(tmp_path / "one", "loss")[0] != pytest.approx(model(tokens, targets).item(), rel=1e-5)
     assert all(0.7 * 4 * 32 < targets <= 4 * 32 for targets in log(tmp_path / "one", "targets"))

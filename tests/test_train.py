@@ -203,6 +203,12 @@ def test_weights_gradients_and_moments_are_fp32_under_bf16_arithmetic(world, mon
     model.zero_grad()
     for _ in range(20):
         train.train_step(model, optimizers, [micro_batch(rows())], 2e-5, Config(), train.Guard(6.0, CPU))
+    model.set_requires_gradient_sync(False)
+    model(rows()[:, :-1], rows()[:, 1:]).backward()
+    model.set_requires_gradient_sync(True)
+    model(rows()[:, :-1], rows()[:, :-1]).backward()
+    sums = [p.grad.to_local() for p in model.parameters()]
+    assert any((grad != grad.bfloat16().float()).any() for grad in sums)  # of two micro-batches, in fp32
     assert set(seen) == {(torch.bfloat16, torch.float32)}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {value.dtype for state in optimizers[0].state.values() for value in state.values()} == {torch.float32}
