@@ -71,7 +71,7 @@ class Config:
 class Setting:
     """One way to train, to be measured."""
 
-    side: Literal["plainllama", "hf"]
+    side: Literal["plainllama", "hf", "hf here"]  # "hf here" is sharded as plainllama is
     dtype: Literal["bf16", "fp32"]
     compile: Literal["off", "blocks", "whole"]  # what torch.compile is given
     micro_batch: int
@@ -86,7 +86,7 @@ class Setting:
         """The flags of train.py that this setting stands for."""
         same = "optimizer shard_over reshard_after_forward reduce_each size seq_len steps".split()
         values = dataclasses.asdict(self) | {name: getattr(config, name) for name in same}
-        values["compile"] = "off" if values.pop("side") == "hf" or self.compile == "off" else "on"
+        values["compile"] = "off" if values.pop("side") != "plainllama" or self.compile == "off" else "on"
         values["batch_size"] = self.micro_batch * config.accumulate * dist.get_world_size()
         return train.Config(**values, learning_rate=1e-4)
 
@@ -98,6 +98,7 @@ class Ours:
     """A model, and the step that train.py takes with it."""
 
     def __init__(self, setting: Setting, config: Config, shape: ModelConfig, device: torch.device):
+        train.keep_freed_memory(True)
         self.config, dtype = setting.train_config(config), train.compute_dtype(setting.dtype, device)
         self.model = train.build(shape, self.config, device, dtype, compiled=setting.compile == "blocks")
         self.model.init_weights(self.config.seed, train.local_rows)
@@ -111,9 +112,11 @@ class Ours:
 
 
 class HuggingFace:
-    """LlamaForCausalLM of the same shape, sharded and trained the same way as far as that goes.
+    """LlamaForCausalLM of the same shape, trained the same way as far as that goes.
 
-    Its loss takes the tokens themselves as targets, one fewer in a row than train.py has.
+    As its own Trainer does it: fp32 weights, bf16 by autocast, an ordinary process. Or "hf here": with the sharding,
+    mixed precision and memory allocator that train.py gives a model. Its loss takes the tokens themselves as targets,
+    one fewer in a row than train.py has.
     """
 
     def __init__(self, setting: Setting, config: Config, shape: ModelConfig, device: torch.device):
@@ -121,35 +124,42 @@ class HuggingFace:
 
         self.config, self.batches = setting.train_config(config), random_batches(setting, config, shape, device)
         theirs = LlamaConfig(**config_to_hugging_face(shape), attn_implementation="sdpa")
-        with torch.device("meta"):
+        self.here, dtype = setting.side == "hf here", train.compute_dtype(setting.dtype, device)
+        train.keep_freed_memory(self.here)
+        with torch.device("meta" if self.here else device):
             self.model = model = LlamaForCausalLM(theirs)
         if setting.checkpointing == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        dtype = train.compute_dtype(setting.dtype, device)
+        if self.here:
+            self._shard(shape, theirs, config, dtype, device)
+        if setting.compile == "whole":
+            model.compile()
+        same = {"lr": self.config.learning_rate, "betas": (self.config.beta1, self.config.beta2)}
+        same["weight_decay"] = self.config.weight_decay
+        self.optimizers = [torch.optim.AdamW(model.parameters(), fused=True, **same)]
+        self.autocast = torch.autocast(device.type, dtype, enabled=not self.here and dtype != torch.float32)
+
+    def _shard(self, shape: ModelConfig, theirs, config: Config, dtype: torch.dtype, device: torch.device):
+        model = self.model
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         unit = functools.partial(fully_shard, mp_policy=policy, mesh=train.make_mesh(self.config, device))
         for layer in model.model.layers:
-            if setting.compile == "blocks":
-                layer.forward = torch.compile(layer.forward)
             unit(layer, reshard_after_forward=config.reshard_after_forward)
         unit(model).to_empty(device=device)
-        if setting.compile == "whole":
-            model.compile()
         if shape.tie_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(device)  # its wavelengths were not kept
         for p in model.parameters():
             weights = train.local_rows(p)[1]
             weights.fill_(1) if p.dim() == 1 else weights.normal_(0, 0.02)
-        same = {"lr": self.config.learning_rate, "betas": (self.config.beta1, self.config.beta2)}
-        same["weight_decay"] = self.config.weight_decay
-        self.optimizers = [torch.optim.AdamW(model.parameters(), fused=True, **same)]
 
     def step(self) -> torch.Tensor:
         losses = []
         for i, (tokens, *_) in enumerate(self.batches, 1):
-            self.model.set_requires_gradient_sync(self.config.reduce_each or i == len(self.batches))
-            loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(self.batches)
+            if self.here:
+                self.model.set_requires_gradient_sync(self.config.reduce_each or i == len(self.batches))
+            with self.autocast:
+                loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(self.batches)
             loss.backward()
             losses.append(loss.detach())
         clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -158,7 +168,7 @@ class HuggingFace:
         return sum(losses)
 
 
-SIDES = {"plainllama": Ours, "hf": HuggingFace}
+SIDES = {"plainllama": Ours, "hf": HuggingFace, "hf here": HuggingFace}
 
 
 def random_batches(setting: Setting, config: Config, shape: ModelConfig, device: torch.device):
@@ -295,7 +305,7 @@ class Bench:
     def try_out(self, setting: Setting, rounds: int) -> dict | None:
         """A row; None, with a word about it, where the setting does not fit in memory."""
         need, there = sum(self.forecast(setting).values()), capacity(self.device)
-        if setting.side == "hf" or need <= there:
+        if setting.side != "plainllama" or need <= there:
             try:
                 return self.report(self.measure(setting, rounds))
             except torch.OutOfMemoryError:
@@ -312,14 +322,18 @@ class Bench:
         rows = [self.try_out(setting, rounds=1) for setting in settings]
         return settings[rows.index(self.best_of(rows))]
 
-    def contest(self, *pair: Setting) -> dict:
-        """Rounds in turn, and the ratio of the two speeds: the median of the ratios round by round."""
-        rounds = [[self.measure(setting, rounds=1) for setting in pair] for _ in range(self.config.repeats)]
+    def contest(self, *settings: Setting) -> list[dict]:
+        """Rounds in turn, and the ratios of the first one's speed to the others': medians of those round by round."""
+        rounds = [[self.measure(setting, rounds=1) for setting in settings] for _ in range(self.config.repeats)]
         self.say(f"{self.config.repeats} rounds in turn:")
         rows = [self.report(same[0] | {"seconds": [row["seconds"][0] for row in same]}) for same in zip(*rounds)]
-        ratios = [theirs / ours for ours, theirs in zip(*(row["seconds"] for row in rows))]
-        self.say(f"ratio {median(ratios):.3f} (rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios)})")
-        return {"of": [row["name"] for row in rows], "ratio": median(ratios), "ratios": ratios}
+        contests = []
+        for row in rows[1:]:
+            ratios = [theirs / ours for ours, theirs in zip(rows[0]["seconds"], row["seconds"])]
+            each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+            self.say(f"ratio {median(ratios):.3f} to {row['name']} (rounds: {each})")
+            contests.append({"of": [rows[0]["name"], row["name"]], "ratio": median(ratios), "ratios": ratios})
+        return contests
 
     def sweep(self, base: Setting) -> str:
         """The name of the fastest setting that fits, larger micro-batches being tried while they are not slower."""
@@ -365,7 +379,7 @@ def variants(base: Setting, side: str, config: Config, device: torch.device) -> 
     dtypes = ["bf16", "fp32"] if config.dtype == "auto" and device.type == "cpu" else [base.dtype]
     ways = ["off"] if config.compile != "on" else []
     if base.compile != "off":
-        ways += ["blocks", "whole"] if side == "hf" else ["blocks"]
+        ways += ["blocks"] if side == "plainllama" else ["whole"]
     return [dataclasses.replace(base, side=side, dtype=dtype, compile=way) for dtype in dtypes for way in ways]
 
 
@@ -382,9 +396,10 @@ def run(config: Config, device: torch.device) -> dict:
     if config.sweep:
         results["fastest"] = bench.sweep(base)
     elif config.pack:
-        results |= bench.contest(base, dataclasses.replace(base, pack=False))
+        results["contests"] = bench.contest(base, dataclasses.replace(base, pack=False))
     elif config.peer == "hf":
-        results |= bench.contest(*(bench.fastest(variants(base, side, config, device)) for side in SIDES))
+        sides = SIDES if dist.get_world_size() == 1 else ("plainllama", "hf here")  # alone it does not shard
+        results["contests"] = bench.contest(*(bench.fastest(variants(base, side, config, device)) for side in sides))
     else:
         bench.report(bench.measure(base, config.repeats))
     used = sorted({row["dtype"] for row in bench.rows})

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a target with this id is not trained on
-LOSS_CHUNK = 1024  # tokens whose logits exist at a time while training
+LOSS_CHUNK = 2048  # tokens whose logits exist at a time in the loss
 INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
 
 
@@ -277,23 +277,29 @@ class ChunkedLoss(torch.autograd.Function):
     """Sum of the cross-entropies of targets (n,) under the logits x @ weight.T, x (n, D), weight (V, D).
 
     All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens' logits exist at a
-    time, and their gradient is turned at once into those of x and weight. train.py may compile of_logits.
+    time, and their gradient is turned at once into those of x and weight. Compiled, of_logits needs no fp32 copy of
+    them, so that two chunks at a time take no more memory.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable) -> Tensor:
+        size = LOSS_CHUNK if of_logits is loss_of_logits else 2 * LOSS_CHUNK
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if training else None
-        weight_grad = torch.zeros(weight.shape, device=x.device) if training and weight.requires_grad else None
-        for begin in range(0, len(x), LOSS_CHUNK):
-            chunk = slice(begin, begin + LOSS_CHUNK)
+        weight_grad = None
+        for begin in range(0, len(x), size):
+            chunk = slice(begin, begin + size)
             loss, logits_grad = of_logits(F.linear(x[chunk], weight), targets[chunk])
             total += loss
             if training:
                 torch.mm(logits_grad, weight, out=x_grad[chunk])
-            if weight_grad is not None:
-                weight_grad += logits_grad.T @ x[chunk]
+            if training and weight.requires_grad:
+                of_chunk = logits_grad.T @ x[chunk]
+                weight_grad = of_chunk.float() if weight_grad is None else weight_grad.add_(of_chunk)
+                del of_chunk
             del logits_grad  # before the next chunk's is made
+        if len(x) == 0 and training:
+            weight_grad = torch.zeros_like(weight)
         ctx.grads, ctx.weight_dtype = (x_grad, weight_grad), weight.dtype
         return total
 
