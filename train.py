@@ -772,7 +772,8 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     again = tokens * again if set(modes) != {"none"} else 0
     of_logit, chunk = (2 * size, 2 * LOSS_CHUNK) if compiled else (4 + size % 4, LOSS_CHUNK)
     in_chunk = min(tokens, chunk) * shape.vocab_size
-    logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + (4 + size) * of_ends)
+    of_product = 4 if size == 4 and tokens <= chunk else 4 + size  # the weight's gradient, and a chunk's beside it
+    logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + of_product * of_ends)
     of_gradients = (4 + size) * of_block  # as they are computed, and as they are reduced
     # of earlier micro-batches: whole until the last one reduces them
     earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else params)
