@@ -14,6 +14,7 @@ your own task, write lines {"context": ..., "choices": [...], "answer": 0} for -
 """
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -133,7 +134,8 @@ class Config:
     max_prompt: int = 0                 # tokens; a longer prompt loses examples, then its left; 0 is the protocol's
     bos: bool = True                    # begin prompts with BOS
     chat: bool = False                  # wrap prompts as LLaMA-2's chat models know them: [INST] … [/INST]
-    batch_tokens: int = 16_384          # tokens in a forward pass, padding included; its caches may hold 4 times that
+    batch_tokens: int = 0
+    """tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a GPU, 2,048 on a CPU"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
 
 
@@ -166,7 +168,7 @@ def pair(config: Config, tokenizer: Tokenizer, context: str, text: str) -> Pair:
 
     Both are encoded together: sentencepiece begins a text with a blank of its own (LLaMA-2 makes two ids of " A", and
     one after "Answer:"). A tokenizer whose pieces join the end of the one and the beginning of the other encodes text
-    by itself. Blanks at the end of context go to text. Raises ValueError where that has no ids.
+    by itself. Blanks at the end of context go to text; an empty context is BOS. Raises ValueError where text has no ids.
     """
     stripped = context.rstrip()
     context, text = stripped, context[len(stripped) :] + text
@@ -175,8 +177,8 @@ def pair(config: Config, tokenizer: Tokenizer, context: str, text: str) -> Pair:
     head = tokenizer.encode(context, bos=config.bos or not context)
     whole = tokenizer.encode(context + text, bos=config.bos or not context)
     choice = whole[len(head) :] if whole[: len(head)] == head else tokenizer.encode(text)
-    if not choice or not head:
-        raise ValueError(f"{text!r} has no tokens" if head else "without BOS the context is empty")
+    if not choice:
+        raise ValueError(f"{text!r} has no tokens")
     return head, choice
 
 
@@ -645,21 +647,31 @@ def make_batches(questions: list[Question], rows: list[Row], batch_tokens: int, 
 
 
 class Reader:
-    """A model, and the cache of the prefix that it has read last."""
+    """A model, and the prefix that it has read last: alone in one cache, and in every row of a wide one."""
 
     def __init__(self, model: Transformer):
         self.model, self.device = model, model.norm.weight.device
         self.unembedding = model.unembedding.weight.float()  # in bf16, letters would often have equal logits
         self.prefix: list[int] = []
         self.cache: KVCache | None = None
+        self.wide: KVCache | None = None
 
     def begin(self, prefix: list[int]) -> KVCache | None:
         if prefix != self.prefix:
             self.cache = new_cache(self.model, 1, len(prefix)) if prefix else None
             if prefix:
                 self.model.hidden(torch.tensor([prefix], device=self.device), self.cache)
-            self.prefix = prefix
+            self.prefix, self.wide = prefix, None
         return self.cache
+
+    def spread(self, rows: int, slots: int) -> KVCache:
+        """A cache whose rows all hold the prefix; its memory is that of the last one where this suffices."""
+        if self.wide is None or self.wide.keys.size(1) < rows or self.wide.keys.size(3) < slots:
+            self.wide = new_cache(self.model, rows + rows // 4, slots, self.cache)  # later batches have more rows
+        cache = copy.copy(self.wide)
+        cache.keys, cache.values, cache.lengths = cache.keys[:, :rows], cache.values[:, :rows], cache.lengths[:rows]
+        cache.trim([len(self.prefix)] * rows)
+        return cache
 
     @torch.no_grad()
     def score(self, batch: Batch) -> list[tuple[int, int, float]]:
@@ -667,10 +679,11 @@ class Reader:
 
         Rows are padded on the right, which a causal model cannot see. Only the positions that count are projected.
         """
-        prefix, past = self.begin(batch.prefix), len(batch.prefix)
+        self.begin(batch.prefix)
+        past = len(batch.prefix)
         longest = max(len(row.ids) for row in batch.rows) - past
         tokens = [row.ids[past:] + [0] * (past + longest - len(row.ids)) for row in batch.rows]
-        cache = new_cache(self.model, len(batch.rows), past + longest, prefix) if prefix else None
+        cache = self.spread(len(batch.rows), past + longest) if past else None
         hidden = self.model.hidden(torch.tensor(tokens, device=self.device), cache)  # (B, T, D)
         places, asked = [], []
         for i, row in enumerate(batch.rows):
@@ -798,7 +811,8 @@ def run_questions(reader: Reader, tokenizer: Tokenizer, config: Config, world: W
     done = read_lines(lines, questions, keys) if config.out and world.rank == 0 else {}
     left_out = set(world.agree(list(done)))
     rows = [row for row in rows_of(questions) if row.question not in left_out]
-    batches = make_batches(questions, rows, config.batch_tokens, protocol.max_new_tokens)
+    batch_tokens = config.batch_tokens or (16_384 if reader.device.type == "cuda" else 2_048)
+    batches = make_batches(questions, rows, batch_tokens, protocol.max_new_tokens)
     work = partial(reader.write, tokenizer=tokenizer, protocol=protocol) if protocol.max_new_tokens else reader.score
     answers: dict[int, dict] = defaultdict(dict)
     with open(lines, "a") as file, shown(total=len(questions), initial=len(done), desc=config.task) as bar:
@@ -890,7 +904,7 @@ def summarize_documents(records: list[dict]) -> dict:
         "perplexity": math.exp(nats / tokens),
         "tokens": tokens,
         "bytes": round(num_bytes),
-        "documents": len(records),
+        "documents" if words else "windows": len(records),
     }
     return scores | ({"word_perplexity": math.exp(nats / words)} if words else {})
 
@@ -907,7 +921,7 @@ def headline(result: dict) -> tuple[str, list[float]]:
 
 def describe(config: Config, path: str, model: Transformer, tokenizer: Tokenizer) -> dict:
     protocol = PROTOCOLS[config.task][config.protocol]
-    names = ("task", "data", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit", "batch_tokens")
+    names = ("task", "data", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit")
     return {"model": path} | {name: getattr(config, name) for name in names} | {
         "max_new_tokens": protocol.max_new_tokens,
         "stop": protocol.stop,
@@ -934,7 +948,7 @@ def tables(result: dict) -> str:
         bits = scores["bits_per_byte"]
         lines += ["| measure | value |", "| --- | ---: |"]
         lines += [f"| bits_per_byte | {bits[0]:.4f} ({bits[1]:.4f} to {bits[2]:.4f}) |"]
-        names = ("nats_per_token", "perplexity", "word_perplexity", "tokens", "bytes", "documents")
+        names = ("nats_per_token", "perplexity", "word_perplexity", "tokens", "bytes", "documents", "windows")
         return "\n".join(lines + [f"| {key} | {scores[key]:,.6g} |" for key in names if key in scores])
     metrics = scores["scores"]
     heads = ["score", *metrics]
@@ -1117,7 +1131,7 @@ def draw(points: list[tuple], name: str, path: Path):
 
 def check(config: Config) -> Config:
     """The flags with the protocol's own values in place of those not typed. Raises ValueError for what cannot be."""
-    for name, least in (("shots", -1), ("limit", 0), ("max_prompt", 0), ("batch_tokens", 1)):
+    for name, least in (("shots", -1), ("limit", 0), ("max_prompt", 0), ("batch_tokens", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
     if not config.task or not config.model:
