@@ -168,7 +168,7 @@ def pair(config: Config, tokenizer: Tokenizer, context: str, text: str) -> Pair:
 
     Both are encoded together: sentencepiece begins a text with a blank of its own (LLaMA-2 makes two ids of " A", and
     one after "Answer:"). A tokenizer whose pieces join the end of the one and the beginning of the other encodes text
-    by itself. Blanks at the end of context go to text; an empty context is BOS. Raises ValueError where text has no ids.
+    by itself. Blanks at the end of context go to text; an empty context is BOS. Raises ValueError for a text of no ids.
     """
     stripped = context.rstrip()
     context, text = stripped, context[len(stripped) :] + text
