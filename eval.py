@@ -743,6 +743,11 @@ class World:
             elif not self.rank:
                 yield json.loads(self.store.get(key))
                 self.store.delete_key(key)
+        for other in range(1, self.size):  # the first process holds the store, and must not leave before the others
+            if self.rank == other:
+                self.store.set(f"{self.calls} done {other}", "")
+            elif self.rank == 0:
+                self.store.get(f"{self.calls} done {other}")
 
     def agree(self, value):
         """The first process's value, on all."""
@@ -968,7 +973,7 @@ def tables(result: dict) -> str:
 
 def evaluate(config: Config, path: str, world: World) -> dict | None:
     """Measure one model and write what --out asks for; the result, on the first process."""
-    if config.out and Path(config.out).exists():
+    if world.agree(bool(config.out) and Path(config.out).exists()):
         raise ValueError(f"--out: {config.out} exists; choose another name")
     model, tokenizer = load_model(path, config.tokenizer, config.dtype)
     if world.rank == 0 and config.out:
@@ -1077,6 +1082,9 @@ def say_difference(found: dict, paths: tuple[str, ...]):
 def curves(config: Config, world: World):
     """Every checkpoint of every run, measured: a table, and a picture of the main score against step and tokens."""
     out, points = Path(config.out), []
+    names = Counter(Path(folder).name for folder in config.model)
+    if (most := names.most_common(1)[0])[1] > 1:
+        raise ValueError(f"--model names two runs called {most[0]}, which the table could not tell apart")
     for folder in map(Path, config.model):
         record = read_json(folder / "run.json", "config")["config"]
         steps = sorted(path for path in folder.glob("step_????????") if (path / ".metadata").exists())
@@ -1087,7 +1095,9 @@ def curves(config: Config, world: World):
             file = out.with_suffix("") / f"{folder.name}_{path.name}.json"
             known = world.agree(file.exists() and world.rank == 0)
             one = dataclasses.replace(config, out=str(file))
-            result = read_json(file, "scores") if known else evaluate(one, str(path), world)
+            result = read_json(file, "task", "protocol", "scores") if known else evaluate(one, str(path), world)
+            if result and (result["task"], result["protocol"]) != (config.task, config.protocol):
+                raise ValueError(f"--out: {file} is of another evaluation; choose another name")
             step, value = int(path.name[5:]), headline(result) if world.rank == 0 else None
             points.append((setting, folder.name, step, step * record["batch_size"] * record["seq_len"], value))
     if world.rank:

@@ -306,6 +306,8 @@ def test_scores_are_equal_for_any_batch_and_any_number_of_processes(shared, tmp_
         assert other["scores"] == first["scores"] and other["prompts_sha256"] == first["prompts_sha256"]
         for a, b in zip(lines_of(tmp_path / "a.json"), lines_of(tmp_path / f"{name}.json"), strict=True):
             assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-5) and a["pick"] == b["pick"]
+    run_ranks(2, eval.main, dataclasses.replace(config, subjects="anatomy", limit=1, out=str(tmp_path / "d.json")))
+    assert lines_of(tmp_path / "d.json")[0]["pick"] == lines_of(tmp_path / "a.json")[0]["pick"]  # one had nothing to do
     a, c = (lines_of(tmp_path / f"{name}.json") for name in "ac")
     assert a == c  # the batches are the same ones, whoever reads them
 
@@ -409,6 +411,13 @@ def test_curves_show_every_checkpoint_of_several_runs(tiny_run, tiny_data, tmp_p
     capsys.readouterr()
     run(**options, out=str(tmp_path / "curve.json"))  # what is measured is not measured again
     assert "protocol windows" not in capsys.readouterr().out
+    for change, message in (
+        ({"model": options["model"] * 2}, "--model names two runs called r1"),
+        ({"task": "passkey", "data": ""}, "r1_step_00000000.json is of another evaluation; choose another name"),
+        ({"checkpoints": "last"}, "--model takes one model, not 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**options | change, out=str(tmp_path / "curve.json"))
 
 
 # ---- bad input ----
