@@ -14,6 +14,7 @@ and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -140,7 +141,10 @@ class KVCache:
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
         slots = torch.arange(need, device=self.lengths.device)
         self.positions = positions
-        self.mask = (slots <= positions[..., None])[:, None] if self.longest else None  # (B, 1, T, S); None is causal
+        self.mask = None  # is causal
+        if self.longest:  # else it is added to the scores, (B, 1, T, S); as booleans every layer would convert it
+            hidden = slots > positions[..., None]
+            self.mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -math.inf)[:, None]
         return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,22 @@ def read(model: Transformer, cache: KVCache, chunks: list[list[int]]) -> Tensor:
     return model.unembedding(last).float()
 
 
+def new_cache(model: Transformer, rows: int, size: int, prefix: KVCache | None = None) -> KVCache:
+    """A cache of so many rows and slots: empty, or in every row what prefix holds, a cache of one row."""
+    weight = model.norm.weight
+    cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
+    if prefix is not None:
+        for ours, theirs in ((cache.keys, prefix.keys), (cache.values, prefix.values)):
+            ours[:, :, :, : prefix.longest] = theirs[:, :, :, : prefix.longest]
+        cache.trim([prefix.longest] * rows)
+    return cache
+
+
+def keep_rows(cache: KVCache, rows: list[int]):
+    """Forget all but these rows, which move together."""
+    cache.keys, cache.values, cache.lengths = cache.keys[:, rows], cache.values[:, rows], cache.lengths[rows]
+
+
 def check_prompts(model: Transformer, prompts: list[list[int]]):
     window = model.config.max_seq_len
     for prompt in prompts:
@@ -88,31 +104,32 @@ def generate(
     sampling: Sampling = Sampling(),
     end_ids: tuple[int, ...] = (),
     stop: Callable[[int, int], bool] | None = None,
+    prefix: KVCache | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to max_new_tokens tokens; returns the new tokens alone, without end_ids.
 
-    A row ends at one of end_ids, or when stop(row, token), called with each new token, returns True. What a row
-    draws depends on the seed and its place, not on the other rows. A row that fills the context window goes on with
-    the last half of it, read anew, and stderr says so.
+    A row ends at one of end_ids, or when stop(row, token), called with each new token, returns True; ended rows leave
+    the batch. What a row draws depends on the seed and its place, not on the other rows. A row that fills the context
+    window goes on with the last half of it, read anew, and stderr says so. prefix, a cache of one row, holds the first
+    tokens of every prompt where they all begin alike: these are not read again.
     Raises ValueError for a prompt that is empty or longer than the context window.
     """
     check_prompts(model, prompts)
-    window, weight = model.config.max_seq_len, model.norm.weight
+    window, device = model.config.max_seq_len, model.norm.weight.device
     seeds = [(sampling.seed * 1_000_003 + row) % 2**63 for row in range(len(prompts))]
     draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniform = torch.stack(draws).to(weight.device)
-
-    def new_cache() -> KVCache:
-        size = min(window, max(map(len, contexts)) + max_new_tokens)
-        return KVCache(model.config, len(prompts), size, weight.device, weight.dtype)
-
+    uniform = torch.stack(draws).to(device)
     contexts = [list(prompt) for prompt in prompts]  # what the model sees of each row
     new: list[list[int]] = [[] for _ in prompts]
     running, told = [True] * len(prompts), False
-    cache, unread = new_cache(), contexts
+    rows = list(range(len(prompts)))  # those in the cache
+    slots = lambda: min(window, max(len(contexts[row]) for row in rows) + max_new_tokens)
+    cache = new_cache(model, len(rows), slots(), prefix)
+    unread = [context[cache.longest :] for context in contexts]
     for step in range(max_new_tokens):
         logits = read(model, cache, unread)
-        for row, token in enumerate(choose(logits, contexts, sampling, uniform[:, step]).tolist()):
+        tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step])
+        for row, token in zip(rows, tokens.tolist()):
             if not running[row]:
                 continue
             if token in end_ids:
@@ -122,10 +139,11 @@ def generate(
             contexts[row].append(token)
             if stop and stop(row, token):
                 running[row] = False
-                del contexts[row][window:]  # it is read on with the others, and must not overflow
+                del contexts[row][window:]  # it may be read on with the others, and must not overflow
         if not any(running):
             break
-        full = [row for row, context in enumerate(contexts) if running[row] and len(context) > window]
+        places = [place for place, row in enumerate(rows) if running[row]]
+        full = [row for row in rows if running[row] and len(contexts[row]) > window]
         if full:
             if not told:
                 notice = f"the context window of {window} tokens is full; reading on with the last {window // 2}"
@@ -133,11 +151,16 @@ def generate(
                 told = True
             for row in full:
                 contexts[row] = contexts[row][-(window // 2) :]
-            cache, unread = new_cache(), contexts
-        else:
-            # this drops padding; a row that has ended reads its last token again, in the same place
-            cache.trim([len(context) - 1 for context in contexts])
-            unread = [context[-1:] for context in contexts]
+            rows = [rows[place] for place in places]
+            cache = new_cache(model, len(rows), slots())
+            unread = [contexts[row] for row in rows]
+            continue
+        if len(places) <= 3 * len(rows) / 4:  # fewer at a time would cost more in moving than it saves
+            keep_rows(cache, places)
+            rows = [rows[place] for place in places]
+        # this drops padding; an ended row that is still there reads its last token again, in the same place
+        cache.trim([len(contexts[row]) - 1 for row in rows])
+        unread = [contexts[row][-1:] for row in rows]
     return new
 
 
