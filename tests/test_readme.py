@@ -15,7 +15,7 @@ from conftest import ROOT, SHARED, command
 
 SHAPE = "--dim 32 --num_layers 2 --num_heads 4 --num_kv_heads 4 --ffn_dim 64".split()
 SHORT = "--seq_len 32 --steps 4 --batch_size 4 --eval_tokens 64 --dtype fp32".split()
-MMLU, SHAKESPEARE = str(SHARED / "mmlu/data"), str(SHARED / "text/tinyshakespeare")
+MMLU, SHAKESPEARE = (str(SHARED / name) for name in ("mmlu/data", "text/tinyshakespeare"))
 
 # how each command is made small and local: words that are exchanged, and words that are added at the end
 CHANGES = {
@@ -28,6 +28,23 @@ CHANGES = {
         {"data/mmlu": MMLU},
         ["--limit", "1", "--subjects", "anatomy"],
     ),
+    "python eval.py --model out/stdlib-hf --task choices --data mine.jsonl --out out/mine.json": ({}, []),
+    "python eval.py --compare out/mine.json out/mine.json": ({}, []),
+    "python eval.py --model out/stdlib --task perplexity --data data/stdlib --checkpoints all --out out/curve.json": (
+        {},
+        [],
+    ),
+    "torchrun --nproc_per_node 2 eval.py --model out/stdlib-hf --task mmlu --data data/mmlu --out out/twice.json": (
+        {"data/mmlu": MMLU},
+        ["--limit", "1", "--subjects", "anatomy"],
+    ),
+    "python train.py --plan --size 7B --seq_len 4096 --batch_size 512 --micro_batch 2 --checkpointing selective "
+    "--gpus 8": ({}, []),
+    "python bench.py --size 15M --peer hf --out out/bench.json": (
+        {"15M": "260K"},
+        "--seq_len 32 --micro_batch 2 --steps 1 --warmup 0 --repeats 1 --compile off".split(),
+    ),
+    "python train.py --data data/stdlib:0.7 data/more:0.3 --pack --out out/mix": ({}, SHAPE + SHORT),
     "python data.py --source texts/ more.jsonl.gz --out data/mine --tokenizer train:8192": (
         {"train:8192": "train:400"},
         ["--val_fraction", "0.3"],
@@ -72,6 +89,7 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     for i in range(60):
         (tmp_path / "texts" / f"{i}.py").write_text(text[i * 2000 : (i + 1) * 2000])
     (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a record"}\n'))
+    (tmp_path / "mine.jsonl").write_text('{"context": "1 + 1 =", "choices": [" 2", " 3"], "answer": 0}\n')
     for line in filter(CHANGES.get, readme_commands()):
         changes, added = CHANGES[line]
         words = [changes.get(word, word) for word in shlex.split(line.split("&& ")[-1])]
@@ -86,7 +104,7 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     assert "out/stdlib is finished" in again.stdout and "def " in again.stdout
 
 
-@pytest.mark.parametrize("script", ["data.py", "train.py", "sample.py", "eval.py"])
+@pytest.mark.parametrize("script", ["data.py", "train.py", "sample.py", "eval.py", "bench.py"])
 def test_help_answers_quickly(script):
     """Under 2 seconds, not counting what `import torch` takes."""
 
@@ -115,7 +133,7 @@ def test_help_explains_every_flag_and_a_mistyped_one_gets_a_suggestion(script, r
     assert done.returncode == 2 and meant in done.stderr
 
 
-@pytest.mark.parametrize("name", ["data", "eval", "model", "sample", "train"])
+@pytest.mark.parametrize("name", ["bench", "data", "eval", "model", "sample", "train"])
 def test_the_examples_in_docstrings_are_right(name):
     module = __import__(name)
     assert doctest.testmod(module).failed == 0
@@ -128,6 +146,7 @@ def test_the_files_import_only_downwards():
         "train": {"model", "data"},
         "sample": {"model", "data"},
         "eval": {"model", "data", "sample"},
+        "bench": {"model", "data", "train"},
     }
     for name, below in allowed.items():
         found = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
