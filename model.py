@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 IGNORE = -100  # a target with this id is not trained on
-LOSS_CHUNK = 2048  # tokens whose logits exist at a time in the loss
+LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
 INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
 
 
@@ -282,12 +282,12 @@ class ChunkedLoss(torch.autograd.Function):
 
     All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens' logits exist at a
     time, and their gradient is turned at once into those of x and weight. Compiled, of_logits needs no fp32 copy of
-    them, so that two chunks at a time take no more memory.
+    them, and four chunks at a time are faster.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable) -> Tensor:
-        size = LOSS_CHUNK if of_logits is loss_of_logits else 2 * LOSS_CHUNK
+        size = LOSS_CHUNK if of_logits is loss_of_logits else 4 * LOSS_CHUNK
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if training else None
         weight_grad = None

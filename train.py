@@ -43,7 +43,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from data import (
@@ -310,6 +310,7 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
             block.forward = torch.compile(block.forward, fullgraph=not config.pack or mesh.device_type == "cuda")
         unit(block, reshard_after_forward=config.reshard_after_forward)
     if compiled:
+        model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
         model.unembedding.loss_of_logits = torch.compile(model.unembedding.loss_of_logits, fullgraph=True)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
@@ -482,16 +483,18 @@ def train_step(
         losses[rank, i] = loss.detach() / world
     dist.all_reduce(losses)
     loss = losses.sum()
-    norm = clip_grad_norm_(model.parameters(), config.grad_clip).full_tensor()
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).full_tensor()
+    excess = (norm / config.grad_clip).clamp(min=1)  # what the gradients are divided by, to clip them
     bad, spike = guard.judge(loss, norm)
     skip = bad | spike if config.on_spike == "skip" else bad
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        fused = optimizer.defaults.get("fused")
-        if fused:
-            optimizer.found_inf = skip.float()  # its step then leaves weights and moments as they are
-        if fused or not skip:  # for an optimizer without such a switch the host waits for the answer
+        if optimizer.defaults.get("fused"):  # its step divides by itself, and does nothing where it must not happen
+            optimizer.grad_scale, optimizer.found_inf = excess, skip.float()
+            optimizer.step()
+        elif not skip:  # here the host has to wait for the answer
+            torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"]], excess)
             optimizer.step()
         optimizer.zero_grad()
     return Outcome(loss, norm, bad, spike, losses, counts)
@@ -770,7 +773,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     # a block whose forward pass is computed again then has all it keeps, and gradients of it
     again = kept_bytes(shape, "none", compiled, size) + size * (2 * shape.ffn_dim + shape.dim)
     again = tokens * again if set(modes) != {"none"} else 0
-    of_logit, chunk = (2 * size, 2 * LOSS_CHUNK) if compiled else (4 + size % 4, LOSS_CHUNK)
+    of_logit, chunk = (2 * size, 4 * LOSS_CHUNK) if compiled else (4 + size % 4, LOSS_CHUNK)
     in_chunk = min(tokens, chunk) * shape.vocab_size
     of_product = 4 if size == 4 and tokens <= chunk else 4 + size  # the weight's gradient, and a chunk's beside it
     logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + of_product * of_ends)

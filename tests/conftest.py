@@ -147,7 +147,7 @@ def _rank(rank: int, world: int, port: int, function, args):
 
 def run_ranks(world: int, function, *args):
     for process in start_ranks(world, function, *args):
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
 
 
