@@ -115,7 +115,7 @@ def test_help_answers_quickly(script):
 
     overhead = [
         seconds(str(ROOT / script), "--help") - (seconds("-c", "import torch") if script != "data.py" else 0)
-        for _ in range(3)
+        for _ in range(2)
     ]
     assert min(overhead) < 2
 
