@@ -389,7 +389,7 @@ def run(config: Config, device: torch.device) -> dict:
     way = "blocks" if train.should_compile(config.compile, device, math.inf) else "off"
     base = Setting("plainllama", dtype, way, config.micro_batch, config.checkpointing, config.pack)
     train.check(base.train_config(config), dist.get_world_size())
-    shape = train.model_config(base.train_config(config), SIZES[config.size].vocab_size)
+    shape = train.model_config(base.train_config(config))
     bench, results = Bench(config, shape, device), describe(config, shape, device)
     bench.say(f"{config.size}, {results['parameters']:,} parameters; {results['processes']} × {results['device']}")
     bench.say(TITLES)
@@ -411,10 +411,9 @@ def run(config: Config, device: torch.device) -> dict:
 
 def describe(config: Config, shape: ModelConfig, device: torch.device) -> dict:
     packages = ["torch", "transformers"] if config.peer == "hf" else ["torch"]
-    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": train.device_name(device),
         "processes": dist.get_world_size(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "git_commit": git_commit(),

@@ -967,6 +967,22 @@ def read_json(path: Path, *keys: str) -> dict:
     return values
 
 
+def write_whole(path: Path, text: str):
+    """Replace a small file so that a reader finds the old text or the new, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    sync(aside)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def sync(path: Path):
+    """Make sure that a file or folder is on the disk and not only in the memory of the system."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def git_commit() -> str:
     """The commit of this code, "-dirty" added where it was changed since; empty outside a repository."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

@@ -38,7 +38,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import TokenDataset, Tokenizer, find_files, git_commit, read_documents, read_json, read_meta, run_command
+from data import (
+    TokenDataset,
+    Tokenizer,
+    find_files,
+    git_commit,
+    read_documents,
+    read_json,
+    read_meta,
+    run_command,
+    write_whole,
+)
 from model import KVCache, Transformer
 from sample import TextStream, generate, load_model, new_cache
 
@@ -992,13 +1002,6 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
         write_whole(out, json.dumps(result, indent=2))
         print(f"\nwrote {out}, {out.with_suffix('.jsonl')} and {out.with_suffix('.md')}")
     return result
-
-
-def write_whole(path: Path, text: str):
-    """So that a kill leaves the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 # ---- two results, many checkpoints ----

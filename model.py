@@ -98,7 +98,10 @@ class RMSNorm(nn.Module):
         return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
 
 
-def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+Rope = tuple[Tensor, Tensor]  # cosines and sines, see rope_table
+
+
+def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
     """Cosine and sine of the angle of every channel pair at these positions (…, T): two fp32 tensors (…, T, K/2).
 
     Computed where it is used, never stored: a stored table is rounded by `model.to(torch.bfloat16)`, which
@@ -110,7 +113,7 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn channel pairs (i, i + K/2) of x (B, T, heads, K) by the angles of their positions.
 
     This is the order of Hugging Face folders; Meta's and llama2.c's files pair neighbours (see `_halves`).
@@ -210,13 +213,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, kv_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: KVCache | None = None,
-        documents: Documents | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.query, self.key, self.value))
         q, k = rotate(q, rope), rotate(k, rope)               # (B, T, H, K), (B, T, G, K)
         if documents is not None:
@@ -254,13 +251,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: KVCache | None = None,
-        documents: Documents | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cache, documents)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -686,10 +677,10 @@ class _Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_checkpoint(folder: Path) -> set[str]:
-    """The names of its tensors. Raises ValueError for other entries, from which PyTorch's reader would run code."""
+def check_checkpoint(folder: Path):
+    """Raise ValueError unless it holds tensors alone: from other entries PyTorch's reader would run code."""
     with readable(folder), open(folder / ".metadata", "rb") as file:
-        return set(_Metadata(file).load().state_dict_metadata)
+        _Metadata(file).load()
 
 
 def _load_checkpoint(model: Transformer, folder: Path):

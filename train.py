@@ -56,6 +56,8 @@ from data import (
     read_json,
     read_meta,
     run_command,
+    sync,
+    write_whole,
 )
 from model import (
     IGNORE,
@@ -242,14 +244,16 @@ def should_compile(choice: str, device: torch.device, run_flops: float) -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None and run_flops > 1e15
 
 
-def model_config(config: Config, vocab_size: int) -> ModelConfig:
+def model_config(config: Config, vocab_size: int | None = None) -> ModelConfig:
     if config.size not in SIZES:
         raise ValueError(f"--size {config.size} is not one of {', '.join(SIZES)}")
     names = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
     changes = {name: getattr(config, name) for name in names if getattr(config, name)}
     if "num_heads" in changes:
         changes.setdefault("num_kv_heads", changes["num_heads"])
-    return dataclasses.replace(SIZES[config.size], vocab_size=vocab_size, max_seq_len=config.seq_len, **changes)
+    if vocab_size:
+        changes["vocab_size"] = vocab_size
+    return dataclasses.replace(SIZES[config.size], max_seq_len=config.seq_len, **changes)
 
 
 def first_config(config: Config, meta: dict) -> ModelConfig:
@@ -441,7 +445,7 @@ class Guard:
         share = 1 / (count + 1).clamp(max=self.MEMORY)
         change = values.minimum(limit) - mean
         level = torch.cat((count[None] + 1, mean + share * change, (1 - share) * (variance + share * change.square())))
-        self.level = torch.where(bad, self.level, level)
+        self.level.copy_(torch.where(bad, self.level, level))
         return bad, spike
 
 
@@ -542,16 +546,16 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: Config, model, optimizers: list, guard: Guard, device: torch.device):
         self.folder, self.config, self.model = folder, config, model
+        # found now, for while FSDP has a layer's weights gathered, the model names others than the optimizer
         self.tensors = checkpoint_tensors(model, optimizers, guard)
-        self.guard = guard
         cuda = device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned and non-blocking on a GPU
+        how = dict(use_pinned_memory=cuda, use_non_blocking_copy=cuda, use_shared_memory=False, use_async_staging=False)
+        self.stager = DefaultStager(StagingOptions(**how))
         self.group = dist.new_group(backend="gloo")  # what it says to other ranks must not mix with the training's
         self.saving, self.newest = None, -1
 
     def begin(self, step: int):
         """Begin to save, nothing else being saved any more."""
-        self.tensors["guard"] = guard_tensors(self.guard)
         staged = self.stager.stage(detached(self.tensors))
         thread = ThreadPoolExecutor(1)  # anew each time, so that its OpenMP threads end with it
         self.saving = step, thread.submit(self._write, step, staged)
@@ -578,8 +582,8 @@ class Checkpoints:
         aside = self.folder / f"{name}.tmp"
         try:
             on_first_rank(functools.partial(self._begin, aside, self.folder / name), self.group)
-            save_shards(staged, aside, self.group)
-            load_shards(staged, aside, self.group)  # raises for a missing or misshapen tensor
+            transfer(dcp.save, staged, aside, self.group)
+            transfer(dcp.load, staged, aside, self.group)  # raises for a missing or misshapen tensor
             finite = all(bool(local(t).isfinite().all()) for t in flat(staged))
             if not all_agree(finite, self.group):
                 raise ValueError("it holds numbers that are not finite")
@@ -597,9 +601,9 @@ class Checkpoints:
 
     def _finish(self, aside: Path, name: str):
         for path in aside.iterdir():
-            _sync(path)
+            sync(path)
         os.rename(aside, self.folder / name)
-        _write_whole(self.folder / "last", name)
+        write_whole(self.folder / "last", name)
         steps = sorted(path.name for path in self.folder.glob("step_????????") if path.name <= name)
         kept = steps[-self.config.keep :]
         if self.config.keep_every:
@@ -624,26 +628,18 @@ def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> di
     """What a checkpoint holds; a tied matrix once. Learning rate, order of the data and so on follow from the flags."""
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: moments for optimizer in optimizers for p, moments in optimizer.state.items()}
-    return {"model": dict(model.named_parameters()), "optimizer": state, "guard": guard_tensors(guard)}
+    judged = {"level": guard.level, "passed_over": guard.passed_over}
+    return {"model": dict(model.named_parameters()), "optimizer": state, "guard": judged}
 
 
-def save_shards(tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
-    _alone_or_together(dcp.save, tensors, folder, group)
+def transfer(action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
+    """dcp.save or dcp.load, of this rank's shards.
 
-
-def load_shards(tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
-    _alone_or_together(dcp.load, tensors, folder, group)
-
-
-def _alone_or_together(action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None):
-    """A single process is told so: through gloo, the list of tensors would wake a second team of OpenMP threads, after
-    which all training on a CPU is slower by 40 %."""
+    A single process is told that it is one: through gloo, the list of tensors would wake a second team of OpenMP
+    threads, after which all training on a CPU is slower by 40 %.
+    """
     with warnings.catch_warnings(action="ignore"):  # that it is a single process
         action(tensors, checkpoint_id=folder, process_group=group, no_dist=dist.get_world_size() == 1)
-
-
-def guard_tensors(guard: Guard) -> dict:
-    return {"level": guard.level, "passed_over": guard.passed_over}
 
 
 def detached(tensors: dict) -> dict:
@@ -675,23 +671,7 @@ def _remove(folder: Path):
         shutil.rmtree(nameless)
 
 
-def _sync(path: Path):
-    """Make sure that a file or folder is on the disk and not only in the memory of the system."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def _write_whole(path: Path, text: str):
-    """Replace a small file so that a reader finds the old text or the new, never a part."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    _sync(aside)
-    os.replace(aside, path)
-    _sync(path.parent)
-
-
-def restore(folder: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], guard: Guard) -> int:
+def restore(folder: Path, shape: ModelConfig, tensors: dict) -> int:
     """Read the last checkpoint, on any number of ranks, and return its step; -1 where there is none.
 
     One that is damaged is passed over, with a word about it, for the one before. Raises ValueError when none is whole,
@@ -707,7 +687,7 @@ def restore(folder: Path, model: Transformer, optimizers: list[torch.optim.Optim
             print(f"{problem}; going back to {folder / name}", file=sys.stderr)
         problem = None
         try:
-            _read_checkpoint(folder / name, model, optimizers, guard)
+            _read_checkpoint(folder / name, shape, tensors)
         except ValueError as error:
             problem = error
         if all_agree(problem is None):
@@ -716,15 +696,15 @@ def restore(folder: Path, model: Transformer, optimizers: list[torch.optim.Optim
     raise problem
 
 
-def _read_checkpoint(checkpoint: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], guard: Guard):
-    found, expected = read_json(checkpoint / "config.json"), config_to_hugging_face(model.config)
+def _read_checkpoint(checkpoint: Path, shape: ModelConfig, tensors: dict):
+    found, expected = read_json(checkpoint / "config.json"), config_to_hugging_face(shape)
     for name in expected:
         if found.get(name) != expected[name]:
             sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
             raise ValueError(f"{checkpoint} is of another size: {sizes}")
     check_checkpoint(checkpoint)
     with readable(checkpoint), torch.no_grad():
-        load_shards(checkpoint_tensors(model, optimizers, guard), checkpoint)
+        transfer(dcp.load, tensors, checkpoint)
 
 
 # ---- forecast ----
@@ -795,10 +775,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
 
 def plan(config: Config) -> str:
     """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time; nothing is run."""
-    if config.init_from:
-        shape = read_config(config.init_from)
-    else:
-        shape = model_config(config, SIZES.get(config.size, SIZES["7B"]).vocab_size)
+    shape = read_config(config.init_from) if config.init_from else model_config(config)
     peak_flops, capacity, efficiency = GPUS[config.gpu]
     compiled = config.compile != "off"
     needs = forecast(shape, config, config.gpus, compiled)
@@ -812,9 +789,10 @@ def plan(config: Config) -> str:
     again = 1 / 3 / int(config.checkpointing) if again is None else again
     speed = efficiency * peak_flops / (flops * (1 + again))
     hours = tokens / (speed * config.gpus) / 3600
+    name = config.init_from or config.size
     setting = f"{config.micro_batch or share} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
     lines = [
-        f"{config.size or shape}: {count_parameters(shape):,} parameters on {config.gpus} × {config.gpu}, {setting}",
+        f"{name}: {count_parameters(shape):,} parameters on {config.gpus} × {config.gpu}, {setting}",
         "GiB a GPU: " + ", ".join(f"{name} {amount:.1f}" for name, amount in parts.items()),
         f"together {need:.1f} of {capacity} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)",
         f"about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak_flops / 1e12:.0f} TFLOP/s are reached, "
@@ -847,7 +825,7 @@ class Report:
         log = self.folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         whole = (line for line in lines if line.endswith("}"))  # a kill may have left half of the last one
-        _write_whole(log, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= start))
+        write_whole(log, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= start))
 
     def introduce(self, shape: ModelConfig, compiled: bool):
         """The first words of a run: what, where, how much, and what it will need."""
@@ -996,6 +974,7 @@ class Report:
             self.wandb.finish()
 
 
+@functools.cache
 def count_parameters(shape: ModelConfig) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(shape).parameters())
@@ -1014,7 +993,6 @@ def gpu_peak(device: torch.device) -> float | None:
 
 def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: torch.device) -> dict:
     """run.json: everything needed to know later what was run."""
-    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
@@ -1022,9 +1000,14 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": device_name(device),
         "processes": dist.get_world_size(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 
 def describe_data(config: Config, metas: list[dict]) -> list[dict]:
@@ -1122,7 +1105,7 @@ class Stop:
     PATIENCE = 3.0  # seconds
 
     def __enter__(self):
-        self.signal, self.since, self.answer = 0, math.inf, None
+        self.signal, self.since = 0, math.inf
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -1182,7 +1165,8 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     model = build(shape, config, device, dtype, compiled)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
     on_first_rank(lambda: prepare_folder(config, record or describe_run(config, shape, metas, device)))
-    start = restore(folder, model, optimizers, guard)
+    checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)
+    start = restore(folder, shape, checkpoints.tensors)
 
     report = Report(config, data, max(0, start), step_flops, device)
     report.introduce(shape, compiled)
@@ -1191,7 +1175,6 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         done = "finished; to train again, delete it or choose another --out"
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
-    checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)
     run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report)
     if start >= 0:
         checkpoints.newest = start
@@ -1202,7 +1185,11 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         else:
             model.init_weights(config.seed, local_rows)
         run.rehearse()
-    done = run.steps(max(0, start), last, stop)
+    gc.disable()  # Python's garbage collector works at the pauses of Run.steps instead of anywhere
+    try:
+        done = run.steps(max(0, start), last, stop)
+    finally:
+        gc.enable()
     report.close()
     return done == config.steps
 
@@ -1211,7 +1198,7 @@ def prepare_folder(config: Config, record: dict):
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "run.json").exists():
-        _write_whole(folder / "run.json", json.dumps(record, indent=2))
+        write_whole(folder / "run.json", json.dumps(record, indent=2))
     Tokenizer(mixture_weights(config.data)[0][0]).save(folder)
 
 
@@ -1248,7 +1235,6 @@ class Run:
         """Go from `step` steps done to `last`. Returns the number done, less than `last` after a signal."""
         config, report = self.config, self.report
         batches, pending = self.batches(step, last), []
-        gc.disable()  # Python's garbage collector works at the pauses below instead of anywhere
         while step < last:
             stop.ask_others()
             lr, passed_over = learning_rate(step, config), int(self.guard.passed_over)
@@ -1275,7 +1261,6 @@ class Run:
             if stopped_by:
                 report.say(f"{stopped_by}: stopped after step {step}; the same command continues {config.out}")
                 break
-        gc.enable()
         return step
 
     def batches(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
@@ -1298,7 +1283,7 @@ class Run:
         """Return to the last checkpoint, to go on past the data between it and the spike (PaLM, section 5.1)."""
         self.checkpoints.finish()
         passed_over = int(self.guard.passed_over)
-        step = restore(Path(self.config.out), self.model, self.optimizers, self.guard)
+        step = restore(Path(self.config.out), self.model.config, self.checkpoints.tensors)
         self.guard.passed_over.fill_(passed_over + spike - step)
         self.report.begin(step)
         self.report.write(step=step, event="rollback", spike=spike, passed_over=int(self.guard.passed_over))

@@ -23,6 +23,18 @@ import train
 from model import SIZES, ModelConfig, Transformer
 
 
+@contextlib.contextmanager
+def fake_tensors():
+    """Tensors made inside have no data; where code asks one of them yes or no (all targets count?), it says yes."""
+    before = FakeTensor.__bool__
+    FakeTensor.__bool__ = lambda self: True
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        FakeTensor.__bool__ = before
+
+
 class Allocated(TorchDispatchMode):
     """Counts the bytes of all tensors' storages that are made while it is entered, and their largest sum."""
 
@@ -71,11 +83,10 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
     """Bytes at the peak of the second of two steps; with fake=False the work is really done, by a world of one."""
     backend, store = ("fake", FakeStore()) if fake else ("gloo", dist.HashStore())
     dist.init_process_group(backend, rank=0, world_size=world, store=store)
-    FakeTensor.__bool__ = lambda self: True  # the loss asks whether all targets count
     try:
         device, dtype = torch.device("cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
         mesh = train.make_mesh(config, device)
-        with FakeTensorMode() if fake else contextlib.nullcontext(), Allocated() as allocated:
+        with fake_tensors() if fake else contextlib.nullcontext(), Allocated() as allocated:
             model = train.shard(Transformer(shape), config, mesh, dtype, compiled=config.compile == "on")
             optimizers, guard = train.make_optimizers(model, config), train.Guard(config.spike, device)
             tokens = torch.ones(config.micro_batch, config.seq_len, dtype=torch.long)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_the_forecast_knows_what_a_block_keeps_for_its_backward_pass(compiled, d
     torch.compiler.reset()
     forward = torch.compile(block.forward, backend="aot_eager_decomp_partition") if compiled else block.forward
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = forward(torch.randn(1, 64, 64, dtype=dtype, requires_grad=True) * 1.0, rope)
+        y = forward(torch.randn(1, 64, 64, dtype=dtype, requires_grad=True) * 1.0, rope, None, None)
     assert sum(kept.values()) / 64 == train.kept_bytes(shape, "none", compiled, dtype.itemsize) and y.requires_grad
 
 
@@ -168,6 +169,27 @@ def test_a_plan_needs_no_data_and_says_whether_it_fits(tmp_path):
     assert "6,738,415,616 parameters on 8 × A100-80GB" in done and ": fits" in done and "hours for 1,000 steps" in done
     done = command("train.py", *words, "--gpu", "A100-40GB", cwd=tmp_path).stdout
     assert "does not fit" in done and not list(tmp_path.iterdir())
+
+
+def test_gloo_does_not_start_threads_that_slow_training_down(tmp_path):
+    """With two OpenMP threads, as on a machine of two cores: collectives of large tensors add none to them."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("the threads of a process are counted in /proc")
+    (tmp_path / "count.py").write_text(
+        f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import os, torch, torch.distributed as dist, train
+train.join_world()
+torch.randn(2_000_000).exp()  # the training's own team
+before = len(os.listdir("/proc/self/task"))
+works = [dist.all_reduce(torch.randn(2_000_000), async_op=True) for _ in range(24)]
+[work.wait() for work in works]
+print("threads", len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
+train.leave()
+"""
+    )
+    done = command(tmp_path / "count.py", env={"OMP_NUM_THREADS": "2"})
+    assert "threads 0 2" in done.stdout
 
 
 # ---- many processes ----

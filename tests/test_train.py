@@ -221,6 +221,26 @@ def test_bf16_training_follows_fp32_training(tiny_run):
     assert exact != rounded and rounded == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_clipped_to_the_norm_asked_for(optimizer, world):
+    """The first moments after a step hold the gradients that the optimizers got, whatever their way of clipping."""
+
+    def moments(grad_clip: float) -> tuple[list[torch.Tensor], float]:
+        config = Config(optimizer=optimizer, grad_clip=grad_clip)
+        model = build()
+        optimizers = train.make_optimizers(model, config)
+        outcome = train.train_step(model, optimizers, [micro_batch(rows())], 1e-3, config, train.Guard(6.0, CPU))
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        return [state.get("exp_avg", state.get("momentum_buffer")).full_tensor() for state in states], outcome.norm
+
+    whole, norm = moments(1e9)
+    for limit, factor in ((norm / 4, 0.25), (norm * 2, 1.0)):
+        clipped, same_norm = moments(float(limit))
+        assert same_norm == norm and len(clipped) == len(whole)
+        for mine, full in zip(clipped, whole):
+            assert torch.allclose(mine, factor * full, rtol=1e-4, atol=1e-9) and full.any()
+
+
 def test_only_matrices_decay(world):
     model = Transformer(CONFIG)
     decays = {
