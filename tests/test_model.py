@@ -18,6 +18,7 @@ from conftest import ROOT, random_model
 from model import (
     IGNORE,
     SIZES,
+    CompiledOnCPU,
     Documents,
     KVCache,
     ModelConfig,
@@ -560,6 +561,20 @@ def test_the_loss_of_packed_documents_is_that_of_each_alone():
     alone.backward()
     for grad, p in zip(grads, model.parameters()):
         torch.testing.assert_close(grad, p.grad, atol=1e-5, rtol=1e-4)
+
+
+# ---- attention compiled on a CPU ----
+
+
+@pytest.mark.parametrize("num_tokens", [7, 256, 600])
+def test_the_written_out_gradients_of_attention_are_those_of_pytorch(num_tokens):
+    """Grouped heads; fewer tokens than one product takes, as many, and more."""
+    q, *kv = (torch.randn(2, heads, num_tokens, 8, requires_grad=True) for heads in (6, 3, 3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *kv, is_causal=True, enable_gqa=True)
+    y, dy = CompiledOnCPU.apply(q, *kv), torch.randn_like(q)
+    assert torch.equal(y, expected)
+    for mine, theirs in zip(torch.autograd.grad(y, (q, *kv), dy), torch.autograd.grad(expected, (q, *kv), dy)):
+        assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 # ---- the loss in chunks ----
