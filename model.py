@@ -311,12 +311,13 @@ class ChunkedLoss(torch.autograd.Function):
 
     All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens' logits exist at a
     time, and their gradient is turned at once into those of x and weight. Compiled, of_logits needs no fp32 copy of
-    them, and four chunks at a time are faster.
+    bf16 logits, and four chunks at a time are faster.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable) -> Tensor:
-        size = LOSS_CHUNK if of_logits is loss_of_logits else 4 * LOSS_CHUNK
+        compiled = of_logits is not loss_of_logits
+        size = 4 * LOSS_CHUNK if compiled and x.dtype == torch.bfloat16 else LOSS_CHUNK
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if training else None
         weight_grad = None

@@ -753,7 +753,8 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     # a block whose forward pass is computed again then has all it keeps, and gradients of it
     again = kept_bytes(shape, "none", compiled, size) + size * (2 * shape.ffn_dim + shape.dim)
     again = tokens * again if set(modes) != {"none"} else 0
-    of_logit, chunk = (2 * size, 4 * LOSS_CHUNK) if compiled else (4 + size % 4, LOSS_CHUNK)
+    of_logit = {(2, False): 6, (4, False): 4, (2, True): 4, (4, True): 12}[size, compiled]
+    chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
     in_chunk = min(tokens, chunk) * shape.vocab_size
     of_product = 4 if size == 4 and tokens <= chunk else 4 + size  # the weight's gradient, and a chunk's beside it
     logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + of_product * of_ends)

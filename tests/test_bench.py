@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+from shutil import which
 
 import pytest
 import torch
@@ -61,10 +62,13 @@ def test_the_same_command_measures_several_processes(tmp_path):
     assert said.count("fp32 compile off") == 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_measured_memory_is_the_forecast(bench_run, optimizer):
-    options = dict(size="15M", seq_len=64, micro_batch=4, steps=1, warmup=0, repeats=1, optimizer=optimizer)
-    (row,) = bench_run(**options)["rows"]
+COMPILED = pytest.param({"dtype": "fp32", "compile": "on"}, marks=pytest.mark.skipif(not which("g++"), reason="no g++"))
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, COMPILED])
+def test_measured_memory_is_the_forecast(bench_run, options):
+    common = dict(size="15M", seq_len=64, micro_batch=4, steps=1, warmup=0, repeats=1)
+    (row,) = bench_run(**common | options)["rows"]
     assert row["peak_bytes"] == pytest.approx(row["forecast_bytes"], rel=0.1)
     assert row["forecast_bytes"] == sum(row["forecast_parts"].values())
     assert row["peak_bytes"] / row["forecast_bytes"] == pytest.approx(row["peak_over_forecast"])
