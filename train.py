@@ -28,9 +28,10 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -111,7 +112,8 @@ class Config:
     grad_clip: float = 1.0              # largest norm of the gradient of all weights
     seed: int = 0                       # of the first weights and of the order of the data
     # when a step goes wrong
-    max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite
+    max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite, and after
+    #                                     as many rollbacks to one checkpoint
     spike: float = 10.0                 # a loss or gradient norm this many standard deviations above its level
     on_spike: Literal["log", "skip", "rollback"] = "log"  # or no update, or the last checkpoint and on past that data
     # reporting
@@ -1216,6 +1218,7 @@ class Run:
     guard: Guard
     checkpoints: Checkpoints
     report: Report
+    rolled_back_to: Counter = field(default_factory=Counter)  # how often, by step
 
     def rehearse(self):
         """Save, evaluate and sample before the first step: what would fail after days fails now."""
@@ -1285,6 +1288,10 @@ class Run:
         self.checkpoints.finish()
         passed_over = int(self.guard.passed_over)
         step = restore(Path(self.config.out), self.model.config, self.checkpoints.tensors)
+        self.rolled_back_to[step] += 1
+        if self.rolled_back_to[step] > self.config.max_bad_steps:
+            what = f"a spike at step {spike} again after going back to step {step} {self.config.max_bad_steps} times"
+            raise ValueError(f"{what}; a lower --learning_rate usually helps, or a higher --spike")
         self.guard.passed_over.fill_(passed_over + spike - step)
         self.report.begin(step)
         self.report.write(step=step, event="rollback", spike=spike, passed_over=int(self.guard.passed_over))

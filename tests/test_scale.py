@@ -434,6 +434,12 @@ def test_a_spike_is_logged_skipped_or_rolled_back_past_its_data(action, options,
     assert same_bits(run, again)
 
 
+def test_a_spike_that_rolling_back_does_not_help_ends_the_run(tiny_run, monkeypatch):
+    monkeypatch.setattr(train.Guard, "judge", lambda self, loss, norm: (torch.tensor(False), torch.tensor(True)))
+    with pytest.raises(ValueError, match="again after going back to step 0 3 times"):
+        tiny_run(steps=4, log_every=2, on_spike="rollback", max_bad_steps=3)
+
+
 # ---- a disk that is full, and other damage ----
 
 
