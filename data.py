@@ -720,9 +720,9 @@ def refusal_score(text: str, model: dict) -> float:
 
 
 def refusal_signs(text: str, patterns: list[str], sentences: int | None = None) -> np.ndarray:
-    """(2, patterns): whether each is in the first three sentences of text, and whether it is in all of it, or in its
-    first `sentences` where that is given."""
-    text = text.lower().replace("’", "'").replace("*", "").replace("`", "").replace("i'm ", "i am ").strip()
+    """(2, patterns): whether each is in the first three sentences of text, and whether it is anywhere in its first
+    2,000 characters; all that follows the first `sentences` is left out where that is given."""
+    text = text[:2000].lower().replace("’", "'").replace("*", "").replace("`", "").replace("i'm ", "i am ").strip()
     ends = [match.end() for match in itertools.islice(SENTENCE_END.finditer(text), max(3, sentences or 0))]
     ends += [len(text)] * 3
     text = text[: ends[sentences - 1] if sentences else len(text)]
