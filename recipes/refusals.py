@@ -85,11 +85,14 @@ FOLDS = 5
 
 
 def read_labelled(paths) -> tuple[list[str], np.ndarray]:
-    """The answers of the files, and 1.0 for each that a person called a full or partial refusal."""
+    """The answers of the files, and for each whether people called it a full or partial refusal. Raises ValueError."""
     rows = []
     for path in paths:
         with open(path, newline="", encoding="utf-8") as file:
-            rows += csv.DictReader(file)
+            reader = csv.DictReader(file)
+            if not {"completion", "final_label"} <= set(reader.fieldnames or ()):
+                raise ValueError(f"{path} has no columns completion and final_label")
+            rows += reader
     return [row["completion"] for row in rows], np.array([row["final_label"] != "1_full_compliance" for row in rows])
 
 
