@@ -854,7 +854,7 @@ def _dialogue(text: str, names: str) -> list[Turn]:
 def _oasst(record: dict) -> tuple[list[Turn]]:
     """`### Human:` and `### Assistant:` in one text, the last answer perhaps in a field of its own."""
     turns = _dialogue(_field(record, "input", "text"), r"### (Human|Assistant):")
-    if "output" in record:
+    if turns and "output" in record:
         turns[-1:] = [Turn("assistant", turns[-1].text + _field(record, "output"))]
     return (turns,)
 

@@ -277,6 +277,11 @@ def test_a_bad_record_is_reported_with_its_place_and_reason(record, problem, tmp
     assert len(bad) == 1 and bad[0].startswith(f"{path}:2: ") and re.search(problem, bad[0])
 
 
+def test_a_format_that_is_told_is_not_looked_for(tmp_path):
+    path = write_json(tmp_path / "a.json", [{"text": "", "output": "x"}, RECORDS["openai"]])
+    assert [record.sides for record in read_conversations(path, "oasst")] == [([],), ()]
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("a.json", b'[{"instruction": 1},\n{]', "a.json:2: not JSON"),
     ("a.json", b'["caf\xe9"]', "a.json:1: not UTF-8"),
