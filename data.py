@@ -1628,7 +1628,7 @@ class Config:
     template: str = ""                  # llama2-chat, vicuna, alpaca, chatml or plain makes a set to fine-tune on
     max_len: int = 2048                 # tokens; what is longer is split between exchanges
     format: str = "auto"
-    """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, pairs (ShareGPT, chosen and rejected)"""
+    """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, pairs (ShareGPT's chosen, rejected)"""
     allow_bad: float = 0.01             # fraction of the records that may be bad, and are left out
     show: str = ""                      # instead print examples of this folder, what the loss counts in brackets
     n: int = 3                          # so many
