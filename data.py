@@ -1903,8 +1903,8 @@ class Config:
     # conversations and preference pairs, from .json and .jsonl
     template: str = ""                  # llama2-chat, vicuna, alpaca, chatml or plain makes a set to fine-tune on
     max_len: int = 2048                 # tokens; what is longer is split between exchanges
-    format: str = "auto"                # by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf or
-    #                                     pairs (ShareGPT with chosen and rejected)
+    format: str = "auto"
+    """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, pairs (ShareGPT's chosen, rejected)"""
     allow_bad: float = 0.01             # fraction of the records that may be bad, and are left out
     cleaning: Cleaning = field(default_factory=Cleaning)
     show: str = ""                      # instead print examples of this folder, what the loss counts in brackets
