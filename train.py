@@ -312,8 +312,8 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointed(block.forward, config.checkpointing, layer)
         if compiled:
-            # on a CPU, the loop over documents that stands in for the GPU's kernel cannot be compiled
-            block.forward = torch.compile(block.forward, fullgraph=mesh.device_type == "cuda")
+            # the loop over documents that stands in for the GPU's kernel cannot be compiled
+            block.forward = torch.compile(block.forward, fullgraph=not config.pack or mesh.device_type == "cuda")
         unit(block, reshard_after_forward=config.reshard_after_forward)
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
@@ -1165,7 +1165,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     config = dataclasses.replace(config, dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype])
     compiled = should_compile(config.compile, device, step_flops * config.steps)
-    model = build(shape, config, device, dtype, compiled)
+    model = build(shape, dataclasses.replace(config, pack=data.packed), device, dtype, compiled)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
     on_first_rank(lambda: prepare_folder(config, record or describe_run(config, shape, metas, device)))
     checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)

@@ -20,6 +20,7 @@ from data import (
     IGNORE,
     TEMPLATES,
     ChatDataset,
+    Cleaning,
     Mixture,
     PackedDataset,
     PreferenceDataset,
@@ -75,6 +76,10 @@ def write_json(path, records: list):
 def sharegpt(turns: list[Turn]) -> dict:
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     return {"conversations": [{"from": names[role], "value": text} for role, text in turns]}
+
+
+def as_it_is(turns: list[Turn], place: str) -> list[Turn]:
+    return turns
 
 
 def chat_set(tmp_path, talks: list[list[Turn]], max_len: int = 2048, template: str = "plain", **options) -> str:
@@ -274,7 +279,7 @@ def test_a_bad_record_is_reported_with_its_place_and_reason(record, problem, tmp
     bad, counts = [], Counter()
     good = RECORDS["hh-rlhf" if "chosen" in record else "sharegpt"]
     path = write_json(tmp_path / "a.jsonl", [good, record, good])
-    assert len(list(usable([path], "auto", None, counts, bad))) == 2 and counts["records"] == 3
+    assert len(list(usable([path], "auto", as_it_is, counts, bad))) == 2 and counts["records"] == 3
     assert len(bad) == 1 and bad[0].startswith(f"{path}:2: ") and re.search(problem, bad[0])
 
 
@@ -326,7 +331,7 @@ def test_the_real_files_are_read(shared):
     }
     for name, (num_good, num_bad) in expected.items():
         bad = []
-        sides = list(usable([shared(name)], "auto", None, Counter(), bad))
+        sides = list(usable([shared(name)], "auto", as_it_is, Counter(), bad))
         assert (len(sides), len(bad)) == (num_good, num_bad), name
         assert all(len(each) == 1 + (name[:2] == "hh" or "dpo" in name) for each in sides)
 
