@@ -75,6 +75,7 @@ class Corpus:
     suffix: str
     licence: str
     sha256: str = ""           # of the only file; where it is empty, the server's own checksum is used
+    chats: bool = False        # conversations or pairs, for --template
 
 
 CORPORA = {
@@ -104,6 +105,33 @@ CORPORA = {
         ),
         ".jsonl.gz",
         "ODC-By 1.0",
+    ),
+    "alpaca": Corpus(
+        ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",),
+        ".json",
+        "CC BY-NC 4.0",
+        chats=True,
+    ),
+    "dolly": Corpus(
+        ("https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl",),
+        ".jsonl",
+        "CC BY-SA 3.0",
+        chats=True,
+    ),
+    "oasst": Corpus(  # its best answers
+        (
+            "https://huggingface.co/datasets/timdettmers/openassistant-guanaco/resolve/main/"
+            "openassistant_best_replies_train.jsonl",
+        ),
+        ".jsonl",
+        "Apache-2.0",
+        chats=True,
+    ),
+    "hh-rlhf": Corpus(
+        ("https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/train.jsonl.gz",),
+        ".jsonl.gz",
+        "MIT",
+        chats=True,
     ),
 }
 
@@ -655,6 +683,9 @@ def prepare(
         raise ValueError(f"--tokenizer {tokenizer}: give a vocabulary size above 300, such as train:4096")
     if trained is None:
         Tokenizer(tokenizer)  # before anything is downloaded
+    for item in source:
+        if item in CORPORA and CORPORA[item].chats:
+            raise ValueError(f"--source {item} is conversations; give a --template, such as llama2-chat")
     flags = {"source": source, "out": out, "tokenizer": tokenizer, "val_fraction": val_fraction}
     return _prepare(functools.partial(_write_dataset, tokenizer=tokenizer), SUFFIXES, flags, workers)
 
@@ -1117,7 +1148,7 @@ def prepare_chats(
     if tokenizer.startswith("train:"):
         raise ValueError(f"--template {template} needs the --tokenizer of the model that will be trained")
     for item in source:
-        if item == "stdlib" or item in CORPORA:
+        if item == "stdlib" or item in CORPORA and not CORPORA[item].chats:
             raise ValueError(f"--source {item} is text without conversations; leave --template out")
     Tokenizer(tokenizer)  # before anything is read
     options = dict(template=template, max_len=max_len, format=format, allow_bad=allow_bad)
@@ -1895,7 +1926,7 @@ class Config:
 
     source: tuple[str, ...] = ("stdlib",)
     """stdlib, files or folders, or a public corpus: tinyshakespeare, tinystories, fineweb-edu (its first 16 files), c4
-    (its first 8); downloads go to a folder `downloads` beside --out"""
+    (its first 8); with --template alpaca, dolly, oasst, hh-rlhf. Downloads go to a folder `downloads` beside --out"""
     out: str = "data/stdlib"            # the folder to make
     tokenizer: str = "train:4096"       # a file or a model's folder, gpt2, cl100k_base, bytes, or train:SIZE
     val_fraction: float = 0.05          # of the documents, chosen by their hash

@@ -551,6 +551,7 @@ def test_the_command_shows_what_the_loss_counts(tmp_path, pair_set):
     (["--template", "plain", "--format", "csv"], "--format csv is not one of auto, sharegpt"),
     (["--template", "plain", "--tokenizer", "train:400"], "needs the --tokenizer of the model"),
     (["--template", "plain", "--tokenizer", "bytes"], "--source stdlib is text without conversations"),
+    (["--source", "alpaca", "--tokenizer", "bytes"], "--source alpaca is conversations; give a --template"),
     (["--template", "plain", "--max_len", "1"], "--max_len 1 must be at least 2"),
     (["--show", "TEXTS"], "a dataset of text"),
 ])  # fmt: skip

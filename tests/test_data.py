@@ -19,9 +19,11 @@ import pytest
 
 from conftest import ROOT, command, flags
 from data import (
+    CHAT_SUFFIXES,
     CORPORA,
     IGNORE,
     PIECE_CHARS,
+    SUFFIXES,
     Corpus,
     Mixture,
     PackedDataset,
@@ -339,7 +341,7 @@ def test_without_a_network_a_download_names_the_local_way(tmp_path):
 def test_every_named_corpus_has_an_address_a_format_and_a_licence():
     for corpus in CORPORA.values():
         assert corpus.urls and corpus.licence and all(url.startswith("https://") for url in corpus.urls)
-        assert corpus.suffix in (".txt", ".jsonl.gz", ".parquet")
+        assert corpus.suffix in (CHAT_SUFFIXES if corpus.chats else SUFFIXES)
 
 
 def test_the_files_of_a_corpus_do_not_take_each_others_place(tmp_path, monkeypatch):
@@ -347,7 +349,7 @@ def test_the_files_of_a_corpus_do_not_take_each_others_place(tmp_path, monkeypat
     monkeypatch.setitem(CORPORA, "tinyshakespeare", Corpus(CORPORA["tinyshakespeare"].urls, ".txt", "public domain"))
     files = find_files(tuple(CORPORA), tmp_path)
     assert len(set(files)) == sum(len(corpus.urls) for corpus in CORPORA.values())
-    assert all(path.name.endswith((".txt", ".jsonl.gz", ".parquet")) for path in files)
+    assert all(path.name.endswith(SUFFIXES + CHAT_SUFFIXES) for path in files)
 
 
 # ---- preparation ----
