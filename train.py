@@ -63,11 +63,17 @@ from model import (
     IGNORE,
     LOSS_CHUNK,
     SIZES,
+    TARGETS,
     Documents,
     ModelConfig,
     Transformer,
+    adapter_settings,
+    adapters,
+    add_adapters,
     check_checkpoint,
     config_to_hugging_face,
+    find_base,
+    fingerprint,
     load_weights,
     read_config,
     readable,
@@ -95,6 +101,11 @@ class Config:
     rope_scale: float = 0.0             # position interpolation; 0 keeps the model's
     seq_len: int = 256                  # tokens of a sequence, and the context window of a new model
     pack: bool = False                  # fill sequences with whole documents that do not see each other
+    # LoRA
+    lora_rank: int = 0                  # train adapters of this rank on the frozen --init_from; 0 trains all weights
+    lora_alpha: float = 16.0            # their product counts lora_alpha / lora_rank times
+    lora_targets: str = ",".join(TARGETS)  # the matrices of each block that get one
+    quantize: Literal["none", "nf4"] = "none"  # how the blocks' frozen matrices are kept; nf4 is QLoRA
     # how long
     steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
     batch_size: int = 8                 # sequences in an optimizer step, over all processes
@@ -259,6 +270,8 @@ def model_config(config: Config, vocab_size: int | None = None) -> ModelConfig:
 def first_config(config: Config, meta: dict) -> ModelConfig:
     """The shape of a new run's model. Raises ValueError where --init_from does not fit the other flags or the data."""
     if not config.init_from:
+        if config.lora_rank:
+            raise ValueError(f"--lora_rank {config.lora_rank} needs --init_from, the model to adapt")
         return model_config(config, meta["vocab_size"])
     for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
         if getattr(config, name):
@@ -283,11 +296,19 @@ def first_config(config: Config, meta: dict) -> ModelConfig:
 def build(shape: ModelConfig, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool) -> Transformer:
     """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere."""
     with torch.device("meta"):
-        model = Transformer(shape)
+        model = with_adapters(Transformer(shape), config, dtype)
     model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
     if shape.tie_embeddings:
         model.unembedding.weight = model.embedding.weight
     return model
+
+
+def with_adapters(model: Transformer, config: Config, dtype: torch.dtype) -> Transformer:
+    """With --lora_rank, freeze the model and add adapters; frozen weights need no more digits than the arithmetic."""
+    if not config.lora_rank:
+        return model
+    targets, nf4 = config.lora_targets.split(","), config.quantize == "nf4"
+    return add_adapters(model.to(dtype), config.lora_rank, config.lora_alpha, targets, nf4)
 
 
 def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
@@ -359,8 +380,9 @@ def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Opti
 
     Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate suits both.
     """
-    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2 and config.optimizer == "muon"]
-    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2 and p.requires_grad and config.optimizer == "muon"]
+    others = [p for p in trained if all(p is not h for h in hidden)]
     matrices = {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay}
     vectors = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
     betas = (config.beta1, config.beta2)
@@ -544,8 +566,10 @@ class Checkpoints:
     at any moment leaves the one before. It holds tensors alone: weights, moments, and the state of the guard.
     """
 
-    def __init__(self, folder: Path, config: Config, model, optimizers: list, guard: Guard, device: torch.device):
-        self.folder, self.config, self.model = folder, config, model
+    def __init__(
+        self, folder: Path, config: Config, model, optimizers: list, guard: Guard, device: torch.device, adapter=None
+    ):
+        self.folder, self.config, self.model, self.adapter = folder, config, model, adapter
         # found now, for while FSDP has a layer's weights gathered, the model names others than the optimizer
         self.tensors = checkpoint_tensors(model, optimizers, guard)
         cuda = device.type == "cuda"
@@ -598,6 +622,8 @@ class Checkpoints:
             _remove(old)
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(self.model.config), indent=2))
+        if self.adapter:
+            (aside / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2))
 
     def _finish(self, aside: Path, name: str):
         for path in aside.iterdir():
@@ -625,11 +651,14 @@ def reason(error: BaseException) -> str:
 
 
 def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> dict:
-    """What a checkpoint holds; a tied matrix once. Learning rate, order of the data and so on follow from the flags."""
+    """What a checkpoint holds; a tied matrix once, and beside adapters no frozen weights.
+
+    Learning rate, order of the data and so on follow from the flags.
+    """
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: moments for optimizer in optimizers for p, moments in optimizer.state.items()}
     judged = {"level": guard.level, "passed_over": guard.passed_over}
-    return {"model": dict(model.named_parameters()), "optimizer": state, "guard": judged}
+    return {"model": adapters(model) or dict(model.named_parameters()), "optimizer": state, "guard": judged}
 
 
 def transfer(action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
@@ -1003,7 +1032,13 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": device_name(device),
         "processes": dist.get_world_size(),
-    }
+    } | ({"adapter": describe_adapter(config)} if config.lora_rank else {})
+
+
+def describe_adapter(config: Config) -> dict:
+    """The adapter_config.json of every checkpoint, by which the base model is found again."""
+    settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
+    return settings | {"base_sha256": fingerprint(config.init_from), "quantize": config.quantize}
 
 
 def device_name(device: torch.device) -> str:
@@ -1051,12 +1086,12 @@ def choose_run(config: Config) -> dict | None:
 def check(config: Config, world: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
     every = ("log_every", "eval_every", "save_every")
-    positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus")
+    positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus", "lora_alpha")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
     shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
-    for name in ("micro_batch", "stop_at", "keep_every", "shard_over", "warmup", "weight_decay", *shape):
+    for name in ("micro_batch", "stop_at", "keep_every", "shard_over", "warmup", "weight_decay", "lora_rank", *shape):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
     for name in ("final_lr", "beta1", "beta2"):
@@ -1076,6 +1111,13 @@ def check(config: Config, world: int):
     mode = config.checkpointing
     if mode not in ("none", "selective", "full") and not (mode.isdecimal() and int(mode)):
         raise ValueError(f"--checkpointing {mode} is not none, selective, full or a number of blocks")
+    unknown = [name for name in config.lora_targets.split(",") if name not in TARGETS]
+    if unknown:
+        raise ValueError(f"--lora_targets {config.lora_targets}: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
+    if config.quantize != "none" and not config.lora_rank:
+        raise ValueError(f"--quantize {config.quantize} needs --lora_rank, for what is quantised cannot be trained")
+    if config.lora_rank and mode == "selective":
+        raise ValueError("--checkpointing selective does not go with --lora_rank; none, full and numbers do")
     if config.gpu not in GPUS:
         raise ValueError(f"--gpu {config.gpu} is not one of {', '.join(GPUS)}")
 
@@ -1165,8 +1207,10 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     compiled = should_compile(config.compile, device, step_flops * config.steps)
     model = build(shape, config, device, dtype, compiled)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
-    on_first_rank(lambda: prepare_folder(config, record or describe_run(config, shape, metas, device)))
-    checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)
+    record = record or describe_run(config, shape, metas, device)
+    on_first_rank(lambda: prepare_folder(config, record))
+    adapter = record.get("adapter")
+    checkpoints = Checkpoints(folder, config, model, optimizers, guard, device, adapter)
     start = restore(folder, shape, checkpoints.tensors)
 
     report = Report(config, data, max(0, start), step_flops, device)
@@ -1176,12 +1220,14 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         done = "finished; to train again, delete it or choose another --out"
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
+    if adapter:
+        load_weights(model, find_base(adapter, folder), local_rows)
     run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report)
     if start >= 0:
         checkpoints.newest = start
         report.say(f"continuing {folder} after step {start}")
     else:
-        if config.init_from:
+        if config.init_from and not adapter:
             load_weights(model, config.init_from, local_rows)
         else:
             model.init_weights(config.seed, local_rows)
