@@ -743,21 +743,42 @@ GPUS = {  # bf16 FLOP/s without sparsity, GiB of memory, share of the FLOP/s tha
     "A100-80GB": (312e12, 79.2, 0.55),
     "H100-80GB": (989e12, 79.1, 0.40),
     "H200": (989e12, 139.8, 0.40),
+    "A6000-48GB": (154.8e12, 47.5, 0.55),
 }
 
 
-def kept_bytes(shape: ModelConfig, mode: str, compiled: bool, size: int) -> int:
-    """Bytes that one block keeps of a token for its backward pass; size is that of a number in the arithmetic."""
+def kept_bytes(shape: ModelConfig, mode: str, compiled: bool, size: int, rank: int = 0, targets: str = "") -> int:
+    """Bytes that one block keeps of a token for its backward pass; size is that of a number in the arithmetic, rank and
+    targets are LoRA's."""
     dim, kv_dim, ffn_dim = shape.dim, shape.num_kv_heads * shape.head_dim, shape.ffn_dim
     attention = 4 * shape.num_heads  # its fp32 normalizers
     if mode == "full":
         return size * dim  # the input
     if mode == "selective":  # input, attention's output, and of the seven products query, value, gate and down
         return size * (4 * dim + kv_dim + ffn_dim) + attention
+    of_adapters = 0
+    if rank:  # x A^T; but frozen matrices need no inputs, and frozen norms no normed ones, which eager code keeps
+        unneeded = dim * (not {"query", "key", "value"} & {*targets.split(",")})
+        unneeded += dim * (not {"gate", "up"} & {*targets.split(",")}) + ffn_dim * ("down" not in targets)
+        of_adapters = size * (rank * len(targets.split(",")) - unneeded - 2 * dim * (not compiled))
     if compiled:  # input, two normed inputs, query, key, value, attention's output, out, gate, up, their product
-        return size * (6 * dim + 2 * kv_dim + 3 * ffn_dim) + attention + 8
+        return size * (6 * dim + 2 * kv_dim + 3 * ffn_dim) + attention + 8 + of_adapters
     # the norms keep an fp32 copy, the normed and the scaled input; SiLU keeps its input, the product its factors
-    return 2 * (4 + 2 * size) * dim + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8
+    return 2 * (4 + 2 * size) * dim + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8 + of_adapters
+
+
+class Tally(NamedTuple):
+    """What the parameters of a model or a block come to, before sharding."""
+
+    stored: int    # bytes
+    gathered: int  # bytes as the arithmetic takes them
+    trained: int   # numbers that have a gradient
+
+    @classmethod
+    def of(cls, part: torch.nn.Module, size: int) -> "Tally":
+        parameters = list(part.parameters())
+        gathered = sum(p.numel() * (size if p.is_floating_point() else 1) for p in parameters)
+        return cls(sum(p.nbytes for p in parameters), gathered, sum(p.numel() for p in parameters if p.requires_grad))
 
 
 def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> dict[str, int]:
@@ -766,31 +787,36 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     The peak is at one of three moments: in the loss, when all activations are kept; in the backward pass of the last
     block, the same; or in that of the first, when the gradients of all others are there instead.
     """
-    with torch.device("meta"):
-        model = Transformer(shape)
-    params, of_block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
-    of_ends = shape.vocab_size * shape.dim
     size = 4 if config.dtype == "fp32" else 2
+    with torch.device("meta"):
+        model = with_adapters(Transformer(shape), config, torch.float32 if size == 4 else torch.bfloat16)
+    whole, block = (Tally.of(part, size) for part in (model, model.blocks[0]))
+    of_ends = shape.vocab_size * shape.dim
     share = config.batch_size // world
     tokens = (config.micro_batch or share) * config.seq_len
-    shard = params // (config.shard_over or world)
+    ranks = config.shard_over or world
+    shard = whole.trained // ranks
 
     modes = [config.checkpointing] * shape.num_layers
     if config.checkpointing.isdigit():
         modes = ["none" if layer % int(config.checkpointing) else "full" for layer in range(shape.num_layers)]
-    kept = tokens * sum(kept_bytes(shape, mode, compiled, size) for mode in modes)
+    lora = (config.lora_rank, config.lora_targets)
+    kept = tokens * sum(kept_bytes(shape, mode, compiled, size, *lora) for mode in modes)
     # a block whose forward pass is computed again then has all it keeps, and gradients of it
-    again = kept_bytes(shape, "none", compiled, size) + size * (2 * shape.ffn_dim + shape.dim)
+    again = kept_bytes(shape, "none", compiled, size, *lora) + size * (2 * shape.ffn_dim + shape.dim)
     again = tokens * again if set(modes) != {"none"} else 0
     of_logit = {(2, False): 6, (4, False): 4, (2, True): 4, (4, True): 12}[size, compiled]
     chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
     in_chunk = min(tokens, chunk) * shape.vocab_size
     of_product = 4 if size == 4 and tokens <= chunk else 4 + size  # the weight's gradient, and a chunk's beside it
-    logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + of_product * of_ends)
-    of_gradients = (4 + size) * of_block  # as they are computed, and as they are reduced
+    trained_ends = 0 if config.lora_rank else of_ends
+    logits = max(of_logit * in_chunk + 4 * trained_ends * (tokens > chunk), size * in_chunk + of_product * trained_ends)
+    of_gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
     # of earlier micro-batches: whole until the last one reduces them
-    earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else params)
-    gathered = size * (params if not config.reshard_after_forward else 2 * of_block + of_ends)
+    earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else whole.trained)
+    gathered = 2 * block.gathered + size * of_ends if config.reshard_after_forward else whole.gathered
+    if config.quantize == "nf4":  # the largest matrix, unpacked
+        gathered += size * shape.dim * max(shape.dim, shape.ffn_dim)
     moments = [
         dict(gradients=earlier, activations=kept, logits=logits),
         dict(gradients=earlier + of_gradients, activations=kept + again, logits=0),
@@ -799,8 +825,8 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     peak = max(moments, key=lambda parts: sum(parts.values()))
     of_moments = 8 * shard
     if config.optimizer == "muon":
-        of_moments -= 4 * shape.num_layers * of_block * shard // params  # one moment for the blocks instead of two
-    return {"weights": 4 * shard, "moments": of_moments, "gathered": gathered} | peak
+        of_moments -= 4 * shape.num_layers * block.trained // ranks  # one moment for the blocks instead of two
+    return {"weights": whole.stored // ranks, "moments": of_moments, "gathered": gathered} | peak
 
 
 def plan(config: Config) -> str:
@@ -817,7 +843,8 @@ def plan(config: Config) -> str:
     flops = flops_per_token(shape, config.seq_len)
     again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}.get(config.checkpointing)
     again = 1 / 3 / int(config.checkpointing) if again is None else again
-    speed = efficiency * peak_flops / (flops * (1 + again))
+    spared = 2 * count_parameters(shape) if config.lora_rank else 0  # the gradients of frozen matrices
+    speed = efficiency * peak_flops / (flops * (1 + again) - spared)
     hours = tokens / (speed * config.gpus) / 3600
     name = config.init_from or config.size
     setting = f"{config.micro_batch or share} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
