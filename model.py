@@ -467,6 +467,19 @@ def add_adapters(model: "Transformer", rank: int, alpha: float, targets: list[st
     return model
 
 
+@contextlib.contextmanager
+def without_adapters(model: nn.Module):
+    """Inside, the model computes as if it had no adapters."""
+    modules = [(part, part.scale) for part in model.modules() if isinstance(part, FrozenLinear)]
+    try:
+        for part, _ in modules:
+            part.scale = 0.0
+        yield
+    finally:
+        for part, scale in modules:
+            part.scale = scale
+
+
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by name, none for a model without."""
     return {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}

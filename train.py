@@ -840,11 +840,10 @@ def plan(config: Config) -> str:
     verdict = "fits" if need + reserve <= capacity else "does not fit"
     share = config.batch_size // config.gpus
     tokens = config.steps * config.batch_size * config.seq_len
-    flops = flops_per_token(shape, config.seq_len)
+    flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
     again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}.get(config.checkpointing)
     again = 1 / 3 / int(config.checkpointing) if again is None else again
-    spared = 2 * count_parameters(shape) if config.lora_rank else 0  # the gradients of frozen matrices
-    speed = efficiency * peak_flops / (flops * (1 + again) - spared)
+    speed = efficiency * peak_flops / (flops + again * flops_per_token(shape, config.seq_len))
     hours = tokens / (speed * config.gpus) / 3600
     name = config.init_from or config.size
     setting = f"{config.micro_batch or share} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
@@ -1037,9 +1036,12 @@ def count_parameters(shape: ModelConfig) -> int:
         return sum(p.numel() for p in Transformer(shape).parameters())
 
 
-def flops_per_token(shape: ModelConfig, seq_len: int) -> float:
-    """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B)."""
-    return 6 * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
+def flops_per_token(shape: ModelConfig, seq_len: int, frozen: bool = False) -> float:
+    """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B).
+
+    Frozen weights need no gradients, a third of 6 N; what adapters cost in their place is not counted.
+    """
+    return (4 if frozen else 6) * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
 
 
 def gpu_peak(device: torch.device) -> float | None:
@@ -1228,7 +1230,8 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     data, val = (Mixture(config.data, split, config.seq_len, config.pack) for split in ("train", "val"))
 
     shape = ModelConfig(**record["model"]) if record else first_config(config, metas[0])
-    step_flops = flops_per_token(shape, config.seq_len) * config.batch_size * config.seq_len
+    token_flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
+    step_flops = token_flops * config.batch_size * config.seq_len
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     config = dataclasses.replace(config, dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype])
     compiled = should_compile(config.compile, device, step_flops * config.steps)
