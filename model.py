@@ -12,6 +12,7 @@ and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -363,6 +364,127 @@ class Unembedding(nn.Linear):
         return ChunkedLoss.apply(x, self.weight, targets, training, self.loss_of_logits)
 
 
+TARGETS = {  # the matrices of a block that adapters may go on, by the last word of their names
+    "query": "attention", "key": "attention", "value": "attention", "out": "attention",
+    "gate": "feed_forward", "up": "feed_forward", "down": "feed_forward",
+}  # fmt: skip
+
+
+NF4_BLOCK, NF4_GROUP = 64, 256  # weights with a common scale, and scales with a common constant
+
+
+class FrozenLinear(nn.Module):
+    """A matrix W (out, in) that stays as it is, with an adapter if rank > 0: y = x W^T + (alpha / rank) (x A^T) B^T,
+    A (rank, in), B (out, rank) (LoRA, Hu et al. 2021, section 4.1).
+
+    A starts random and B at zero, so training starts from the base model. W has the type that it came with, or is kept
+    in NF4 (QLoRA, Dettmers et al. 2023, section 3); A and B are fp32.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, nf4: bool):
+        super().__init__()
+        num_out, num_in = base.weight.shape
+        self.nf4, self.scale = nf4, alpha / rank if rank else 0.0
+        if nf4:
+            if num_in % NF4_BLOCK:
+                raise ValueError(f"--quantize nf4 takes blocks of {NF4_BLOCK}, which do not divide a width of {num_in}")
+            groups = -(-num_out * num_in // NF4_BLOCK // NF4_GROUP)
+            shapes = {"codes": num_in // 2, "scales": num_in // NF4_BLOCK}
+            shapes = {name: (num_out, width) for name, width in shapes.items()} | {"constants": (groups + 1, 4)}
+            for name, shape in shapes.items():
+                empty = torch.empty(shape, dtype=torch.uint8, device=base.weight.device)
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        else:
+            self.weight = base.weight.requires_grad_(False)
+        if rank:
+            like = dict(dtype=torch.float32, device=base.weight.device)
+            self.lora_A = nn.Parameter(torch.zeros(rank, num_in, **like))
+            self.lora_B = nn.Parameter(torch.zeros(num_out, rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.nf4:
+            y = nf4_product(x, self.codes, self.scales, self.constants, False)
+        else:
+            y = F.linear(x, self.weight)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.scale else y
+
+
+def to_nf4(weight: Tensor) -> dict[str, Tensor]:
+    """A matrix in NF4 with double quantisation, by bitsandbytes, as bytes in rows: two weights a byte; one scale a
+    block; an fp32 constant (4 bytes) a group of scales, and at the end the mean of all scales."""
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(weight.float().contiguous(), None, None, NF4_BLOCK, True, "nf4")
+    constants = torch.cat((state.state2.absmax, state.offset[None]))[:, None].view(torch.uint8)
+    rows = len(weight)
+    return {"codes": codes.view(rows, -1), "scales": state.absmax.view(rows, -1), "constants": constants}
+
+
+def from_nf4(codes: Tensor, scales: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix (out, in) that `to_nf4` packed."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    constants = constants.view(torch.float32).squeeze(1)
+    group = QuantState(constants[:-1], code=_scale_values(codes.device), blocksize=NF4_GROUP, dtype=torch.float32)
+    shape = torch.Size((len(codes), 2 * codes.size(1)))
+    state = QuantState(scales.flatten(), shape, None, NF4_BLOCK, "nf4", dtype, constants[-1], group)
+    return dequantize_4bit(codes.view(-1, 1), state)
+
+
+@functools.cache
+def _scale_values(device: torch.device) -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map().to(device)
+
+
+@torch.library.custom_op("plainllama::nf4_product", mutates_args=())
+def nf4_product(x: Tensor, codes: Tensor, scales: Tensor, constants: Tensor, backwards: bool) -> Tensor:
+    """x W^T for W in NF4, or x W. An operator of its own, so that neither autograd nor the compiler keeps the whole of
+    W for the backward pass, which makes it again."""
+    weight = from_nf4(codes, scales, constants, x.dtype)
+    return F.linear(x, weight.T if backwards else weight)
+
+
+@nf4_product.register_fake
+def _(x, codes, scales, constants, backwards):
+    return x.new_empty(*x.shape[:-1], 2 * codes.size(1) if backwards else codes.size(0))
+
+
+nf4_product.register_autograd(
+    lambda ctx, grad: (nf4_product(grad.contiguous(), *ctx.saved_tensors, True), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:4]),
+)
+
+
+def add_adapters(model: "Transformer", rank: int, alpha: float, targets: list[str], nf4: bool) -> "Transformer":
+    """Freeze the model and give the target matrices of every block an adapter; with nf4, all matrices of the blocks
+    are kept in NF4. Raises ValueError for a width that NF4's blocks do not divide."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, parent in ((name, getattr(block, part)) for name, part in TARGETS.items()):
+            setattr(parent, name, FrozenLinear(getattr(parent, name), rank if name in targets else 0, alpha, nf4))
+    return model
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module):
+    """Inside, the model computes as if it had no adapters."""
+    modules = [(part, part.scale) for part in model.modules() if isinstance(part, FrozenLinear)]
+    try:
+        for part, _ in modules:
+            part.scale = 0.0
+        yield
+    finally:
+        for part, scale in modules:
+            part.scale = scale
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name, none for a model without."""
+    return {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+
+
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -379,15 +501,17 @@ class Transformer(nn.Module):
         """Normal(0, 0.02); the two matrices that write to the residual stream get 0.02 / sqrt(2 * layers).
 
         Every INIT_ROWS rows of a matrix are drawn from a seed of their own, so that any number of processes, each
-        drawing the rows that it holds, makes the same model.
+        drawing the rows that it holds, makes the same model. Where there are adapters, they alone are set.
         """
-        for name, weight in self.named_parameters():
+        for name, weight in (adapters(self) or dict(self.named_parameters())).items():
             first, mine = (rows or all_rows)(weight)
-            if weight.dim() == 1:
-                mine.fill_(1)
+            if weight.dim() == 1 or name.endswith("lora_B"):
+                mine.fill_(weight.dim() == 1)
                 continue
             writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
             std = 0.02 / (2 * len(self.blocks)) ** 0.5 if writes else 0.02
+            if name.endswith("lora_A"):
+                std = (3 * weight.size(1)) ** -0.5  # that of PEFT's uniform numbers
             for begin in range(first - first % INIT_ROWS, first + len(mine), INIT_ROWS):
                 digest = hashlib.sha256(f"{seed} {name} {begin}".encode()).digest()
                 generator = torch.Generator(mine.device).manual_seed(int.from_bytes(digest[:7]))
@@ -624,11 +748,7 @@ def load_weights(model: Transformer, path: str | Path, rows: Rows = all_rows):
     """Fill a model of the right shape from path, as `load` does; of a Hugging Face folder only the rows are read."""
     path = checkpoint_folder(Path(path))
     with readable(path):
-        _, tensors = _open(path)
-        if tensors is None:
-            _load_checkpoint(model, path)
-        else:
-            _fill(model, tensors, path, rows)
+        _fill(model, _open(path)[1], path, rows)
 
 
 @contextlib.contextmanager
@@ -644,12 +764,14 @@ def readable(path: Path):
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {reason})") from error
 
 
-def _open(path: Path) -> tuple[ModelConfig, Named | None]:
-    """The shape of a model and its tensors, which come one at a time; None for a checkpoint, read in another way."""
+def _open(path: Path) -> tuple[ModelConfig, Named]:
+    """The shape of a model and its tensors, which come one at a time."""
     if path.is_file():
         return _read_llama2c(path)
+    if (path / "adapter_config.json").exists():
+        return _read_adapted(path)
     if (path / ".metadata").exists():
-        return config_from_hugging_face(json.loads((path / "config.json").read_text()), path), None
+        return config_from_hugging_face(json.loads((path / "config.json").read_text()), path), _read_checkpoint(path)
     if (path / "params.json").exists():
         return _read_meta(path)
     if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
@@ -659,8 +781,8 @@ def _open(path: Path) -> tuple[ModelConfig, Named | None]:
 
 @torch.no_grad()
 def _fill(model: Transformer, tensors: Named, path: Path, rows: Rows):
-    missing = dict(model.named_parameters())
-    for name, tensor in tensors:
+    missing = {name: p for name, p in model.named_parameters() if name not in adapters(model)}
+    for name, tensor in _quantized(model, tensors):
         if name not in missing:
             raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")
         target = missing.pop(name)
@@ -671,6 +793,17 @@ def _fill(model: Transformer, tensors: Named, path: Path, rows: Rows):
     if missing:
         name, target = next(iter(missing.items()))
         raise ValueError(f"{path}: tensor {name} {tuple(target.shape)} is missing")
+
+
+def _quantized(model: Transformer, tensors: Named) -> Named:
+    """The tensors, but of matrices that the model keeps in NF4 the three parts; on its device, which is faster."""
+    devices = {name: module.codes.device for name, module in model.named_modules() if getattr(module, "nf4", False)}
+    for name, tensor in tensors:
+        module = name.removesuffix(".weight")
+        if module not in devices:
+            yield name, tensor
+        else:
+            yield from ((f"{module}.{part}", t) for part, t in to_nf4(tensor.to(devices[module])).items())
 
 
 def _empty(config: ModelConfig, device, dtype: torch.dtype) -> Transformer:
@@ -722,12 +855,149 @@ def check_checkpoint(folder: Path):
         _Metadata(file).load()
 
 
-def _load_checkpoint(model: Transformer, folder: Path):
+def _read_checkpoint(folder: Path) -> Named:
+    """The weights in a checkpoint of train.py; its moments stay unread."""
     import torch.distributed.checkpoint as dcp
 
     check_checkpoint(folder)
-    with warnings.catch_warnings(action="ignore"):  # that each process reads for itself, as it should
-        dcp.load({"model": dict(model.named_parameters())}, checkpoint_id=folder, no_dist=True)
+    reader = dcp.FileSystemReader(folder)
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if name.startswith("model."):
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            with warnings.catch_warnings(action="ignore"):  # that each process reads for itself, as it should
+                dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+            yield name.removeprefix("model."), tensor
+
+
+class Adapter(NamedTuple):
+    """What LoRA has learned: a checkpoint of train.py, or a folder as PEFT writes it."""
+
+    base: Path       # the model that it changes
+    settings: dict   # adapter_config.json
+    tensors: dict[str, Tensor]  # by name, as blocks.0.attention.query.lora_A
+
+
+def adapter_settings(base: str | Path, rank: int, alpha: float, targets: list[str]) -> dict:
+    """What PEFT needs to know about an adapter: adapter_config.json."""
+    names = [HF_NAMES[f"{TARGETS[target]}.{target}"].rpartition(".")[2] for target in targets]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(checkpoint_folder(Path(base)).resolve()),
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": names,
+        "inference_mode": True,
+    }
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of the name, shape and first row of every tensor of the model at path, to know it again by."""
+    digest = hashlib.sha256()
+    for name, tensor in _open(checkpoint_folder(Path(path)))[1]:
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor[:1].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_base(settings: dict, path: Path) -> Path:
+    """The folder of the model that the adapter at path changes. Raises ValueError if it is gone or another one."""
+    base = Path(settings["base_model_name_or_path"])
+    where = f"{path}: its base model {base}"
+    if not base.exists():
+        raise ValueError(f"{where} is not there; base_model_name_or_path in its adapter_config.json says where it is")
+    if settings.get("base_sha256", "") not in ("", fingerprint(base)):
+        raise ValueError(f"{where} holds other weights than those it was trained on")
+    return checkpoint_folder(base)
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """The adapter of a run or of a PEFT folder. Raises ValueError where there is none, and for what LoRA has not."""
+    path = checkpoint_folder(Path(path))
+    with readable(path):
+        if not (path / "adapter_config.json").exists():
+            raise ValueError(f"{path}: no adapter here (looked for adapter_config.json)")
+        settings = json.loads((path / "adapter_config.json").read_text())
+        plain = {"peft_type": "LORA", "bias": "none"}
+        other = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
+        for name in (*plain, *other):
+            if settings.get(name) and settings[name] != plain.get(name):
+                raise ValueError(f"{path}: an adapter with {name} {settings[name]} cannot be read")
+        named = _read_checkpoint(path) if (path / ".metadata").exists() else _read_peft(path)
+        return Adapter(find_base(settings, path), settings, dict(named))
+
+
+PEFT_PREFIX = "base_model.model."
+OUR_SETTINGS = ("base_sha256", "quantize")  # in the adapter_config.json of a run; PEFT does not know them
+
+
+def _read_peft(folder: Path) -> Named:
+    from safetensors.torch import load_file
+
+    table = {theirs: ours for ours, theirs in HF_NAMES.items()}
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        module, _, part = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+        yield f"{_translate(f'{module}.weight', table).removesuffix('.weight')}.{part}", tensor.float()
+
+
+def _read_adapted(path: Path) -> tuple[ModelConfig, Named]:
+    """The base model with the adapter at path merged into it: W + (alpha / rank) B A, where W is in NF4 if it was so
+    in training."""
+    base, settings, learned = read_adapter(path)
+    config, tensors = _open(base)
+    if (path / "config.json").exists():  # a run may have changed its context window
+        config = config_from_hugging_face(json.loads((path / "config.json").read_text()), path)
+    in_nf4 = settings.get("quantize") == "nf4"
+
+    def merged() -> Named:
+        for name, tensor in tensors:
+            module = name.removesuffix(".weight")
+            if in_nf4 and module.rpartition(".")[2] in TARGETS:
+                tensor = from_nf4(**to_nf4(tensor), dtype=torch.float32)
+            if f"{module}.lora_A" in learned:
+                a, b = (learned.pop(f"{module}.{part}") for part in ("lora_A", "lora_B"))
+                if (b.size(0), a.size(1)) != tensor.shape or not a.size(0) == b.size(1) == settings["r"]:
+                    raise ValueError(f"{path}: {module}'s adapter {tuple(a.shape)} does not fit {tuple(tensor.shape)}")
+                tensor = tensor.float() + settings["lora_alpha"] / settings["r"] * (b @ a)
+            yield name, tensor
+        if learned:
+            raise ValueError(f"{path}: tensor {next(iter(learned))} has no place in this model")
+
+    return config, merged()
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, tokenizer=None):
+    """Write an adapter as PEFT does, in a folder with adapter_config.json and adapter_model.safetensors.
+
+    Raises ValueError if the folder exists.
+    """
+    from safetensors.torch import save_file
+
+    with new_folder(folder) as aside:
+        tensors = {}
+        for name, tensor in adapter.tensors.items():
+            module, _, part = name.rpartition(".")
+            theirs = _translate(f"{module}.weight", HF_NAMES).removesuffix("weight")
+            tensors[f"{PEFT_PREFIX}{theirs}{part}.weight"] = tensor.contiguous()
+        save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
+        (aside / "adapter_model.safetensors").chmod(0o644)
+        settings = {name: value for name, value in adapter.settings.items() if name not in OUR_SETTINGS}
+        (aside / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        if tokenizer is not None:
+            tokenizer.save(aside)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when complete. Raises ValueError if that exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose another folder")
+    aside = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    os.replace(aside, folder)
 
 
 def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:
@@ -793,13 +1063,6 @@ def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose another folder")
-    aside = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
     for name, weight in model.named_parameters():  # a tied matrix is named once
@@ -808,19 +1071,21 @@ def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes
             used = 0
         shards[-1][_translate(name, HF_NAMES)] = weight.detach()
         used += weight.nbytes
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: weight.cpu().contiguous() for name, weight in shard.items()}, aside / file, {"format": "pt"})
-        (aside / file).chmod(0o644)  # safetensors makes it readable for its owner alone
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(weight.nbytes for shard in shards for weight in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = config_to_hugging_face(model.config) | {"torch_dtype": str(model.norm.weight.dtype).removeprefix("torch.")}
-    if tokenizer is not None:
-        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        tokenizer.save(aside)
-    (aside / "config.json").write_text(json.dumps(config, indent=2))
-    os.replace(aside, folder)
+    with new_folder(folder) as aside:
+        weight_map = {}
+        for i, shard in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: weight.cpu().contiguous() for name, weight in shard.items()}
+            save_file(tensors, aside / file, {"format": "pt"})
+            (aside / file).chmod(0o644)  # safetensors makes it readable for its owner alone
+            weight_map |= dict.fromkeys(shard, file)
+        if len(shards) > 1:
+            total = sum(weight.nbytes for shard in shards for weight in shard.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        dtype = str(model.norm.weight.dtype).removeprefix("torch.")
+        config = config_to_hugging_face(model.config) | {"torch_dtype": dtype}
+        if tokenizer is not None:
+            config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            tokenizer.save(aside)
+        (aside / "config.json").write_text(json.dumps(config, indent=2))

@@ -2,6 +2,7 @@
 
     python sample.py --model out/stdlib --prompt "def fibonacci(n):" --num 4
     python sample.py --model out/stdlib --export FOLDER     # the same model as a Hugging Face folder
+    python sample.py --model out/lora --export_adapter FOLDER     # what LoRA learned, as a PEFT folder
 
 `generate` works on token ids, a batch of prompts of any lengths at once; `complete` puts text around it.
 """
@@ -9,13 +10,14 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data import Tokenizer, find_tokenizer, run_command
-from model import KVCache, Transformer, load, save
+from model import KVCache, Transformer, load, read_adapter, save, save_adapter
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,8 @@ def load_model(path: str, tokenizer: str = "", dtype: str = "auto") -> tuple[Tra
     bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(False)
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
     found = tokenizer or find_tokenizer(path)
+    if not found and (Path(path) / "adapter_config.json").exists():
+        found = find_tokenizer(read_adapter(path).base)
     if not found:
         raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
     words, most = Tokenizer(found), model.config.vocab_size
@@ -274,6 +278,7 @@ class Config:
     seed: int = 0                       # the same seed gives the same samples
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     export: str = ""                    # instead write the model there as a Hugging Face folder, auto being fp32
+    export_adapter: str = ""            # instead write the adapter of a LoRA run there, as PEFT does
 
 
 def main(config: Config):
@@ -283,6 +288,11 @@ def main(config: Config):
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
     if not config.prompt or "" in config.stop:
         raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
+    if config.export_adapter:
+        tokenizer = config.tokenizer or find_tokenizer(config.model)
+        save_adapter(read_adapter(config.model), config.export_adapter, tokenizer and Tokenizer(tokenizer))
+        print(f"wrote {config.export_adapter}")
+        return
     dtype = "fp32" if config.export and config.dtype == "auto" else config.dtype  # the same folder on any machine
     model, tokenizer = load_model(config.model, config.tokenizer, dtype)
     if config.export:

@@ -64,11 +64,17 @@ from model import (
     IGNORE,
     LOSS_CHUNK,
     SIZES,
+    TARGETS,
     Documents,
     ModelConfig,
     Transformer,
+    adapter_settings,
+    adapters,
+    add_adapters,
     check_checkpoint,
     config_to_hugging_face,
+    find_base,
+    fingerprint,
     load_weights,
     read_config,
     readable,
@@ -96,6 +102,11 @@ class Config:
     rope_scale: float = 0.0             # position interpolation; 0 keeps the model's
     seq_len: int = 256                  # tokens of a sequence, and the context window of a new model
     pack: bool = False                  # fill sequences with whole documents that do not see each other
+    # LoRA
+    lora_rank: int = 0                  # train adapters of this rank on the frozen --init_from; 0 trains all weights
+    lora_alpha: float = 16.0            # their product counts lora_alpha / lora_rank times
+    lora_targets: str = ",".join(TARGETS)  # the matrices of each block that get one
+    quantize: Literal["none", "nf4"] = "none"  # how the blocks' frozen matrices are kept; nf4 is QLoRA
     # how long
     steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
     batch_size: int = 8                 # sequences in an optimizer step, over all processes
@@ -261,6 +272,8 @@ def model_config(config: Config, vocab_size: int | None = None) -> ModelConfig:
 def first_config(config: Config, meta: dict) -> ModelConfig:
     """The shape of a new run's model. Raises ValueError where --init_from does not fit the other flags or the data."""
     if not config.init_from:
+        if config.lora_rank:
+            raise ValueError(f"--lora_rank {config.lora_rank} needs --init_from, the model to adapt")
         return model_config(config, meta["vocab_size"])
     for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
         if getattr(config, name):
@@ -285,11 +298,19 @@ def first_config(config: Config, meta: dict) -> ModelConfig:
 def build(shape: ModelConfig, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool) -> Transformer:
     """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere."""
     with torch.device("meta"):
-        model = Transformer(shape)
+        model = with_adapters(Transformer(shape), config, dtype)
     model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
     if shape.tie_embeddings:
         model.unembedding.weight = model.embedding.weight
     return model
+
+
+def with_adapters(model: Transformer, config: Config, dtype: torch.dtype) -> Transformer:
+    """With --lora_rank, freeze the model and add adapters; frozen weights need no more digits than the arithmetic."""
+    if not config.lora_rank:
+        return model
+    targets, nf4 = config.lora_targets.split(","), config.quantize == "nf4"
+    return add_adapters(model.to(dtype), config.lora_rank, config.lora_alpha, targets, nf4)
 
 
 def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
@@ -361,8 +382,9 @@ def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Opti
 
     Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate suits both.
     """
-    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2 and config.optimizer == "muon"]
-    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2 and p.requires_grad and config.optimizer == "muon"]
+    others = [p for p in trained if all(p is not h for h in hidden)]
     matrices = {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay}
     vectors = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
     betas = (config.beta1, config.beta2)
@@ -545,8 +567,10 @@ class Checkpoints:
     at any moment leaves the one before. It holds tensors alone: weights, moments, and the state of the guard.
     """
 
-    def __init__(self, folder: Path, config: Config, model, optimizers: list, guard: Guard, device: torch.device):
-        self.folder, self.config, self.model = folder, config, model
+    def __init__(
+        self, folder: Path, config: Config, model, optimizers: list, guard: Guard, device: torch.device, adapter=None
+    ):
+        self.folder, self.config, self.model, self.adapter = folder, config, model, adapter
         # found now, for while FSDP has a layer's weights gathered, the model names others than the optimizer
         self.tensors = checkpoint_tensors(model, optimizers, guard)
         cuda = device.type == "cuda"
@@ -599,6 +623,8 @@ class Checkpoints:
             _remove(old)
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(self.model.config), indent=2))
+        if self.adapter:
+            (aside / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2))
 
     def _finish(self, aside: Path, name: str):
         for path in aside.iterdir():
@@ -626,11 +652,14 @@ def reason(error: BaseException) -> str:
 
 
 def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> dict:
-    """What a checkpoint holds; a tied matrix once. Learning rate, order of the data and so on follow from the flags."""
+    """What a checkpoint holds; a tied matrix once, and beside adapters no frozen weights.
+
+    Learning rate, order of the data and so on follow from the flags.
+    """
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: moments for optimizer in optimizers for p, moments in optimizer.state.items()}
     judged = {"level": guard.level, "passed_over": guard.passed_over}
-    return {"model": dict(model.named_parameters()), "optimizer": state, "guard": judged}
+    return {"model": adapters(model) or dict(model.named_parameters()), "optimizer": state, "guard": judged}
 
 
 def transfer(action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
@@ -715,21 +744,42 @@ GPUS = {  # bf16 FLOP/s without sparsity, GiB of memory, share of the FLOP/s tha
     "A100-80GB": (312e12, 79.2, 0.55),
     "H100-80GB": (989e12, 79.1, 0.40),
     "H200": (989e12, 139.8, 0.40),
+    "A6000-48GB": (154.8e12, 47.5, 0.55),
 }
 
 
-def kept_bytes(shape: ModelConfig, mode: str, compiled: bool, size: int) -> int:
-    """Bytes that one block keeps of a token for its backward pass; size is that of a number in the arithmetic."""
+def kept_bytes(shape: ModelConfig, mode: str, compiled: bool, size: int, rank: int = 0, targets: str = "") -> int:
+    """Bytes that one block keeps of a token for its backward pass; size is that of a number in the arithmetic, rank and
+    targets are LoRA's."""
     dim, kv_dim, ffn_dim = shape.dim, shape.num_kv_heads * shape.head_dim, shape.ffn_dim
     attention = 4 * shape.num_heads  # its fp32 normalizers
     if mode == "full":
         return size * dim  # the input
     if mode == "selective":  # input, attention's output, and of the seven products query, value, gate and down
         return size * (4 * dim + kv_dim + ffn_dim) + attention
+    of_adapters = 0
+    if rank:  # x A^T; but frozen matrices need no inputs, and frozen norms no normed ones, which eager code keeps
+        unneeded = dim * (not {"query", "key", "value"} & {*targets.split(",")})
+        unneeded += dim * (not {"gate", "up"} & {*targets.split(",")}) + ffn_dim * ("down" not in targets)
+        of_adapters = size * (rank * len(targets.split(",")) - unneeded - 2 * dim * (not compiled))
     if compiled:  # input, two normed inputs, query, key, value, attention's output, out, gate, up, their product
-        return size * (6 * dim + 2 * kv_dim + 3 * ffn_dim) + attention + 8
+        return size * (6 * dim + 2 * kv_dim + 3 * ffn_dim) + attention + 8 + of_adapters
     # the norms keep an fp32 copy, the normed and the scaled input; SiLU keeps its input, the product its factors
-    return 2 * (4 + 2 * size) * dim + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8
+    return 2 * (4 + 2 * size) * dim + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8 + of_adapters
+
+
+class Tally(NamedTuple):
+    """What the parameters of a model or a block come to, before sharding."""
+
+    stored: int    # bytes
+    gathered: int  # bytes as the arithmetic takes them
+    trained: int   # numbers that have a gradient
+
+    @classmethod
+    def of(cls, part: torch.nn.Module, size: int) -> "Tally":
+        parameters = list(part.parameters())
+        gathered = sum(p.numel() * (size if p.is_floating_point() else 1) for p in parameters)
+        return cls(sum(p.nbytes for p in parameters), gathered, sum(p.numel() for p in parameters if p.requires_grad))
 
 
 def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> dict[str, int]:
@@ -738,31 +788,36 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     The peak is at one of three moments: in the loss, when all activations are kept; in the backward pass of the last
     block, the same; or in that of the first, when the gradients of all others are there instead.
     """
-    with torch.device("meta"):
-        model = Transformer(shape)
-    params, of_block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
-    of_ends = shape.vocab_size * shape.dim
     size = 4 if config.dtype == "fp32" else 2
+    with torch.device("meta"):
+        model = with_adapters(Transformer(shape), config, torch.float32 if size == 4 else torch.bfloat16)
+    whole, block = (Tally.of(part, size) for part in (model, model.blocks[0]))
+    of_ends = shape.vocab_size * shape.dim
     share = config.batch_size // world
     tokens = (config.micro_batch or share) * config.seq_len
-    shard = params // (config.shard_over or world)
+    ranks = config.shard_over or world
+    shard = whole.trained // ranks
 
     modes = [config.checkpointing] * shape.num_layers
     if config.checkpointing.isdigit():
         modes = ["none" if layer % int(config.checkpointing) else "full" for layer in range(shape.num_layers)]
-    kept = tokens * sum(kept_bytes(shape, mode, compiled, size) for mode in modes)
+    lora = (config.lora_rank, config.lora_targets)
+    kept = tokens * sum(kept_bytes(shape, mode, compiled, size, *lora) for mode in modes)
     # a block whose forward pass is computed again then has all it keeps, and gradients of it
-    again = kept_bytes(shape, "none", compiled, size) + size * (2 * shape.ffn_dim + shape.dim)
+    again = kept_bytes(shape, "none", compiled, size, *lora) + size * (2 * shape.ffn_dim + shape.dim)
     again = tokens * again if set(modes) != {"none"} else 0
     of_logit = {(2, False): 6, (4, False): 4, (2, True): 4, (4, True): 12}[size, compiled]
     chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
     in_chunk = min(tokens, chunk) * shape.vocab_size
     of_product = 4 if size == 4 and tokens <= chunk else 4 + size  # the weight's gradient, and a chunk's beside it
-    logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + of_product * of_ends)
-    of_gradients = (4 + size) * of_block  # as they are computed, and as they are reduced
+    trained_ends = 0 if config.lora_rank else of_ends
+    logits = max(of_logit * in_chunk + 4 * trained_ends * (tokens > chunk), size * in_chunk + of_product * trained_ends)
+    of_gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
     # of earlier micro-batches: whole until the last one reduces them
-    earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else params)
-    gathered = size * (params if not config.reshard_after_forward else 2 * of_block + of_ends)
+    earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else whole.trained)
+    gathered = 2 * block.gathered + size * of_ends if config.reshard_after_forward else whole.gathered
+    if config.quantize == "nf4":  # the largest matrix, unpacked
+        gathered += size * shape.dim * max(shape.dim, shape.ffn_dim)
     moments = [
         dict(gradients=earlier, activations=kept, logits=logits),
         dict(gradients=earlier + of_gradients, activations=kept + again, logits=0),
@@ -771,8 +826,8 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     peak = max(moments, key=lambda parts: sum(parts.values()))
     of_moments = 8 * shard
     if config.optimizer == "muon":
-        of_moments -= 4 * shape.num_layers * of_block * shard // params  # one moment for the blocks instead of two
-    return {"weights": 4 * shard, "moments": of_moments, "gathered": gathered} | peak
+        of_moments -= 4 * shape.num_layers * block.trained // ranks  # one moment for the blocks instead of two
+    return {"weights": whole.stored // ranks, "moments": of_moments, "gathered": gathered} | peak
 
 
 def plan(config: Config) -> str:
@@ -786,10 +841,10 @@ def plan(config: Config) -> str:
     verdict = "fits" if need + reserve <= capacity else "does not fit"
     share = config.batch_size // config.gpus
     tokens = config.steps * config.batch_size * config.seq_len
-    flops = flops_per_token(shape, config.seq_len)
+    flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
     again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}.get(config.checkpointing)
     again = 1 / 3 / int(config.checkpointing) if again is None else again
-    speed = efficiency * peak_flops / (flops * (1 + again))
+    speed = efficiency * peak_flops / (flops + again * flops_per_token(shape, config.seq_len))
     hours = tokens / (speed * config.gpus) / 3600
     name = config.init_from or config.size
     setting = f"{config.micro_batch or share} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
@@ -982,9 +1037,12 @@ def count_parameters(shape: ModelConfig) -> int:
         return sum(p.numel() for p in Transformer(shape).parameters())
 
 
-def flops_per_token(shape: ModelConfig, seq_len: int) -> float:
-    """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B)."""
-    return 6 * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
+def flops_per_token(shape: ModelConfig, seq_len: int, frozen: bool = False) -> float:
+    """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B).
+
+    Frozen weights need no gradients, a third of 6 N; what adapters cost in their place is not counted.
+    """
+    return (4 if frozen else 6) * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
 
 
 def gpu_peak(device: torch.device) -> float | None:
@@ -1004,7 +1062,13 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": device_name(device),
         "processes": dist.get_world_size(),
-    }
+    } | ({"adapter": describe_adapter(config)} if config.lora_rank else {})
+
+
+def describe_adapter(config: Config) -> dict:
+    """The adapter_config.json of every checkpoint, by which the base model is found again."""
+    settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
+    return settings | {"base_sha256": fingerprint(config.init_from), "quantize": config.quantize}
 
 
 def device_name(device: torch.device) -> str:
@@ -1053,12 +1117,12 @@ def choose_run(config: Config) -> dict | None:
 def check(config: Config, world: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
     every = ("log_every", "eval_every", "save_every")
-    positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus")
+    positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus", "lora_alpha")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
     shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
-    for name in ("micro_batch", "stop_at", "keep_every", "shard_over", "warmup", "weight_decay", *shape):
+    for name in ("micro_batch", "stop_at", "keep_every", "shard_over", "warmup", "weight_decay", "lora_rank", *shape):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
     for name in ("final_lr", "beta1", "beta2"):
@@ -1078,6 +1142,13 @@ def check(config: Config, world: int):
     mode = config.checkpointing
     if mode not in ("none", "selective", "full") and not (mode.isdecimal() and int(mode)):
         raise ValueError(f"--checkpointing {mode} is not none, selective, full or a number of blocks")
+    unknown = [name for name in config.lora_targets.split(",") if name not in TARGETS]
+    if unknown:
+        raise ValueError(f"--lora_targets {config.lora_targets}: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
+    if config.quantize != "none" and not config.lora_rank:
+        raise ValueError(f"--quantize {config.quantize} needs --lora_rank, for what is quantised cannot be trained")
+    if config.lora_rank and mode == "selective":
+        raise ValueError("--checkpointing selective does not go with --lora_rank; none, full and numbers do")
     if config.gpu not in GPUS:
         raise ValueError(f"--gpu {config.gpu} is not one of {', '.join(GPUS)}")
 
@@ -1161,14 +1232,17 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     data, val = (Mixture(config.data, split, config.seq_len, config.pack) for split in ("train", "val"))
 
     shape = ModelConfig(**record["model"]) if record else first_config(config, metas[0])
-    step_flops = flops_per_token(shape, config.seq_len) * config.batch_size * config.seq_len
+    token_flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
+    step_flops = token_flops * config.batch_size * config.seq_len
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     config = dataclasses.replace(config, dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype])
     compiled = should_compile(config.compile, device, step_flops * config.steps)
     model = build(shape, dataclasses.replace(config, pack=data.packed), device, dtype, compiled)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
-    on_first_rank(lambda: prepare_folder(config, record or describe_run(config, shape, metas, device)))
-    checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)
+    record = record or describe_run(config, shape, metas, device)
+    on_first_rank(lambda: prepare_folder(config, record))
+    adapter = record.get("adapter")
+    checkpoints = Checkpoints(folder, config, model, optimizers, guard, device, adapter)
     start = restore(folder, shape, checkpoints.tensors)
 
     report = Report(config, data, max(0, start), step_flops, device)
@@ -1178,12 +1252,14 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         done = "finished; to train again, delete it or choose another --out"
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
+    if adapter:
+        load_weights(model, find_base(adapter, folder), local_rows)
     run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report)
     if start >= 0:
         checkpoints.newest = start
         report.say(f"continuing {folder} after step {start}")
     else:
-        if config.init_from:
+        if config.init_from and not adapter:
             load_weights(model, config.init_from, local_rows)
         else:
             model.init_weights(config.seed, local_rows)

@@ -87,7 +87,12 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
         device, dtype = torch.device("cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
         mesh = train.make_mesh(config, device)
         with fake_tensors() if fake else contextlib.nullcontext(), Allocated() as allocated:
-            model = train.shard(Transformer(shape), config, mesh, dtype, compiled=config.compile == "on")
+            torch.set_default_dtype(dtype if config.lora_rank else torch.float32)
+            model = Transformer(shape)
+            torch.set_default_dtype(torch.float32)
+            model.to = lambda dtype: model  # fake weights cannot be converted, and have this type already
+            model = train.with_adapters(model, config, dtype)
+            model = train.shard(model, config, mesh, dtype, compiled=config.compile == "on")
             optimizers, guard = train.make_optimizers(model, config), train.Guard(config.spike, device)
             tokens = torch.ones(config.micro_batch, config.seq_len, dtype=torch.long)
             batches = [train.MicroBatch(tokens, tokens, None)] * (config.batch_size // world // config.micro_batch)

@@ -25,18 +25,19 @@ def command_lines(name: str) -> list[str]:
     return [line.partition("train.py ")[2] for line in text.splitlines() if "train.py --" in line]
 
 
-@pytest.mark.parametrize("name", ["slurm.sh", "skypilot.yaml"])
+@pytest.mark.parametrize("name", ["slurm.sh", "skypilot.yaml", "qlora65b.sh", "qlora70b.sh"])
 def test_a_recipe_uses_flags_that_exist_and_promises_what_the_forecast_says(name):
     lines = command_lines(name)
-    assert len(lines) == 2
     for line in lines:
         assert set(re.findall(r"--(\w+)", line)) <= train.Config.__dataclass_fields__.keys()
-    (planned,) = (line for line in lines if line.startswith("--plan"))
-    config = tyro.cli(train.Config, args=planned.split(), config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
-    plan, head = train.plan(config), (RECIPES / name).read_text()
-    for figure in (r"about [\d,]+ tokens/s a GPU", r"[\d.]+ hours", r"[\d.]+ of [\d.]+ GiB"):
-        assert re.search(figure, plan)[0] in head
-    assert "fits" in plan
+    planned = [line for line in lines if line.startswith("--plan")]
+    assert planned and len(lines) == len(planned) + 1
+    for line in planned:
+        config = tyro.cli(train.Config, args=line.split(), config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+        plan, head = train.plan(config), (RECIPES / name).read_text()
+        for figure in (r"about [\d,]+ tokens/s a GPU", r"[\d.]+ hours", r"[\d.]+ of [\d.]+ GiB"):
+            assert re.search(figure, plan)[0] in head
+        assert "fits" in plan
 
 
 def test_the_scripts_of_the_recipes_are_shell():
@@ -44,7 +45,7 @@ def test_the_scripts_of_the_recipes_are_shell():
     task = yaml.safe_load((RECIPES / "skypilot.yaml").read_text())
     assert task["resources"]["use_spot"] and task["resources"]["accelerators"] == "A100-80GB:8"
     assert task["file_mounts"]["/results"]["mode"] == "MOUNT"
-    for script in (task["setup"], task["run"], (RECIPES / "slurm.sh").read_text()):
+    for script in (task["setup"], task["run"], *(path.read_text() for path in RECIPES.glob("*.sh"))):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
