@@ -14,8 +14,10 @@ is a pure function of (dataset, seed, step); processes and micro-batches only di
 import contextlib
 import ctypes
 import dataclasses
+import fnmatch
 import functools
 import gc
+import hashlib
 import json
 import math
 import os
@@ -97,18 +99,26 @@ class Config:
     pack: bool = False                  # fill sequences with whole documents that do not see each other
     # how long
     steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
+    epochs: float = 0.0                 # instead of --steps: how often all sequences are read, rounded up to a step
     batch_size: int = 8                 # sequences in an optimizer step, over all processes
     micro_batch: int = 0                # sequences in a forward pass of one process; 0 takes its whole share
     stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon takes the blocks' matrices, AdamW keeps the rest
     learning_rate: float = 2e-3         # peak
-    warmup: float = 0.02                # steps, or below 1 a fraction of --steps
+    warmup: float = 0.02                # steps, or below 1 a fraction of all steps
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after it; wsd: constant, then linear
+    decay: float = 0.2                  # of wsd: the fraction of all steps in which the learning rate falls
     final_lr: float = 0.1               # fraction of the peak that is left at the last step
     weight_decay: float = 0.1           # of matrices; norms have none
     beta1: float = 0.9                  # of AdamW
     beta2: float = 0.99                 # of AdamW; small batches want it higher than LLaMA's 0.95
     grad_clip: float = 1.0              # largest norm of the gradient of all weights
+    freeze: tuple[str, ...] = ()        # parameters that stay as they are: names such as 'embedding.*' 'blocks.[0-7].*'
+    # regularization: in the gradient alone, the loss that is reported stays the plain one
+    neftune: float = 0.0                # noise on the embeddings, uniform up to this / sqrt(tokens * width)
+    label_smoothing: float = 0.0        # share of each target that is spread over the whole vocabulary
+    z_loss: float = 0.0                 # weight of the squared logarithm of softmax's normalizer
     seed: int = 0                       # of the first weights and of the order of the data
     # when a step goes wrong
     max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite
@@ -116,9 +126,9 @@ class Config:
     on_spike: Literal["log", "skip", "rollback"] = "log"  # or no update, or the last checkpoint and on past that data
     # reporting
     log_every: int = 10                 # steps
-    eval_every: int = 500               # steps; the last step is always evaluated
+    eval_every: int | str = 500         # steps, or `0.5epoch`; the last step is always evaluated
     eval_tokens: int = 131_072          # validation tokens, always the same ones
-    save_every: int = 500               # steps; the last step is always saved
+    save_every: int | str = 500         # steps, or `0.5epoch`; the last step is always saved
     keep: int = 2                       # newest checkpoints to keep
     keep_every: int = 0                 # steps; a checkpoint of a multiple of this is kept for good
     sample: str = "def "                # a text to continue when training ends; "" is none
@@ -146,13 +156,32 @@ FREE |= {"max_bad_steps", "reduce_each", "plan", "gpus", "gpu"}
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up from zero, then a cosine from the peak down to final_lr of it; step counts from 0."""
+    """Linear warm-up from zero to the peak, then down to final_lr of it as --schedule says; step counts from 0."""
     warmup = config.warmup if config.warmup >= 1 else config.warmup * config.steps
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, config.steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * (config.final_lr + (1 - config.final_lr) * cosine)
+    begin = max(warmup, (1 - config.decay) * config.steps) if config.schedule == "wsd" else warmup
+    done = max(0.0, step - begin) / max(1, config.steps - begin)
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}.get(config.schedule, 1 - done)
+    return config.learning_rate * (config.final_lr + (1 - config.final_lr) * left)
+
+
+def in_steps(config: Config, epoch: float) -> Config:
+    """The same run with all its lengths in steps, rounded up; an epoch has `epoch` of them.
+
+    So the last step of --epochs takes what it lacks from the next epoch. Raises ValueError for a length it cannot read.
+    """
+    lengths = {}
+    for name in ("eval_every", "save_every"):
+        value = str(getattr(config, name))
+        try:
+            count = float(value.removesuffix("epoch")) * epoch if value.endswith("epoch") else int(value)
+            lengths[name] = math.ceil(round(count, 6))
+        except (ValueError, OverflowError):
+            raise ValueError(f"--{name} {value} is neither a number of steps nor one of epochs (0.5epoch)") from None
+    if config.epochs:
+        lengths["steps"] = math.ceil(round(config.epochs * epoch, 6))
+    return dataclasses.replace(config, **lengths)
 
 
 # ---- set-up ----
@@ -284,10 +313,22 @@ def build(shape: ModelConfig, config: Config, device: torch.device, dtype: torch
     """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere."""
     with torch.device("meta"):
         model = Transformer(shape)
+    freeze(model, config.freeze)
     model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
     if shape.tie_embeddings:
         model.unembedding.weight = model.embedding.weight
     return model
+
+
+def freeze(model: Transformer, patterns: tuple[str, ...]):
+    """Take the parameters whose names fit a pattern out of training. Raises ValueError where none does, or all do."""
+    for pattern in patterns:
+        if not (names := fnmatch.filter(dict(model.named_parameters()), pattern)):
+            raise ValueError(f"--freeze {pattern} fits no parameter such as blocks.0.attention.out.weight")
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"--freeze {' '.join(patterns)} leaves nothing to train")
 
 
 def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
@@ -316,6 +357,8 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
         model.unembedding.loss_of_logits = torch.compile(model.unembedding.loss_of_logits, fullgraph=True)
+    if config.label_smoothing or config.z_loss:
+        model.unembedding.terms = (config.label_smoothing, config.z_loss)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
         unit([model.norm, model.unembedding], reshard_after_forward=False)
@@ -357,10 +400,12 @@ def local_rows(weight: DTensor) -> tuple[int, Tensor]:
 def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW, and with --optimizer muon also Muon (Jordan et al. 2024) for the blocks' matrices; moments are zero.
 
-    Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate suits both.
+    What is frozen has no moments. Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one
+    learning rate suits both.
     """
-    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2 and config.optimizer == "muon"]
-    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = {p for p in model.blocks.parameters() if p.dim() >= 2 and config.optimizer == "muon"}
+    hidden, others = [p for p in trained if p in blocks], [p for p in trained if p not in blocks]
     matrices = {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay}
     vectors = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
     betas = (config.beta1, config.beta2)
@@ -385,9 +430,10 @@ class MicroBatch(NamedTuple):
     tokens: Tensor    # (micro_batch, T) on the device
     targets: Tensor   # (micro_batch, T) on the host, where the loss finds what to leave out without waiting
     documents: Documents | None
+    numbers: range = range(0)  # of the sequences in the run
 
 
-def to_device(batch: Batch, device: torch.device) -> MicroBatch:
+def to_device(batch: Batch, device: torch.device, numbers: range = range(0)) -> MicroBatch:
     """Pinned memory lets the copies run beside the device's work."""
 
     def host(values) -> Tensor:
@@ -398,7 +444,7 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
     if batch.bounds is not None:
         positions, bounds = (host(values).to(device, non_blocking=True) for values in batch.documents())
         documents = Documents(positions, bounds)
-    return MicroBatch(host(batch.tokens).to(device, non_blocking=True), host(batch.targets), documents)
+    return MicroBatch(host(batch.tokens).to(device, non_blocking=True), host(batch.targets), documents, numbers)
 
 
 def step_batches(data: Mixture, config: Config, step: int, device: torch.device) -> list[MicroBatch]:
@@ -406,7 +452,21 @@ def step_batches(data: Mixture, config: Config, step: int, device: torch.device)
     numbers = data.numbers(step, config.batch_size, dist.get_rank(), dist.get_world_size())
     size = config.micro_batch or len(numbers)
     parts = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
-    return [to_device(data.batch(part, config.seed), device) for part in parts]
+    return [to_device(data.batch(part, config.seed), device, part) for part in parts]
+
+
+def neftune(batch: MicroBatch, dim: int, config: Config) -> Tensor | None:
+    """Noise (B, T, D) for the embeddings, uniform up to alpha / sqrt(T · D) (Jain et al. 2023), None without --neftune.
+
+    On one kind of device that of a sequence is a function of the seed and of its number in the run alone.
+    """
+    if not config.neftune:
+        return None
+    noise = torch.empty(*batch.tokens.shape, dim, device=batch.tokens.device)
+    for number, row in zip(batch.numbers, noise, strict=True):
+        digest = hashlib.sha256(f"{config.seed} neftune {number}".encode()).digest()
+        row.uniform_(-1, 1, generator=torch.Generator(noise.device).manual_seed(int.from_bytes(digest[:7])))
+    return noise.mul_(config.neftune / math.sqrt(noise[0].numel()))
 
 
 def prefetch(make: Callable[[int], list[MicroBatch]], steps: range, device: torch.device) -> Iterator[list[MicroBatch]]:
@@ -479,10 +539,11 @@ def train_step(
     counts = counts.to(batches[0].tokens.device, non_blocking=True)
     dist.all_reduce(counts)
     losses = torch.zeros(world, len(batches), device=counts.device)
-    for i, (tokens, targets, documents) in enumerate(batches):
+    for i, batch in enumerate(batches):
         model.set_requires_gradient_sync(config.reduce_each or i == len(batches) - 1)  # once, with the last micro-batch
         # the reduction of the gradients divides by the world again
-        loss = model(tokens, targets, counts[0].clamp(min=1) / world, documents=documents)
+        num_targets, noise = counts[0].clamp(min=1) / world, neftune(batch, model.config.dim, config)
+        loss = model(batch.tokens, batch.targets, num_targets, documents=batch.documents, noise=noise)
         loss.backward()
         losses[rank, i] = loss.detach() / world
     dist.all_reduce(losses)
@@ -739,12 +800,15 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     """
     with torch.device("meta"):
         model = Transformer(shape)
+    freeze(model, config.freeze)
     params, of_block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
     of_ends = shape.vocab_size * shape.dim
     size = 4 if config.dtype == "fp32" else 2
     share = config.batch_size // world
     tokens = (config.micro_batch or share) * config.seq_len
     shard = params // (config.shard_over or world)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained_shard = trained // (config.shard_over or world)
 
     modes = [config.checkpointing] * shape.num_layers
     if config.checkpointing.isdigit():
@@ -760,17 +824,18 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + of_product * of_ends)
     of_gradients = (4 + size) * of_block  # as they are computed, and as they are reduced
     # of earlier micro-batches: whole until the last one reduces them
-    earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else params)
+    earlier = 0 if share * config.seq_len == tokens else 4 * (trained_shard if config.reduce_each else trained)
     gathered = size * (params if not config.reshard_after_forward else 2 * of_block + of_ends)
     moments = [
         dict(gradients=earlier, activations=kept, logits=logits),
         dict(gradients=earlier + of_gradients, activations=kept + again, logits=0),
-        dict(gradients=max(earlier, 4 * shard) + of_gradients, activations=again, logits=0),
+        dict(gradients=max(earlier, 4 * trained_shard) + of_gradients, activations=again, logits=0),
     ]
     peak = max(moments, key=lambda parts: sum(parts.values()))
-    of_moments = 8 * shard
-    if config.optimizer == "muon":
-        of_moments -= 4 * shape.num_layers * of_block * shard // params  # one moment for the blocks instead of two
+    of_moments = 8 * trained_shard
+    if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
+        matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() >= 2)
+        of_moments -= 4 * matrices // (config.shard_over or world)
     return {"weights": 4 * shard, "moments": of_moments, "gathered": gathered} | peak
 
 
@@ -778,6 +843,11 @@ def plan(config: Config) -> str:
     """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time; nothing is run."""
     shape = read_config(config.init_from) if config.init_from else model_config(config)
     peak_flops, capacity, efficiency = GPUS[config.gpu]
+    length = f"{config.batch_size} × {config.seq_len}"
+    if config.epochs:
+        data = Mixture(config.data, "train", config.seq_len, config.pack)
+        config = in_steps(config, len(data) / config.batch_size)
+        length += f", {config.epochs:g} epochs of {len(data):,} sequences"
     compiled = config.compile != "off"
     needs = forecast(shape, config, config.gpus, compiled)
     parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
@@ -797,7 +867,7 @@ def plan(config: Config) -> str:
         "GiB a GPU: " + ", ".join(f"{name} {amount:.1f}" for name, amount in parts.items()),
         f"together {need:.1f} of {capacity} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)",
         f"about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak_flops / 1e12:.0f} TFLOP/s are reached, "
-        f"{hours:,.1f} hours for {config.steps:,} steps of {config.batch_size} × {config.seq_len} ({tokens:,} tokens)",
+        f"{hours:,.1f} hours for {config.steps:,} steps of {length} ({tokens:,} tokens)",
     ]
     return "\n".join(lines)
 
@@ -832,7 +902,7 @@ class Report:
         """The first words of a run: what, where, how much, and what it will need."""
         config, world, kind = self.config, dist.get_world_size(), self.device.type
         where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
-        size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens"
+        size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
         self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
@@ -1025,9 +1095,13 @@ def resumed(first: Config) -> Config:
     """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
     if not first.resume:
         return Config()
-    values = read_json(Path(first.resume) / "run.json", "config")["config"]
-    saved = Config(**values | {"data": tuple(values["data"])})
+    saved = Config(**flags_of(read_json(Path(first.resume) / "run.json", "config")))
     return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0)
+
+
+def flags_of(record: dict) -> dict:
+    """The flags in a run's record; JSON knows no tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record["config"].items()}
 
 
 def choose_run(config: Config) -> dict | None:
@@ -1040,7 +1114,7 @@ def choose_run(config: Config) -> dict | None:
     if config.resume and folder != Path(config.resume):
         raise ValueError(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
     record = read_json(folder / "run.json", "config", "model", "dataset")
-    for name, theirs in record["config"].items():
+    for name, theirs in flags_of(record).items():
         mine = getattr(config, name)
         if name not in FREE and mine != theirs and not (name == "dtype" and mine == "auto"):
             flag = "--resume" if config.resume else "--out"
@@ -1050,17 +1124,21 @@ def choose_run(config: Config) -> dict | None:
 
 def check(config: Config, world: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
+    shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
+    terms = ("weight_decay", "neftune", "z_loss")
+    for name in ("epochs", "micro_batch", "stop_at", "keep_every", "shard_over", "warmup", *terms, *shape):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
+    lengths = in_steps(config, 1.0)  # how long an epoch is, the data will tell
     every = ("log_every", "eval_every", "save_every")
     positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
-        if not getattr(config, name) > 0:
+        if not getattr(lengths, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
-    shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
-    for name in ("micro_batch", "stop_at", "keep_every", "shard_over", "warmup", "weight_decay", *shape):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
-    for name in ("final_lr", "beta1", "beta2"):
-        if not 0 <= getattr(config, name) <= (1 if name == "final_lr" else 0.999999):
+    if config.epochs and config.steps != Config.steps:
+        raise ValueError(f"--steps {config.steps} does not go with --epochs {config.epochs}")
+    for name in ("final_lr", "decay", "label_smoothing", "beta1", "beta2"):
+        if not 0 <= getattr(config, name) <= (0.999999 if name.startswith("beta") else 1):
             raise ValueError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed {config.seed} must lie between 0 and 2^63")
@@ -1159,13 +1237,15 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     data, val = (Mixture(config.data, split, config.seq_len, config.pack) for split in ("train", "val"))
 
     shape = ModelConfig(**record["model"]) if record else first_config(config, metas[0])
-    step_flops = flops_per_token(shape, config.seq_len) * config.batch_size * config.seq_len
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     config = dataclasses.replace(config, dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype])
+    record = record or describe_run(config, shape, metas, device)  # with the flags as they were typed
+    config = in_steps(config, len(data) / config.batch_size)
+    step_flops = flops_per_token(shape, config.seq_len) * config.batch_size * config.seq_len
     compiled = should_compile(config.compile, device, step_flops * config.steps)
     model = build(shape, config, device, dtype, compiled)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
-    on_first_rank(lambda: prepare_folder(config, record or describe_run(config, shape, metas, device)))
+    on_first_rank(lambda: prepare_folder(config, record))
     checkpoints = Checkpoints(folder, config, model, optimizers, guard, device)
     start = restore(folder, shape, checkpoints.tensors)
 
