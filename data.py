@@ -770,6 +770,42 @@ class TokenDataset:
         return [i * len(self) // count for i in range(count)]
 
 
+class PreferenceDataset(TokenDataset):
+    """One split of preference pairs: an index is a pair, its batch two rows, the chosen conversation first.
+
+    Only the answer that is compared has targets. Rows are padded at the end to the longest of the batch, rounded up.
+    """
+
+    def __init__(self, folder: str | Path, split: str, seq_len: int):
+        self.meta = read_meta(folder)
+        self.folder, self.seq_len, self.files, self.masks, pairs = folder, seq_len, [], [], []
+        for file, entry in enumerate(self.meta["splits"][split]["files"]):
+            path = Path(folder) / entry["file"]
+            self.files.append(np.memmap(path, np.dtype(self.meta["dtype"]).newbyteorder("<"), "r"))
+            self.masks.append(np.fromfile(path.with_suffix(".mask"), np.uint8))
+            bounds = np.fromfile(path.with_suffix(".bounds"), "<u8").astype(np.int64)
+            pairs += [(file, *bounds[first : first + 3]) for first in range(0, len(bounds) - 1, 2)]
+        self.pairs = np.array(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        file, begin, middle, end = self.pairs[index].tolist()
+        return [(file, begin, middle - begin - 1), (file, middle, end - middle - 1)]
+
+    def batch(self, indices) -> Batch:
+        rows = [piece for index in indices for piece in self.pieces(int(index))]
+        width = min(self.seq_len, -(-max(size for _, _, size in rows) // 64) * 64)
+        tokens = np.zeros((len(rows), width), np.int64)
+        targets = np.full_like(tokens, IGNORE)
+        for row, (file, start, size) in enumerate(rows):
+            tokens[row, :size] = self.files[file][start : start + size]
+            later = slice(start + 1, start + size + 1)
+            targets[row, :size] = np.where(self.masks[file][later], self.files[file][later].astype(np.int64), IGNORE)
+        return Batch(tokens, targets)
+
+
 class PackedDataset(TokenDataset):
     """One split as rows filled with whole documents, padded at the end; a document that is longer than a row is cut.
 
@@ -859,8 +895,10 @@ class Mixture:
 
     def __init__(self, sources: tuple[str, ...], split: str, seq_len: int, packed: bool = False):
         self.folders, self.weights = mixture_weights(sources)
-        self.parts = [(PackedDataset if packed else TokenDataset)(folder, split, seq_len) for folder in self.folders]
-        self.packed = packed
+        self.kind = read_meta(self.folders[0]).get("kind", "text")
+        self.packed = packed and self.kind == "text"
+        kinds = {"text": PackedDataset if packed else TokenDataset, "preference": PreferenceDataset}
+        self.parts = [kinds[self.kind](folder, split, seq_len) for folder in self.folders]
         self.block = functools.lru_cache(maxsize=4)(self._block)
         for part in self.parts:
             if part.meta["tokenizer"]["sha256"] != self.parts[0].meta["tokenizer"]["sha256"]:
@@ -901,9 +939,14 @@ class Mixture:
     def batch(self, numbers, seed: int) -> Batch:
         drawn = [self.draw(number, seed) for number in numbers]
         rows = [self.parts[source].batch([index]) for source, index in drawn]
-        starts = [row.bounds[:-1] + i * row.tokens.size for i, row in enumerate(rows)]
-        tokens, targets = (np.concatenate(arrays) for arrays in zip(*(row[:2] for row in rows)))
-        return Batch(tokens, targets, np.array([*np.concatenate(starts), tokens.size]) if self.packed else None)
+        width = max(row.tokens.shape[1] for row in rows)  # they differ only where rows are pairs
+        wide = lambda values, fill: np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)
+        tokens = np.concatenate([wide(row.tokens, 0) for row in rows])
+        targets = np.concatenate([wide(row.targets, IGNORE) for row in rows])
+        if not self.packed:
+            return Batch(tokens, targets)
+        starts = [row.bounds[:-1] + i * width for i, row in enumerate(rows)]
+        return Batch(tokens, targets, np.array([*np.concatenate(starts), tokens.size]))
 
     def place(self, number: int, seed: int) -> str:
         source, index = self.draw(number, seed)

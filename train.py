@@ -39,6 +39,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -69,6 +70,7 @@ from model import (
     ModelConfig,
     Transformer,
     check_checkpoint,
+    checkpoint_folder,
     config_to_hugging_face,
     load_weights,
     read_config,
@@ -119,6 +121,8 @@ class Config:
     neftune: float = 0.0                # noise on the embeddings, uniform up to this / sqrt(tokens * width)
     label_smoothing: float = 0.0        # share of each target that is spread over the whole vocabulary
     z_loss: float = 0.0                 # weight of the squared logarithm of softmax's normalizer
+    # preference pairs, which a dataset of pairs is trained on (DPO)
+    dpo_beta: float = 0.1               # how much moving away from the first weights costs
     seed: int = 0                       # of the first weights and of the order of the data
     # when a step goes wrong
     max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite
@@ -309,12 +313,22 @@ def first_config(config: Config, meta: dict) -> ModelConfig:
     return shape
 
 
-def build(shape: ModelConfig, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool) -> Transformer:
-    """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere."""
+def build(
+    shape: ModelConfig, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, frozen: bool = False
+) -> Transformer:
+    """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere.
+
+    A frozen one is never trained, so its weights need no more digits than the arithmetic.
+    """
     with torch.device("meta"):
         model = Transformer(shape)
-    freeze(model, config.freeze)
+    if frozen:
+        model.to(dtype).requires_grad_(False)
+    else:
+        freeze(model, config.freeze)
     model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
+    if frozen:
+        model.set_reshard_after_forward(True)  # no backward pass will do it
     if shape.tie_embeddings:
         model.unembedding.weight = model.embedding.weight
     return model
@@ -509,6 +523,41 @@ class Guard:
         return bad, spike
 
 
+class Pairs(NamedTuple):
+    """What n preference pairs came to, each (n,); or their sums."""
+
+    loss: Tensor     # DPO's, nats
+    margin: Tensor   # by how much the chosen answer's reward exceeds the rejected one's
+    correct: Tensor  # 1 where the margin is above 0
+    drift: Tensor    # log-probability of the chosen answer's targets, less that under the reference
+    targets: Tensor  # how many these are
+
+    def means(self, count: int) -> dict[str, float]:
+        """Of sums over count pairs; kl is a proxy for the distance from the reference: the drift a target."""
+        loss, margin, correct, drift, targets = (float(total) for total in self)
+        return dict(loss=loss / count, margin=margin / count, accuracy=correct / count, kl=drift / max(1.0, targets))
+
+
+def reference_log_probs(reference: Transformer, batch: MicroBatch) -> Tensor:
+    """The log-probability of each target (B, T) under the model as it was before training."""
+    with torch.no_grad():
+        return reference(batch.tokens, batch.targets, documents=batch.documents, each=True)
+
+
+def compare(model: Transformer, reference: Transformer, batch: MicroBatch, beta: float) -> Pairs:
+    """Direct preference optimization (Rafailov et al. 2023, equation 7) of rows that are chosen, rejected, chosen, …
+
+    A reward is beta times the log-probability of an answer's targets, less that under the reference.
+    """
+    log_probs = model(batch.tokens, batch.targets, documents=batch.documents, each=True)
+    drifts = (log_probs - reference_log_probs(reference, batch)).sum(1)
+    chosen, rejected = drifts.unflatten(0, (-1, 2)).unbind(1)
+    margin = beta * (chosen - rejected)
+    counts = (batch.targets[::2] != IGNORE).sum(1).to(margin.device, non_blocking=True)
+    moved = margin.detach()
+    return Pairs(-F.logsigmoid(margin), moved, (moved > 0).float(), chosen.detach(), counts.float())
+
+
 class Outcome(NamedTuple):
     """What a step came to, on the device until somebody reads it; the same on every rank."""
 
@@ -518,6 +567,7 @@ class Outcome(NamedTuple):
     spike: Tensor    # one of them is far above its level
     losses: Tensor   # (ranks, micro-batches): what each contributed
     counts: Tensor   # targets, and sequences without any
+    pairs: Tensor | None = None  # the sums of Pairs
 
 
 def train_step(
@@ -527,8 +577,9 @@ def train_step(
     lr: float,
     config: Config,
     guard: Guard,
+    reference: Transformer | None = None,
 ) -> Outcome:
-    """One optimizer step over this rank's micro-batches.
+    """One optimizer step over this rank's micro-batches; with a reference they are preference pairs.
 
     Loss and norm are, but for rounding, the same for every way to divide the same batch. Nothing here waits for the
     device: where the update must not happen, the device finds out by itself.
@@ -539,14 +590,23 @@ def train_step(
     counts = counts.to(batches[0].tokens.device, non_blocking=True)
     dist.all_reduce(counts)
     losses = torch.zeros(world, len(batches), device=counts.device)
+    num_pairs = world * sum(len(batch.tokens) // 2 for batch in batches)
+    pairs = torch.zeros(len(Pairs._fields), device=counts.device) if reference else None
     for i, batch in enumerate(batches):
         model.set_requires_gradient_sync(config.reduce_each or i == len(batches) - 1)  # once, with the last micro-batch
         # the reduction of the gradients divides by the world again
-        num_targets, noise = counts[0].clamp(min=1) / world, neftune(batch, model.config.dim, config)
-        loss = model(batch.tokens, batch.targets, num_targets, documents=batch.documents, noise=noise)
+        if reference:
+            sums = torch.stack([values.sum() for values in compare(model, reference, batch, config.dpo_beta)])
+            loss = sums[0] * (world / num_pairs)
+            pairs += sums.detach()
+        else:
+            num_targets, noise = counts[0].clamp(min=1) / world, neftune(batch, model.config.dim, config)
+            loss = model(batch.tokens, batch.targets, num_targets, documents=batch.documents, noise=noise)
         loss.backward()
         losses[rank, i] = loss.detach() / world
     dist.all_reduce(losses)
+    if reference:
+        dist.all_reduce(pairs)
     loss = losses.sum()
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).full_tensor()
     excess = (norm / config.grad_clip).clamp(min=1)  # what the gradients are divided by, to clip them
@@ -562,28 +622,24 @@ def train_step(
             torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"]], excess)
             optimizer.step()
         optimizer.zero_grad()
-    return Outcome(loss, norm, bad, spike, losses, counts)
+    return Outcome(loss, norm, bad, spike, losses, counts, pairs)
 
 
 @torch.no_grad()
-def evaluate(model, val: Mixture, config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model, val: Mixture, config: Config, device: torch.device, reference: Transformer | None = None
+) -> dict[str, float]:
     """Loss on a fixed set of validation sequences, in nats a token and bits a byte; any number of ranks agrees.
 
     Several sources take part by their weights, and each is listed too. Bits a byte are those of the tokens over the
-    bytes that the whole split has for a token.
+    bytes that the whole split has for a token. With a reference, what Pairs.means says of a fixed set of pairs.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    size = config.micro_batch or max(1, config.batch_size // world)
+    if reference:
+        return evaluate_pairs(model, val, config, device, reference)
     sums = torch.zeros(len(val.parts), 2, dtype=torch.float64, device=device)  # nats, targets
-    for part, weight, sum_of_part in zip(val.parts, val.weights, sums):
-        indices = part.spread_indices(max(1, int(config.eval_tokens * weight) // config.seq_len))
-        for start in range(0, len(indices), size * world):  # every rank makes the same number of passes
-            mine = indices[start : start + size * world][rank::world]
-            rows = part.batch([*mine, *indices[:1] * (size - len(mine))])  # of one shape, filled up without targets
-            rows.targets[len(mine) :] = IGNORE
-            batch = to_device(rows if val.packed else rows._replace(bounds=None), device)
-            loss = model(batch.tokens, batch.targets, num_targets=1, documents=batch.documents)
-            sum_of_part += torch.stack((loss, (batch.targets != IGNORE).sum().to(device)))
+    for source, batch, _ in validation_batches(val, config, device):
+        loss = model(batch.tokens, batch.targets, num_targets=1, documents=batch.documents)
+        sums[source] += torch.stack((loss, (batch.targets != IGNORE).sum().to(device)))
     dist.all_reduce(sums)
     sums = sums.cpu()
     splits = [part.meta["splits"]["val"] for part in val.parts]
@@ -593,6 +649,39 @@ def evaluate(model, val: Mixture, config: Config, device: torch.device) -> dict[
     if len(val.parts) > 1:
         scores |= {f"val_loss {name}": (a / b).item() for name, (a, b) in zip(val.folders, sums)}
     return scores
+
+
+def evaluate_pairs(model, val: Mixture, config: Config, device: torch.device, reference: Transformer) -> dict:
+    sums, count = torch.zeros(len(Pairs._fields), dtype=torch.float64, device=device), torch.zeros(1, device=device)
+    for _, batch, num in validation_batches(val, config, device):
+        pairs = compare(model, reference, batch, config.dpo_beta)
+        sums += torch.stack([values[:num].double().sum() for values in pairs])
+        count += num
+    dist.all_reduce(sums)
+    dist.all_reduce(count)
+    means = Pairs(*sums).means(int(count))
+    return {f"val_{name}": mean for name, mean in means.items()} | {"val_pairs": int(count)}
+
+
+def validation_batches(val: Mixture, config: Config, device: torch.device) -> Iterator[tuple[int, MicroBatch, int]]:
+    """This rank's part of --eval_tokens: the number of the source, a batch, and how many of its sequences count.
+
+    Every rank makes the same number of passes over batches of one shape, filled up with what has no targets.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size, rows_each = config.micro_batch or max(1, config.batch_size // world), rows_of(val)
+    for source, (part, weight) in enumerate(zip(val.parts, val.weights)):
+        indices = part.spread_indices(max(1, int(config.eval_tokens * weight) // (rows_each * config.seq_len)))
+        for start in range(0, len(indices), size * world):
+            mine = indices[start : start + size * world][rank::world]
+            rows = part.batch([*mine, *indices[:1] * (size - len(mine))])
+            rows.targets[rows_each * len(mine) :] = IGNORE
+            yield source, to_device(rows if val.packed else rows._replace(bounds=None), device), len(mine)
+
+
+def rows_of(data: Mixture) -> int:
+    """How many rows a sequence that is drawn has in its batch: a pair has two."""
+    return 2 if data.kind == "preference" else 1
 
 
 # ---- checkpoints ----
@@ -881,9 +970,11 @@ class Report:
     def __init__(self, config: Config, data: Mixture, start: int, step_flops: float, device: torch.device):
         self.config, self.folder, self.data, self.device, self.wandb = config, Path(config.out), data, device, None
         self.quiet = dist.get_rank() != 0
-        self.step_tokens = config.batch_size * config.seq_len
-        peak = gpu_peak(device)
-        self.mfu_of_speed = step_flops / self.step_tokens / peak / dist.get_world_size() if peak else None
+        of_pairs = data.kind == "preference"  # their rows have different lengths
+        self.unit = "pairs" if of_pairs else "tokens"
+        self.in_step = config.batch_size * (1 if of_pairs else config.seq_len)
+        peak = None if of_pairs else gpu_peak(device)
+        self.mfu_of_speed = step_flops / self.in_step / peak / dist.get_world_size() if peak else None
         self.begin(start)
         if config.wandb and not self.quiet:
             self._start_wandb()
@@ -953,29 +1044,32 @@ class Report:
     def _step(self, done: int, last: int, lr: float, outcome: Outcome):
         """Log a step; the speed is that of the steps since the last one logged."""
         seconds = (time.perf_counter() - self.clock) / (done - self.logged)
-        speed, left = self.step_tokens / seconds, round(seconds * (last - done))
+        speed, left = self.in_step / seconds, round(seconds * (last - done))
         self.logged, self.clock = done, time.perf_counter()
         loss, (targets, without) = outcome.loss.item(), outcome.counts.tolist()
+        of_pairs = {} if outcome.pairs is None else Pairs(*outcome.pairs).means(self.config.batch_size)
         self.write(
-            step=done,
-            loss=loss,
+            **of_pairs | dict(step=done, loss=loss),
             lr=lr,
             grad_norm=outcome.norm.item(),
-            tokens=done * self.step_tokens,
+            **{self.unit: done * self.in_step, f"{self.unit}_per_s": round(speed, 0 if speed > 100 else 2)},
             targets=targets,
             sequences_without_target=without,
             epochs=self.data.epochs(done * self.config.batch_size),
-            tokens_per_s=round(speed),
             mfu=self.mfu_of_speed and speed * self.mfu_of_speed,
             memory=memory(self.device),
         )
-        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
+        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} {self.unit}/s"
         self.say(f"{progress}  {left // 60}:{left % 60:02} left", passing=True)
 
     def validation(self, done: int, scores: dict[str, float]):
         self.write(step=done, **scores)
-        nats, bits = scores["val_loss"], scores["val_bits_per_byte"]
-        self.say(f"step {done}/{self.config.steps}  validation {nats:.4f} nats a token, {bits:.4f} bits a byte")
+        if self.unit == "pairs":
+            more = f"accuracy {scores['val_accuracy']:.1%} of {scores['val_pairs']}, margin {scores['val_margin']:.4f}"
+        else:
+            more = f"{scores['val_bits_per_byte']:.4f} bits a byte"
+        words = f"validation {scores['val_loss']:.4f} nats a {self.unit[:-1]}, {more}"
+        self.say(f"step {done}/{self.config.steps}  {words}")
 
     @contextlib.contextmanager
     def paused(self):
@@ -1034,7 +1128,7 @@ class Report:
         for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
             points = [(row["step"], row[name]) for row in rows if name in row]
             axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=str(self.folder))
+        axes.set(xlabel="step", ylabel=f"loss (nats a {self.unit[:-1]})", title=str(self.folder))
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(self.folder / "loss.png", dpi=120)
@@ -1067,6 +1161,7 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
+        "init_from": str(checkpoint_folder(Path(config.init_from))) if config.init_from else "",
         "dataset": describe_data(config, metas),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
@@ -1131,7 +1226,7 @@ def check(config: Config, world: int):
             raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
     lengths = in_steps(config, 1.0)  # how long an epoch is, the data will tell
     every = ("log_every", "eval_every", "save_every")
-    positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus")
+    positive = ("keep", "learning_rate", "dpo_beta", "grad_clip", "max_bad_steps", "spike", "gpus")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(lengths, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
@@ -1256,15 +1351,19 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         done = "finished; to train again, delete it or choose another --out"
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
-    run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report)
+    reference = None
+    if data.kind == "preference":
+        for name in ("neftune", "label_smoothing", "z_loss"):
+            if getattr(config, name):
+                raise ValueError(f"--{name} {getattr(config, name)} does not go with preference pairs")
+        reference = build(shape, dataclasses.replace(config, freeze=()), device, dtype, compiled, frozen=True)
+        first_weights(reference, config, record["init_from"])
+    run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report, reference)
     if start >= 0:
         checkpoints.newest = start
         report.say(f"continuing {folder} after step {start}")
     else:
-        if config.init_from:
-            load_weights(model, config.init_from, local_rows)
-        else:
-            model.init_weights(config.seed, local_rows)
+        first_weights(model, config, record["init_from"])
         run.rehearse()
     gc.disable()  # Python's garbage collector works at the pauses of Run.steps instead of anywhere
     try:
@@ -1273,6 +1372,14 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         gc.enable()
     report.close()
     return done == config.steps
+
+
+def first_weights(model: Transformer, config: Config, path: str):
+    """The weights that a run begins with: those at path, or if it is empty random ones."""
+    if path:
+        load_weights(model, path, local_rows)
+    else:
+        model.init_weights(config.seed, local_rows)
 
 
 def prepare_folder(config: Config, record: dict):
@@ -1296,13 +1403,15 @@ class Run:
     guard: Guard
     checkpoints: Checkpoints
     report: Report
+    reference: Transformer | None  # of preference pairs: the model as it was, also after the run was resumed
 
     def rehearse(self):
         """Save, evaluate and sample before the first step: what would fail after days fails now."""
         self.checkpoints.begin(0)
         if problem := self.checkpoints.finish():
             raise problem
-        evaluate(self.model, self.val, dataclasses.replace(self.config, eval_tokens=self.config.seq_len), self.device)
+        short = dataclasses.replace(self.config, eval_tokens=self.config.seq_len)
+        evaluate(self.model, self.val, short, self.device, self.reference)
         if self.config.sample:
             tokenizer, window = Tokenizer(self.data.folders[0]), self.model.config.max_seq_len
             ids = tokenizer.encode_prompt(self.config.sample)
@@ -1319,7 +1428,7 @@ class Run:
         while step < last:
             stop.ask_others()
             lr, passed_over = learning_rate(step, config), int(self.guard.passed_over)
-            outcome = train_step(self.model, self.optimizers, next(batches), lr, config, self.guard)
+            outcome = train_step(self.model, self.optimizers, next(batches), lr, config, self.guard, self.reference)
             step += 1
             pending.append((step, lr, passed_over, outcome))
             stopped_by = stop.agreed()
@@ -1335,7 +1444,7 @@ class Run:
                     batches = self.batches(step, last)
                     continue
                 if evaluate_now:
-                    report.validation(step, evaluate(self.model, self.val, config, self.device))
+                    report.validation(step, evaluate(self.model, self.val, config, self.device, self.reference))
                 if save_now:
                     self.save(step, ends)
                 gc.collect(1)
