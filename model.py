@@ -402,7 +402,7 @@ class Unembedding(nn.Linear):
         targets = targets.to(x.device, non_blocking=True)
         if each:
             log_probs = ChunkedLogProbs.apply(x, self.weight, targets, self.loss_of_logits)
-            return log_probs.new_zeros(shape.numel()).index_copy(0, places, log_probs).view(shape)
+            return log_probs.new_zeros(shape).index_put((places // shape[1], places % shape[1]), log_probs)
         training = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return ChunkedLoss.apply(x, self.weight, targets, training, self.loss_of_logits, self.terms)
 
