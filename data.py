@@ -1767,6 +1767,10 @@ class Mixture:
             if begin == end:
                 raise ValueError(f"--data {source}: its share is below 1 in {MIXTURE_BLOCK}")
 
+    def __len__(self) -> int:
+        """How many sequences the sources have together: an epoch."""
+        return sum(map(len, self.parts))
+
     def draw(self, number: int, seed: int) -> tuple[int, int]:
         """(source, index) of the sequence that is drawn as number `number` of the run."""
         if len(self.parts) == 1:

@@ -295,15 +295,26 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-def loss_of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of_logits(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The sum of the cross-entropies of targets (n,) under logits (n, V), and its gradient (n, V): the probabilities,
-    less one at the target. All in fp32, in place where it can be; the gradient comes in the type of the logits."""
+    less one at the target. All in fp32, in place where it can be; the gradient comes in the type of the logits.
+
+    The gradient, not the loss, is also that of z_loss * log² of softmax's normalizer (PaLM, section 5), and of a target
+    that is spread over the vocabulary by the share `smoothing`.
+    """
     dtype, logits, answers = logits.dtype, logits.float(), targets[:, None]
     largest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, answers)
     exps = logits.sub_(largest).exp_()
     sums = exps.sum(-1, keepdim=True)
+    normalizers = sums.log() + largest
+    loss = (normalizers - chosen).sum()
+    if smoothing or z_loss:
+        scale, share = (1 + 2 * z_loss * normalizers) / sums, smoothing / logits.size(-1)
+        of_target = (chosen - largest).exp() * scale - share - (1 - smoothing)
+        return loss, exps.mul_(scale).sub_(share).to(dtype).scatter_(1, answers, of_target.to(dtype))
     of_target = (chosen - largest).exp() / sums - 1
-    loss = (sums.log() + largest - chosen).sum()
     return loss, exps.div_(sums).to(dtype).scatter_(1, answers, of_target.to(dtype))
 
 
@@ -316,7 +327,9 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable, terms: tuple[float, ...]
+    ) -> Tensor:
         compiled = of_logits is not loss_of_logits
         size = 4 * LOSS_CHUNK if compiled and x.dtype == torch.bfloat16 else LOSS_CHUNK
         total = torch.zeros((), device=x.device)
@@ -324,7 +337,7 @@ class ChunkedLoss(torch.autograd.Function):
         weight_grad = None
         for begin in range(0, len(x), size):
             chunk = slice(begin, begin + size)
-            loss, logits_grad = of_logits(F.linear(x[chunk], weight), targets[chunk])
+            loss, logits_grad = of_logits(F.linear(x[chunk], weight), targets[chunk], *terms)
             total += loss
             if training:
                 torch.mm(logits_grad, weight, out=x_grad[chunk])
@@ -343,25 +356,56 @@ class ChunkedLoss(torch.autograd.Function):
         x_grad, weight_grad = ctx.grads
         if weight_grad is not None:
             weight_grad = torch.mul(weight_grad, scale, out=torch.empty_like(weight_grad, dtype=ctx.weight_dtype))
-        return x_grad * scale, weight_grad, None, None, None
+        return x_grad * scale, weight_grad, None, None, None, None
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """The log-probabilities (n,) of targets (n,) under the logits x @ weight.T, also LOSS_CHUNK tokens at a time.
+
+    What each of them counts is known only in the backward pass, so it computes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, of_logits: Callable) -> Tensor:
+        ctx.save_for_backward(x, weight, targets)
+        ctx.of_logits = of_logits
+        parts = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
+        return -torch.cat([F.cross_entropy(F.linear(a, weight).float(), b, reduction="none") for a, b in parts])
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        x, weight, targets = ctx.saved_tensors
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for begin in range(0, len(x), LOSS_CHUNK):
+            chunk = slice(begin, begin + LOSS_CHUNK)
+            _, logits_grad = ctx.of_logits(F.linear(x[chunk], weight), targets[chunk])
+            logits_grad = (logits_grad * -scale[chunk, None]).to(x.dtype)
+            torch.mm(logits_grad, weight, out=x_grad[chunk])
+            if ctx.needs_input_grad[1]:
+                weight_grad += logits_grad.T @ x[chunk]
+        return x_grad, weight_grad.to(weight.dtype), None, None
 
 
 class Unembedding(nn.Linear):
-    """Turns the residual stream into logits, or with targets into their loss."""
+    """Turns the residual stream into logits; with targets into their loss, or into the log-probability of each."""
 
     loss_of_logits = staticmethod(loss_of_logits)
+    terms = ()  # its smoothing and z_loss, in training
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
         if targets is None:
             return super().forward(x)
-        x, targets = x.flatten(0, 1), targets.flatten()
+        shape, x, targets = targets.shape, x.flatten(0, 1), targets.flatten()
         kept = targets != IGNORE  # on the host where the targets are there: then nothing waits for the device
-        if not kept.all():
+        if each or not kept.all():
             kept = kept.nonzero().squeeze(1)
-            x, targets = x[kept.to(x.device, non_blocking=True)], targets[kept]
-        training = torch.is_grad_enabled() and x.requires_grad
+            x, targets = x[places := kept.to(x.device, non_blocking=True)], targets[kept]
         targets = targets.to(x.device, non_blocking=True)
-        return ChunkedLoss.apply(x, self.weight, targets, training, self.loss_of_logits)
+        if each:
+            log_probs = ChunkedLogProbs.apply(x, self.weight, targets, self.loss_of_logits)
+            return log_probs.new_zeros(shape).index_put((places // shape[1], places % shape[1]), log_probs)
+        training = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return ChunkedLoss.apply(x, self.weight, targets, training, self.loss_of_logits, self.terms)
 
 
 TARGETS = {  # the matrices of a block that adapters may go on, by the last word of their names
@@ -520,10 +564,17 @@ class Transformer(nn.Module):
                 target = mine[max(0, begin - first) : begin - first + INIT_ROWS]
                 target.copy_(drawn[max(0, first - begin) :][: len(target)])
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        documents: Documents | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """The normalised residual stream (B, T, D), which `unembedding` turns into logits.
 
-        Raises ValueError when the tokens do not fit in the context window or in the cache.
+        noise (B, T, D) is added to the embeddings. Raises ValueError when the tokens do not fit in the context window
+        or in the cache.
         """
         num_tokens = tokens.size(1)
         if num_tokens > self.config.max_seq_len:
@@ -534,6 +585,8 @@ class Transformer(nn.Module):
             positions = torch.arange(num_tokens, device=tokens.device) if cache is None else cache.begin(num_tokens)
         rope = rope_table(self.config, positions)
         x = self.embedding(tokens)                            # (B, T, D)
+        if noise is not None:
+            x = x + noise.to(x.dtype)
         for block in self.blocks:
             x = block(x, rope, cache, documents)
         if cache is not None:
@@ -547,16 +600,21 @@ class Transformer(nn.Module):
         num_targets: Tensor | float | None = None,
         cache: KVCache | None = None,
         documents: Documents | None = None,
+        noise: Tensor | None = None,
+        each: bool = False,
     ) -> Tensor:
         """fp32 logits (B, T, V) of the token after each of tokens (B, T); with targets (B, T), the loss in nats.
 
         Targets are the tokens one later; `IGNORE` marks those that do not count and cost nothing. The loss is the
         sum over the targets divided by num_targets: the number of targets given, unless the caller counts over more
         than this batch (train.py divides by those of the whole step). No targets at all is a loss of 0.
+        With `each`, instead of the loss, the log-probability of each target (B, T), 0 where there is none.
         """
-        x = self.hidden(tokens, cache, documents)
+        x = self.hidden(tokens, cache, documents, noise)
         if targets is None:
             return self.unembedding(x).float()
+        if each:
+            return self.unembedding(x, targets, each)
         if num_targets is None:
             num_targets = max(1, int((targets != IGNORE).sum()))
         return self.unembedding(x, targets) / num_targets

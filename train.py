@@ -14,8 +14,10 @@ is a pure function of (dataset, seed, step); processes and micro-batches only di
 import contextlib
 import ctypes
 import dataclasses
+import fnmatch
 import functools
 import gc
+import hashlib
 import json
 import math
 import os
@@ -38,6 +40,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -72,12 +75,14 @@ from model import (
     adapters,
     add_adapters,
     check_checkpoint,
+    checkpoint_folder,
     config_to_hugging_face,
     find_base,
     fingerprint,
     load_weights,
     read_config,
     readable,
+    without_adapters,
 )
 
 HERE = Path(__file__).parent
@@ -109,18 +114,28 @@ class Config:
     quantize: Literal["none", "nf4"] = "none"  # how the blocks' frozen matrices are kept; nf4 is QLoRA
     # how long
     steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
+    epochs: float = 0.0                 # instead of --steps: how often all sequences are read, rounded up to a step
     batch_size: int = 8                 # sequences in an optimizer step, over all processes
     micro_batch: int = 0                # sequences in a forward pass of one process; 0 takes its whole share
     stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon takes the blocks' matrices, AdamW keeps the rest
     learning_rate: float = 2e-3         # peak
-    warmup: float = 0.02                # steps, or below 1 a fraction of --steps
+    warmup: float = 0.02                # steps, or below 1 a fraction of all steps
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after it; wsd: constant, then linear
+    decay: float = 0.2                  # of wsd: the fraction of all steps in which the learning rate falls
     final_lr: float = 0.1               # fraction of the peak that is left at the last step
     weight_decay: float = 0.1           # of matrices; norms have none
     beta1: float = 0.9                  # of AdamW
     beta2: float = 0.99                 # of AdamW; small batches want it higher than LLaMA's 0.95
     grad_clip: float = 1.0              # largest norm of the gradient of all weights
+    freeze: tuple[str, ...] = ()        # parameters that stay as they are: names such as 'embedding.*' 'blocks.[0-7].*'
+    # regularization: in the gradient alone, the loss that is reported stays the plain one
+    neftune: float = 0.0                # noise on the embeddings, uniform up to this / sqrt(tokens * width)
+    label_smoothing: float = 0.0        # share of each target that is spread over the whole vocabulary
+    z_loss: float = 0.0                 # weight of the squared logarithm of softmax's normalizer
+    # preference pairs, which a dataset of pairs is trained on (DPO)
+    dpo_beta: float = 0.1               # how much moving away from the first weights costs
     seed: int = 0                       # of the first weights and of the order of the data
     # when a step goes wrong
     max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite, and after
@@ -129,9 +144,9 @@ class Config:
     on_spike: Literal["log", "skip", "rollback"] = "log"  # or no update, or the last checkpoint and on past that data
     # reporting
     log_every: int = 10                 # steps
-    eval_every: int = 500               # steps; the last step is always evaluated
+    eval_every: int | str = 500         # steps, or `0.5epoch`; the last step is always evaluated
     eval_tokens: int = 131_072          # validation tokens, always the same ones
-    save_every: int = 500               # steps; the last step is always saved
+    save_every: int | str = 500         # steps, or `0.5epoch`; the last step is always saved
     keep: int = 2                       # newest checkpoints to keep
     keep_every: int = 0                 # steps; a checkpoint of a multiple of this is kept for good
     sample: str = "def "                # a text to continue when training ends; "" is none
@@ -159,13 +174,32 @@ FREE |= {"max_bad_steps", "reduce_each", "plan", "gpus", "gpu"}
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up from zero, then a cosine from the peak down to final_lr of it; step counts from 0."""
+    """Linear warm-up from zero to the peak, then down to final_lr of it as --schedule says; step counts from 0."""
     warmup = config.warmup if config.warmup >= 1 else config.warmup * config.steps
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, config.steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * (config.final_lr + (1 - config.final_lr) * cosine)
+    begin = max(warmup, (1 - config.decay) * config.steps) if config.schedule == "wsd" else warmup
+    done = max(0.0, step - begin) / max(1, config.steps - begin)
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}.get(config.schedule, 1 - done)
+    return config.learning_rate * (config.final_lr + (1 - config.final_lr) * left)
+
+
+def in_steps(config: Config, epoch: float) -> Config:
+    """The same run with all its lengths in steps, rounded up; an epoch has `epoch` of them.
+
+    So the last step of --epochs takes what it lacks from the next epoch. Raises ValueError for a length it cannot read.
+    """
+    lengths = {}
+    for name in ("eval_every", "save_every"):
+        value = str(getattr(config, name))
+        try:
+            count = float(value.removesuffix("epoch")) * epoch if value.endswith("epoch") else int(value)
+            lengths[name] = math.ceil(round(count, 6))
+        except (ValueError, OverflowError):
+            raise ValueError(f"--{name} {value} is neither a number of steps nor one of epochs (0.5epoch)") from None
+    if config.epochs:
+        lengths["steps"] = math.ceil(round(config.epochs * epoch, 6))
+    return dataclasses.replace(config, **lengths)
 
 
 # ---- set-up ----
@@ -295,22 +329,47 @@ def first_config(config: Config, meta: dict) -> ModelConfig:
     return shape
 
 
-def build(shape: ModelConfig, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool) -> Transformer:
-    """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere."""
+def build(
+    shape: ModelConfig, config: Config, device: torch.device, dtype: torch.dtype, compiled: bool, frozen: bool = False
+) -> Transformer:
+    """A model spread over all ranks, its weights yet to be set; the whole of it never exists anywhere.
+
+    A frozen one is never trained, so its weights need no more digits than the arithmetic.
+    """
     with torch.device("meta"):
-        model = with_adapters(Transformer(shape), config, dtype)
+        model = outline(shape, config, dtype)
+    if frozen:
+        model.to(dtype).requires_grad_(False)
     model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
+    if frozen:
+        model.set_reshard_after_forward(True)  # no backward pass will do it
     if shape.tie_embeddings:
         model.unembedding.weight = model.embedding.weight
     return model
 
 
-def with_adapters(model: Transformer, config: Config, dtype: torch.dtype) -> Transformer:
-    """With --lora_rank, freeze the model and add adapters; frozen weights need no more digits than the arithmetic."""
-    if not config.lora_rank:
-        return model
-    targets, nf4 = config.lora_targets.split(","), config.quantize == "nf4"
-    return add_adapters(model.to(dtype), config.lora_rank, config.lora_alpha, targets, nf4)
+def outline(shape: ModelConfig, config: Config, dtype: torch.dtype) -> Transformer:
+    """The model with its adapters, if --lora_rank asks for them, and with what is frozen.
+
+    Beside adapters, frozen weights need no more digits than the arithmetic.
+    """
+    model = Transformer(shape)
+    if config.lora_rank:
+        targets, nf4 = config.lora_targets.split(","), config.quantize == "nf4"
+        add_adapters(model.to(dtype), config.lora_rank, config.lora_alpha, targets, nf4)
+    freeze(model, config.freeze)
+    return model
+
+
+def freeze(model: Transformer, patterns: tuple[str, ...]):
+    """Take the parameters whose names fit a pattern out of training. Raises ValueError where none does, or all do."""
+    for pattern in patterns:
+        if not (names := fnmatch.filter(dict(model.named_parameters()), pattern)):
+            raise ValueError(f"--freeze {pattern} fits no parameter such as blocks.0.attention.out.weight")
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"--freeze {' '.join(patterns)} leaves nothing to train")
 
 
 def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
@@ -339,6 +398,8 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
         model.unembedding.loss_of_logits = torch.compile(model.unembedding.loss_of_logits, fullgraph=True)
+    if config.label_smoothing or config.z_loss:
+        model.unembedding.terms = (config.label_smoothing, config.z_loss)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
         unit([model.norm, model.unembedding], reshard_after_forward=False)
@@ -380,11 +441,12 @@ def local_rows(weight: DTensor) -> tuple[int, Tensor]:
 def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW, and with --optimizer muon also Muon (Jordan et al. 2024) for the blocks' matrices; moments are zero.
 
-    Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate suits both.
+    What is frozen has no moments. Muon's steps are scaled to the size of AdamW's (Liu et al. 2025), so that one
+    learning rate suits both.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in model.blocks.parameters() if p.dim() >= 2 and p.requires_grad and config.optimizer == "muon"]
-    others = [p for p in trained if all(p is not h for h in hidden)]
+    blocks = {p for p in model.blocks.parameters() if p.dim() >= 2 and config.optimizer == "muon"}
+    hidden, others = [p for p in trained if p in blocks], [p for p in trained if p not in blocks]
     matrices = {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay}
     vectors = {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}
     betas = (config.beta1, config.beta2)
@@ -409,9 +471,10 @@ class MicroBatch(NamedTuple):
     tokens: Tensor    # (micro_batch, T) on the device
     targets: Tensor   # (micro_batch, T) on the host, where the loss finds what to leave out without waiting
     documents: Documents | None
+    numbers: range = range(0)  # of the sequences in the run
 
 
-def to_device(batch: Batch, device: torch.device) -> MicroBatch:
+def to_device(batch: Batch, device: torch.device, numbers: range = range(0)) -> MicroBatch:
     """Pinned memory lets the copies run beside the device's work."""
 
     def host(values) -> Tensor:
@@ -422,7 +485,7 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
     if batch.bounds is not None:
         positions, bounds = (host(values).to(device, non_blocking=True) for values in batch.documents())
         documents = Documents(positions, bounds)
-    return MicroBatch(host(batch.tokens).to(device, non_blocking=True), host(batch.targets), documents)
+    return MicroBatch(host(batch.tokens).to(device, non_blocking=True), host(batch.targets), documents, numbers)
 
 
 def step_batches(data: Mixture, config: Config, step: int, device: torch.device) -> list[MicroBatch]:
@@ -430,7 +493,21 @@ def step_batches(data: Mixture, config: Config, step: int, device: torch.device)
     numbers = data.numbers(step, config.batch_size, dist.get_rank(), dist.get_world_size())
     size = config.micro_batch or len(numbers)
     parts = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
-    return [to_device(data.batch(part, config.seed), device) for part in parts]
+    return [to_device(data.batch(part, config.seed), device, part) for part in parts]
+
+
+def neftune(batch: MicroBatch, dim: int, config: Config) -> Tensor | None:
+    """Noise (B, T, D) for the embeddings, uniform up to alpha / sqrt(T · D) (Jain et al. 2023), None without --neftune.
+
+    On one kind of device that of a sequence is a function of the seed and of its number in the run alone.
+    """
+    if not config.neftune:
+        return None
+    noise = torch.empty(*batch.tokens.shape, dim, device=batch.tokens.device)
+    for number, row in zip(batch.numbers, noise, strict=True):
+        digest = hashlib.sha256(f"{config.seed} neftune {number}".encode()).digest()
+        row.uniform_(-1, 1, generator=torch.Generator(noise.device).manual_seed(int.from_bytes(digest[:7])))
+    return noise.mul_(config.neftune / math.sqrt(noise[0].numel()))
 
 
 def prefetch(make: Callable[[int], list[MicroBatch]], steps: range, device: torch.device) -> Iterator[list[MicroBatch]]:
@@ -473,6 +550,41 @@ class Guard:
         return bad, spike
 
 
+class Pairs(NamedTuple):
+    """What n preference pairs came to, each (n,); or their sums."""
+
+    loss: Tensor     # DPO's, nats
+    margin: Tensor   # by how much the chosen answer's reward exceeds the rejected one's
+    correct: Tensor  # 1 where the margin is above 0
+    drift: Tensor    # log-probability of the chosen answer's targets, less that under the reference
+    targets: Tensor  # how many these are
+
+    def means(self, count: int) -> dict[str, float]:
+        """Of sums over count pairs; kl is a proxy for the distance from the reference: the drift a target."""
+        loss, margin, correct, drift, targets = (float(total) for total in self)
+        return dict(loss=loss / count, margin=margin / count, accuracy=correct / count, kl=drift / max(1.0, targets))
+
+
+def reference_log_probs(reference: Transformer, batch: MicroBatch) -> Tensor:
+    """The log-probability of each target (B, T) under the model as it was before training; with LoRA, its base."""
+    with torch.no_grad(), without_adapters(reference):
+        return reference(batch.tokens, batch.targets, documents=batch.documents, each=True)
+
+
+def compare(model: Transformer, reference: Transformer, batch: MicroBatch, beta: float) -> Pairs:
+    """Direct preference optimization (Rafailov et al. 2023, equation 7) of rows that are chosen, rejected, chosen, …
+
+    A reward is beta times the log-probability of an answer's targets, less that under the reference.
+    """
+    before = reference_log_probs(reference, batch)
+    drifts = (model(batch.tokens, batch.targets, documents=batch.documents, each=True) - before).sum(1)
+    chosen, rejected = drifts.unflatten(0, (-1, 2)).unbind(1)
+    margin = beta * (chosen - rejected)
+    counts = (batch.targets[::2] != IGNORE).sum(1).to(margin.device, non_blocking=True)
+    moved = margin.detach()
+    return Pairs(-F.logsigmoid(margin), moved, (moved > 0).float(), chosen.detach(), counts.float())
+
+
 class Outcome(NamedTuple):
     """What a step came to, on the device until somebody reads it; the same on every rank."""
 
@@ -482,6 +594,7 @@ class Outcome(NamedTuple):
     spike: Tensor    # one of them is far above its level
     losses: Tensor   # (ranks, micro-batches): what each contributed
     counts: Tensor   # targets, and sequences without any
+    pairs: Tensor | None = None  # the sums of Pairs
 
 
 def train_step(
@@ -491,8 +604,9 @@ def train_step(
     lr: float,
     config: Config,
     guard: Guard,
+    reference: Transformer | None = None,
 ) -> Outcome:
-    """One optimizer step over this rank's micro-batches.
+    """One optimizer step over this rank's micro-batches; with a reference they are preference pairs.
 
     Loss and norm are, but for rounding, the same for every way to divide the same batch. Nothing here waits for the
     device: where the update must not happen, the device finds out by itself.
@@ -503,13 +617,23 @@ def train_step(
     counts = counts.to(batches[0].tokens.device, non_blocking=True)
     dist.all_reduce(counts)
     losses = torch.zeros(world, len(batches), device=counts.device)
-    for i, (tokens, targets, documents) in enumerate(batches):
+    num_pairs = world * sum(len(batch.tokens) // 2 for batch in batches)
+    pairs = torch.zeros(len(Pairs._fields), device=counts.device) if reference else None
+    for i, batch in enumerate(batches):
         model.set_requires_gradient_sync(config.reduce_each or i == len(batches) - 1)  # once, with the last micro-batch
         # the reduction of the gradients divides by the world again
-        loss = model(tokens, targets, counts[0].clamp(min=1) / world, documents=documents)
+        if reference:
+            sums = torch.stack([values.sum() for values in compare(model, reference, batch, config.dpo_beta)])
+            loss = sums[0] * (world / num_pairs)
+            pairs += sums.detach()
+        else:
+            num_targets, noise = counts[0].clamp(min=1) / world, neftune(batch, model.config.dim, config)
+            loss = model(batch.tokens, batch.targets, num_targets, documents=batch.documents, noise=noise)
         loss.backward()
         losses[rank, i] = loss.detach() / world
     dist.all_reduce(losses)
+    if reference:
+        dist.all_reduce(pairs)
     loss = losses.sum()
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).full_tensor()
     excess = (norm / config.grad_clip).clamp(min=1)  # what the gradients are divided by, to clip them
@@ -525,28 +649,25 @@ def train_step(
             torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"]], excess)
             optimizer.step()
         optimizer.zero_grad()
-    return Outcome(loss, norm, bad, spike, losses, counts)
+    return Outcome(loss, norm, bad, spike, losses, counts, pairs)
 
 
 @torch.no_grad()
-def evaluate(model, val: Mixture, config: Config, device: torch.device) -> dict[str, float]:
+def evaluate(
+    model, val: Mixture, config: Config, device: torch.device, reference: Transformer | None = None
+) -> dict[str, float]:
     """Loss on a fixed set of validation sequences, in nats a token and bits a byte; any number of ranks agrees.
 
     Several sources take part by their weights, and each is listed too. Bits a byte are those of the targets over the
-    bytes that the whole split has for a target: of its text, or of the answers in conversations.
+    bytes that the whole split has for a target: of its text, or of the answers in conversations. With a reference,
+    what Pairs.means says of a fixed set of pairs.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    size = config.micro_batch or max(1, config.batch_size // world)
+    if reference:
+        return evaluate_pairs(model, val, config, device, reference)
     sums = torch.zeros(len(val.parts), 2, dtype=torch.float64, device=device)  # nats, targets
-    for part, weight, sum_of_part in zip(val.parts, val.weights, sums):
-        indices = part.spread_indices(max(1, int(config.eval_tokens * weight) // config.seq_len))
-        for start in range(0, len(indices), size * world):  # every rank makes the same number of passes
-            mine = indices[start : start + size * world][rank::world]
-            rows = part.batch([*mine, *indices[:1] * (size - len(mine))])  # of one shape, filled up without targets
-            rows.targets[len(mine) :] = IGNORE
-            batch = to_device(rows if val.packed else rows._replace(bounds=None), device)
-            loss = model(batch.tokens, batch.targets, num_targets=1, documents=batch.documents)
-            sum_of_part += torch.stack((loss, (batch.targets != IGNORE).sum().to(device)))
+    for source, batch, _ in validation_batches(val, config, device):
+        loss = model(batch.tokens, batch.targets, num_targets=1, documents=batch.documents)
+        sums[source] += torch.stack((loss, (batch.targets != IGNORE).sum().to(device)))
     dist.all_reduce(sums)
     sums = sums.cpu()
     num_bytes = sums[:, 1] @ torch.tensor([part.bytes_per_target for part in val.parts], dtype=sums.dtype)
@@ -555,6 +676,39 @@ def evaluate(model, val: Mixture, config: Config, device: torch.device) -> dict[
     if len(val.parts) > 1:
         scores |= {f"val_loss {name}": (a / b).item() for name, (a, b) in zip(val.folders, sums)}
     return scores
+
+
+def evaluate_pairs(model, val: Mixture, config: Config, device: torch.device, reference: Transformer) -> dict:
+    sums, count = torch.zeros(len(Pairs._fields), dtype=torch.float64, device=device), torch.zeros(1, device=device)
+    for _, batch, num in validation_batches(val, config, device):
+        pairs = compare(model, reference, batch, config.dpo_beta)
+        sums += torch.stack([values[:num].double().sum() for values in pairs])
+        count += num
+    dist.all_reduce(sums)
+    dist.all_reduce(count)
+    means = Pairs(*sums).means(int(count))
+    return {f"val_{name}": mean for name, mean in means.items()} | {"val_pairs": int(count)}
+
+
+def validation_batches(val: Mixture, config: Config, device: torch.device) -> Iterator[tuple[int, MicroBatch, int]]:
+    """This rank's part of --eval_tokens: the number of the source, a batch, and how many of its sequences count.
+
+    Every rank makes the same number of passes over batches of one shape, filled up with what has no targets.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    size, rows_each = config.micro_batch or max(1, config.batch_size // world), rows_of(val)
+    for source, (part, weight) in enumerate(zip(val.parts, val.weights)):
+        indices = part.spread_indices(max(1, int(config.eval_tokens * weight) // (rows_each * config.seq_len)))
+        for start in range(0, len(indices), size * world):
+            mine = indices[start : start + size * world][rank::world]
+            rows = part.batch([*mine, *indices[:1] * (size - len(mine))])
+            rows.targets[rows_each * len(mine) :] = IGNORE
+            yield source, to_device(rows if val.packed else rows._replace(bounds=None), device), len(mine)
+
+
+def rows_of(data: Mixture) -> int:
+    """How many rows a sequence that is drawn has in its batch: a pair has two."""
+    return 2 if data.kind == "preference" else 1
 
 
 # ---- checkpoints ----
@@ -790,7 +944,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     """
     size = 4 if config.dtype == "fp32" else 2
     with torch.device("meta"):
-        model = with_adapters(Transformer(shape), config, torch.float32 if size == 4 else torch.bfloat16)
+        model = outline(shape, config, torch.float32 if size == 4 else torch.bfloat16)
     whole, block = (Tally.of(part, size) for part in (model, model.blocks[0]))
     of_ends = shape.vocab_size * shape.dim
     share = config.batch_size // world
@@ -810,7 +964,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
     in_chunk = min(tokens, chunk) * shape.vocab_size
     of_product = 4 if size == 4 and tokens <= chunk else 4 + size  # the weight's gradient, and a chunk's beside it
-    trained_ends = 0 if config.lora_rank else of_ends
+    trained_ends = of_ends if model.unembedding.weight.requires_grad else 0
     logits = max(of_logit * in_chunk + 4 * trained_ends * (tokens > chunk), size * in_chunk + of_product * trained_ends)
     of_gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
     # of earlier micro-batches: whole until the last one reduces them
@@ -825,8 +979,9 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     ]
     peak = max(moments, key=lambda parts: sum(parts.values()))
     of_moments = 8 * shard
-    if config.optimizer == "muon":
-        of_moments -= 4 * shape.num_layers * block.trained // ranks  # one moment for the blocks instead of two
+    if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
+        matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() >= 2)
+        of_moments -= 4 * matrices // ranks
     return {"weights": whole.stored // ranks, "moments": of_moments, "gathered": gathered} | peak
 
 
@@ -834,6 +989,11 @@ def plan(config: Config) -> str:
     """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time; nothing is run."""
     shape = read_config(config.init_from) if config.init_from else model_config(config)
     peak_flops, capacity, efficiency = GPUS[config.gpu]
+    length = f"{config.batch_size} × {config.seq_len}"
+    if config.epochs:
+        data = Mixture(config.data, "train", config.seq_len, config.pack)
+        config = in_steps(config, len(data) / config.batch_size)
+        length += f", {config.epochs:g} epochs of {len(data):,} sequences"
     compiled = config.compile != "off"
     needs = forecast(shape, config, config.gpus, compiled)
     parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
@@ -853,7 +1013,7 @@ def plan(config: Config) -> str:
         "GiB a GPU: " + ", ".join(f"{name} {amount:.1f}" for name, amount in parts.items()),
         f"together {need:.1f} of {capacity} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)",
         f"about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak_flops / 1e12:.0f} TFLOP/s are reached, "
-        f"{hours:,.1f} hours for {config.steps:,} steps of {config.batch_size} × {config.seq_len} ({tokens:,} tokens)",
+        f"{hours:,.1f} hours for {config.steps:,} steps of {length} ({tokens:,} tokens)",
     ]
     return "\n".join(lines)
 
@@ -867,9 +1027,11 @@ class Report:
     def __init__(self, config: Config, data: Mixture, start: int, step_flops: float, device: torch.device):
         self.config, self.folder, self.data, self.device, self.wandb = config, Path(config.out), data, device, None
         self.quiet = dist.get_rank() != 0
-        self.step_tokens = config.batch_size * config.seq_len
-        peak = gpu_peak(device)
-        self.mfu_of_speed = step_flops / self.step_tokens / peak / dist.get_world_size() if peak else None
+        of_pairs = data.kind == "preference"  # their rows have different lengths
+        self.unit = "pairs" if of_pairs else "tokens"
+        self.in_step = config.batch_size * (1 if of_pairs else config.seq_len)
+        peak = None if of_pairs else gpu_peak(device)
+        self.mfu_of_speed = step_flops / self.in_step / peak / dist.get_world_size() if peak else None
         self.begin(start)
         if config.wandb and not self.quiet:
             self._start_wandb()
@@ -888,7 +1050,7 @@ class Report:
         """The first words of a run: what, where, how much, and what it will need."""
         config, world, kind = self.config, dist.get_world_size(), self.device.type
         where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
-        size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens"
+        size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
         self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
@@ -939,29 +1101,32 @@ class Report:
     def _step(self, done: int, last: int, lr: float, outcome: Outcome):
         """Log a step; the speed is that of the steps since the last one logged."""
         seconds = (time.perf_counter() - self.clock) / (done - self.logged)
-        speed, left = self.step_tokens / seconds, round(seconds * (last - done))
+        speed, left = self.in_step / seconds, round(seconds * (last - done))
         self.logged, self.clock = done, time.perf_counter()
         loss, (targets, without) = outcome.loss.item(), outcome.counts.tolist()
+        of_pairs = {} if outcome.pairs is None else Pairs(*outcome.pairs).means(self.config.batch_size)
         self.write(
-            step=done,
-            loss=loss,
+            **of_pairs | dict(step=done, loss=loss),
             lr=lr,
             grad_norm=outcome.norm.item(),
-            tokens=done * self.step_tokens,
+            **{self.unit: done * self.in_step, f"{self.unit}_per_s": round(speed, 0 if speed > 100 else 2)},
             targets=targets,
             sequences_without_target=without,
             epochs=self.data.epochs(done * self.config.batch_size),
-            tokens_per_s=round(speed),
             mfu=self.mfu_of_speed and speed * self.mfu_of_speed,
             memory=memory(self.device),
         )
-        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s"
+        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} {self.unit}/s"
         self.say(f"{progress}  {left // 60}:{left % 60:02} left", passing=True)
 
     def validation(self, done: int, scores: dict[str, float]):
         self.write(step=done, **scores)
-        nats, bits = scores["val_loss"], scores["val_bits_per_byte"]
-        self.say(f"step {done}/{self.config.steps}  validation {nats:.4f} nats a token, {bits:.4f} bits a byte")
+        if self.unit == "pairs":
+            more = f"accuracy {scores['val_accuracy']:.1%} of {scores['val_pairs']}, margin {scores['val_margin']:.4f}"
+        else:
+            more = f"{scores['val_bits_per_byte']:.4f} bits a byte"
+        words = f"validation {scores['val_loss']:.4f} nats a {self.unit[:-1]}, {more}"
+        self.say(f"step {done}/{self.config.steps}  {words}")
 
     @contextlib.contextmanager
     def paused(self):
@@ -1020,7 +1185,7 @@ class Report:
         for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
             points = [(row["step"], row[name]) for row in rows if name in row]
             axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1)
-        axes.set(xlabel="step", ylabel="loss (nats a token)", title=str(self.folder))
+        axes.set(xlabel="step", ylabel=f"loss (nats a {self.unit[:-1]})", title=str(self.folder))
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(self.folder / "loss.png", dpi=120)
@@ -1056,6 +1221,7 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
+        "init_from": str(checkpoint_folder(Path(config.init_from))) if config.init_from else "",
         "dataset": describe_data(config, metas),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
@@ -1091,9 +1257,13 @@ def resumed(first: Config) -> Config:
     """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
     if not first.resume:
         return Config()
-    values = read_json(Path(first.resume) / "run.json", "config")["config"]
-    saved = Config(**values | {"data": tuple(values["data"])})
+    saved = Config(**flags_of(read_json(Path(first.resume) / "run.json", "config")))
     return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0)
+
+
+def flags_of(record: dict) -> dict:
+    """The flags in a run's record; JSON knows no tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record["config"].items()}
 
 
 def choose_run(config: Config) -> dict | None:
@@ -1106,7 +1276,7 @@ def choose_run(config: Config) -> dict | None:
     if config.resume and folder != Path(config.resume):
         raise ValueError(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
     record = read_json(folder / "run.json", "config", "model", "dataset")
-    for name, theirs in record["config"].items():
+    for name, theirs in flags_of(record).items():
         mine = getattr(config, name)
         if name not in FREE and mine != theirs and not (name == "dtype" and mine == "auto"):
             flag = "--resume" if config.resume else "--out"
@@ -1116,17 +1286,21 @@ def choose_run(config: Config) -> dict | None:
 
 def check(config: Config, world: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
-    every = ("log_every", "eval_every", "save_every")
-    positive = ("keep", "learning_rate", "grad_clip", "max_bad_steps", "spike", "gpus", "lora_alpha")
-    for name in ("seq_len", "steps", "batch_size", *every, *positive):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
-    shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
-    for name in ("micro_batch", "stop_at", "keep_every", "shard_over", "warmup", "weight_decay", "lora_rank", *shape):
+    shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale", "lora_rank")
+    terms = ("weight_decay", "neftune", "z_loss")
+    for name in ("epochs", "micro_batch", "stop_at", "keep_every", "shard_over", "warmup", *terms, *shape):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
-    for name in ("final_lr", "beta1", "beta2"):
-        if not 0 <= getattr(config, name) <= (1 if name == "final_lr" else 0.999999):
+    lengths = in_steps(config, 1.0)  # how long an epoch is, the data will tell
+    every = ("log_every", "eval_every", "save_every")
+    positive = ("keep", "learning_rate", "lora_alpha", "dpo_beta", "grad_clip", "max_bad_steps", "spike", "gpus")
+    for name in ("seq_len", "steps", "batch_size", *every, *positive):
+        if not getattr(lengths, name) > 0:
+            raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
+    if config.epochs and config.steps != Config.steps:
+        raise ValueError(f"--steps {config.steps} does not go with --epochs {config.epochs}")
+    for name in ("final_lr", "decay", "label_smoothing", "beta1", "beta2"):
+        if not 0 <= getattr(config, name) <= (0.999999 if name.startswith("beta") else 1):
             raise ValueError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"--seed {config.seed} must lie between 0 and 2^63")
@@ -1232,14 +1406,15 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     data, val = (Mixture(config.data, split, config.seq_len, config.pack) for split in ("train", "val"))
 
     shape = ModelConfig(**record["model"]) if record else first_config(config, metas[0])
-    token_flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
-    step_flops = token_flops * config.batch_size * config.seq_len
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     config = dataclasses.replace(config, dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype])
+    record = record or describe_run(config, shape, metas, device)  # with the flags as they were typed
+    config = in_steps(config, len(data) / config.batch_size)
+    token_flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
+    step_flops = token_flops * config.batch_size * config.seq_len
     compiled = should_compile(config.compile, device, step_flops * config.steps)
     model = build(shape, dataclasses.replace(config, pack=data.packed), device, dtype, compiled)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
-    record = record or describe_run(config, shape, metas, device)
     on_first_rank(lambda: prepare_folder(config, record))
     adapter = record.get("adapter")
     checkpoints = Checkpoints(folder, config, model, optimizers, guard, device, adapter)
@@ -1254,15 +1429,21 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         return start >= config.steps
     if adapter:
         load_weights(model, find_base(adapter, folder), local_rows)
-    run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report)
+    reference = None
+    if data.kind == "preference":
+        for name in ("neftune", "label_smoothing", "z_loss"):
+            if getattr(config, name):
+                raise ValueError(f"--{name} {getattr(config, name)} does not go with preference pairs")
+        reference = model
+        if not adapter:
+            reference = build(shape, dataclasses.replace(config, freeze=()), device, dtype, compiled, frozen=True)
+            first_weights(reference, config, record["init_from"])
+    run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report, reference)
     if start >= 0:
         checkpoints.newest = start
         report.say(f"continuing {folder} after step {start}")
     else:
-        if config.init_from and not adapter:
-            load_weights(model, config.init_from, local_rows)
-        else:
-            model.init_weights(config.seed, local_rows)
+        first_weights(model, config, "" if adapter else record["init_from"])
         run.rehearse()
     gc.disable()  # Python's garbage collector works at the pauses of Run.steps instead of anywhere
     try:
@@ -1271,6 +1452,14 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         gc.enable()
     report.close()
     return done == config.steps
+
+
+def first_weights(model: Transformer, config: Config, path: str):
+    """The weights that a run begins with: those at path, or if it is empty random ones."""
+    if path:
+        load_weights(model, path, local_rows)
+    else:
+        model.init_weights(config.seed, local_rows)
 
 
 def prepare_folder(config: Config, record: dict):
@@ -1294,6 +1483,7 @@ class Run:
     guard: Guard
     checkpoints: Checkpoints
     report: Report
+    reference: Transformer | None  # of preference pairs: what the model was or, with LoRA, the model, adapters aside
     rolled_back_to: Counter = field(default_factory=Counter)  # how often, by step
 
     def rehearse(self):
@@ -1301,7 +1491,8 @@ class Run:
         self.checkpoints.begin(0)
         if problem := self.checkpoints.finish():
             raise problem
-        evaluate(self.model, self.val, dataclasses.replace(self.config, eval_tokens=self.config.seq_len), self.device)
+        short = dataclasses.replace(self.config, eval_tokens=self.config.seq_len)
+        evaluate(self.model, self.val, short, self.device, self.reference)
         if self.config.sample:
             tokenizer, window = Tokenizer(self.data.folders[0]), self.model.config.max_seq_len
             ids = tokenizer.encode_prompt(self.config.sample)
@@ -1318,7 +1509,7 @@ class Run:
         while step < last:
             stop.ask_others()
             lr, passed_over = learning_rate(step, config), int(self.guard.passed_over)
-            outcome = train_step(self.model, self.optimizers, next(batches), lr, config, self.guard)
+            outcome = train_step(self.model, self.optimizers, next(batches), lr, config, self.guard, self.reference)
             step += 1
             pending.append((step, lr, passed_over, outcome))
             stopped_by = stop.agreed()
@@ -1334,7 +1525,7 @@ class Run:
                     batches = self.batches(step, last)
                     continue
                 if evaluate_now:
-                    report.validation(step, evaluate(self.model, self.val, config, self.device))
+                    report.validation(step, evaluate(self.model, self.val, config, self.device, self.reference))
                 if save_now:
                     self.save(step, ends)
                 gc.collect(1)

@@ -1,8 +1,9 @@
-"""The recipes for clusters: flags that exist, figures of the forecast, and a Slurm job that comes back by itself."""
+"""The recipes: flags that exist, figures of the forecast, and a Slurm job that comes back by itself."""
 
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import eval
 import train
 from conftest import ROOT
 
@@ -25,7 +27,16 @@ def command_lines(name: str) -> list[str]:
     return [line.partition("train.py ")[2] for line in text.splitlines() if "train.py --" in line]
 
 
-@pytest.mark.parametrize("name", ["slurm.sh", "skypilot.yaml", "qlora65b.sh", "qlora70b.sh"])
+FINE_TUNING = ["goat7b.sh", "alpaca7b.sh", "vicuna7b.sh", "lima.sh"]
+QLORA = ["qlora65b.sh", "qlora70b.sh"]
+
+
+def parse(words: str) -> train.Config:
+    args = shlex.split(words)
+    return tyro.cli(train.Config, args=args, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "skypilot.yaml", *FINE_TUNING, *QLORA])
 def test_a_recipe_uses_flags_that_exist_and_promises_what_the_forecast_says(name):
     lines = command_lines(name)
     for line in lines:
@@ -33,11 +44,28 @@ def test_a_recipe_uses_flags_that_exist_and_promises_what_the_forecast_says(name
     planned = [line for line in lines if line.startswith("--plan")]
     assert planned and len(lines) == len(planned) + 1
     for line in planned:
-        config = tyro.cli(train.Config, args=line.split(), config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
-        plan, head = train.plan(config), (RECIPES / name).read_text()
+        plan, head = train.plan(parse(line)), (RECIPES / name).read_text()
         for figure in (r"about [\d,]+ tokens/s a GPU", r"[\d.]+ hours", r"[\d.]+ of [\d.]+ GiB"):
             assert re.search(figure, plan)[0] in head
-        assert "fits" in plan
+        assert "fits" in plan and "does not fit" not in plan
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_a_recipe_for_fine_tuning_trains_what_it_forecasts_and_evaluates_it(name):
+    planned, trained = sorted(command_lines(name), key=lambda line: not line.startswith("--plan"))
+    forecast, config = parse(planned), parse(trained)
+    for flag in ("seq_len", "batch_size", "micro_batch", "checkpointing", "reduce_each", "optimizer"):
+        assert getattr(forecast, flag) == getattr(config, flag)
+    train.check(config, forecast.gpus)
+    assert config.epochs and config.dtype == "bf16"
+    script = re.sub(r" \\\n +", " ", (RECIPES / name).read_text())
+    assert f"--max_len {config.seq_len} " in script and f"recipes/{name}\n" in script
+    for task in ("mmlu", "bbh"):
+        (words,) = re.findall(rf"eval.py (.* --task {task} .*)", script)
+        words = shlex.split(words)
+        evaluated = tyro.cli(eval.Config, args=words, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+        assert evaluated.model == (config.out,) and evaluated.protocol == "instructeval"
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_the_scripts_of_the_recipes_are_shell():

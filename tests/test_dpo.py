@@ -1,0 +1,235 @@
+"""Preference pairs: DPO as the paper writes it, however the work is divided, and what a run with a reference is."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import train
+from conftest import TINY_RUN, run_ranks
+from data import Mixture, Tokenizer
+from model import IGNORE, load
+from ranks import CONFIG
+from test_train import log, read_checkpoint, same_bits
+from train import Config
+
+CPU, BETA = torch.device("cpu"), 0.3
+
+
+def write_pairs(folder, tiny_data, **num_pairs: int):
+    """A preference set of bytes: the chosen answer to a question is vowels, the rejected one consonants."""
+    folder.mkdir()
+    Tokenizer(tiny_data).save(folder)
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    random = np.random.default_rng(0)
+    letter = lambda letters, n: [ord(c) for c in random.choice(list(letters), n)]
+    for split, count in num_pairs.items():
+        tokens, mask, bounds = [], [], [0]
+        for _ in range(count):
+            question = [meta["bos"], *letter("abcdefgh", random.integers(3, 30)), ord(":")]
+            for letters in ("aeiou", "xyz"):
+                answer = [*letter(letters, random.integers(2, 30)), meta["eos"]]
+                tokens += question + answer
+                mask += [0] * len(question) + [1] * len(answer)
+                bounds.append(len(tokens))
+        path = folder / f"{split}_00000.bin"
+        np.array(tokens, meta["dtype"]).tofile(path)
+        np.array(mask, np.uint8).tofile(path.with_suffix(".mask"))
+        np.array(bounds, "<u8").tofile(path.with_suffix(".bounds"))
+        numbers = dict(tokens=len(tokens), documents=2 * count, bytes=sum(mask), targets=sum(mask))
+        meta["splits"][split] = numbers | {"files": [numbers | {"file": path.name}]}
+    (folder / "meta.json").write_text(json.dumps(meta | {"kind": "preference", "template": "plain", "max_len": 64}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_data, tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "data", tiny_data, train=61, val=20)
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Four pairs, the answers of very different lengths, one of them without targets."""
+    tokens = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(1))
+    targets = tokens[:, 1:].clone()
+    for row, (begin, end) in enumerate([(3, 16), (3, 5), (9, 10), (9, 16), (0, 1), (0, 16), (4, 8), (4, 4)]):
+        targets[row, :begin] = targets[row, end:] = IGNORE
+    return tokens[:, :-1], targets
+
+
+def models() -> tuple:
+    """A model, and its reference with weights of its own so that all margins differ."""
+    model = train.build(CONFIG, Config(), CPU, torch.float32, compiled=False)
+    reference = train.build(CONFIG, Config(), CPU, torch.float32, compiled=False, frozen=True)
+    model.init_weights(0, train.local_rows)
+    reference.init_weights(1, train.local_rows)
+    with torch.no_grad():
+        for weight in (*model.parameters(), *reference.parameters()):
+            weight.mul_(5 if weight.dim() > 1 else 1)
+    return model, reference
+
+
+def one_step(path, micro_batch: int):
+    """A step of SGD at a learning rate of 1 moves the weights by the gradient."""
+    device = train.join_world()
+    try:
+        model, reference = models()
+        before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+        tokens, targets = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in rows())
+        parts = zip(tokens.split(2 * micro_batch), targets.split(2 * micro_batch))
+        batches = [train.MicroBatch(*part, documents=None) for part in parts]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        config, guard = Config(grad_clip=float("inf"), dpo_beta=BETA), train.Guard(6.0, device)
+        outcome = train.train_step(model, [optimizer], batches, 1.0, config, guard, reference)
+        grads = {name: before[name] - p.detach().full_tensor() for name, p in model.named_parameters()}
+        theirs = {name: p.detach().full_tensor() for name, p in reference.named_parameters()}
+        if dist.get_rank() == 0:
+            torch.save((before, theirs, grads, outcome._replace(counts=None)._asdict()), path)
+    finally:
+        dist.destroy_process_group()
+
+
+def by_the_paper(weights: dict, reference: dict) -> tuple:
+    """Equation 7 of Rafailov et al. 2023 by softmax over whole logits, on a model that nobody sharded."""
+    tokens, targets = rows()
+    policy, frozen = train.Transformer(CONFIG), train.Transformer(CONFIG)
+    policy.load_state_dict(weights)
+    frozen.load_state_dict(reference)
+
+    def log_pi(model) -> torch.Tensor:
+        log_probs = model(tokens).log_softmax(-1)
+        return torch.stack([
+            sum((log_probs[row, t, targets[row, t]] for t in range(16) if targets[row, t] != IGNORE), torch.tensor(0.0))
+            for row in range(len(tokens))
+        ])
+
+    with torch.no_grad():
+        ref = log_pi(frozen)
+    pi = log_pi(policy)
+    w, l = slice(0, None, 2), slice(1, None, 2)
+    rewards = BETA * (pi - ref)
+    loss = -torch.log(torch.sigmoid(BETA * (pi[w] - ref[w]) - BETA * (pi[l] - ref[l]))).mean()
+    loss.backward()
+    margin = (rewards[w] - rewards[l]).detach()
+    kl = (pi - ref)[w].sum().item() / (targets[w] != IGNORE).sum().item()
+    means = dict(loss=loss.item(), margin=margin.mean().item(), accuracy=(margin > 0).float().mean().item(), kl=kl)
+    return means, {name: p.grad for name, p in policy.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks, micro_batch", [(1, 4), (1, 1), (2, 2), (2, 1)])
+def test_dpo_is_the_formula_of_the_paper_however_it_is_divided(ranks, micro_batch, tmp_path, monkeypatch):
+    """Trap 13. Loss, gradients and what is reported of the pairs."""
+    run_ranks(ranks, one_step, tmp_path / "step.pt", micro_batch)
+    before, reference, grads, outcome = torch.load(tmp_path / "step.pt")
+    means, expected = by_the_paper(before, reference)
+    assert 0 < means["accuracy"] < 1 and abs(means["loss"] - math.log(2)) > 0.1
+    assert outcome["loss"].item() == pytest.approx(means["loss"], rel=1e-5)
+    assert train.Pairs(*outcome["pairs"]).means(4) == pytest.approx(means, rel=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_log_probabilities_in_chunks_are_those_of_whole_logits(monkeypatch):
+    """Also their gradients, where every target counts differently."""
+    monkeypatch.setattr("model.LOSS_CHUNK", 3)
+    torch.manual_seed(0)
+    model, (tokens, targets) = train.Transformer(CONFIG), rows()
+    counts = torch.randn(targets.shape)
+    whole = -F.cross_entropy(model(tokens).transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
+    (whole * counts).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    each = model(tokens, targets, each=True)
+    (each * counts).sum().backward()
+    torch.testing.assert_close(each, whole)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-5)
+
+
+OPTIONS = dict(seq_len=64, batch_size=8, micro_batch=4, learning_rate=3e-4, eval_tokens=10**6, eval_every=4, warmup=0)
+
+
+@pytest.fixture
+def dpo_run(tiny_run, pairs):
+    base = tiny_run("base", steps=4, seq_len=64)
+    return lambda out, **flags: tiny_run(out, **OPTIONS | {"data": str(pairs), "init_from": str(base)} | flags)
+
+
+def test_a_run_begins_at_log_2_and_ends_above_chance_on_pairs_held_out(dpo_run):
+    run = dpo_run("run", steps=40, eval_every=10, learning_rate=3e-3)
+    first, last = (json.loads((run / "log.jsonl").read_text().splitlines()[i]) for i in (0, -1))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == first["margin"] == 0
+    assert first["kl"] == 0 and first["pairs"] == 8 and first["epochs"].popitem()[1] == pytest.approx(8 / 61, abs=1e-4)
+    assert last["val_pairs"] == 20 and last["val_accuracy"] > 0.9 and last["val_margin"] > 0.1
+    assert last["val_loss"] < first["loss"] and log(run, "kl")[-1] != 0
+
+
+def test_the_reference_is_the_first_model_also_after_the_run_was_resumed(dpo_run, monkeypatch):
+    straight = dpo_run("straight", steps=8)
+    seen = []
+    monkeypatch.setattr(train.Run, "save", lambda self, step, ends, save=train.Run.save: (seen.append(
+        {name: p.detach().full_tensor().clone() for name, p in self.reference.named_parameters()}
+    ), save(self, step, ends)))
+    cut = dpo_run("cut", steps=8, stop_at=3)
+    dpo_run("cut", steps=8)
+    assert same_bits(cut, straight) and log(cut, "loss") == log(straight, "loss")
+    assert log(cut, "val_loss") == log(straight, "val_loss") and log(cut, "kl") == log(straight, "kl")
+    base = dict(load(straight.parent / "base").named_parameters())
+    assert len(seen) == 2 and all(torch.equal(reference[name], base[name]) for reference in seen for name in base)
+
+
+def test_what_the_run_started_from_may_be_trained_further(dpo_run, tiny_run):
+    """The run names the checkpoint, not the run folder whose last one changes."""
+    straight = dpo_run("straight", steps=6)
+    cut = dpo_run("cut", steps=6, stop_at=3)
+    tiny_run("base", steps=4, seq_len=64, stop_at=0)
+    (straight.parent / "base" / "last").write_text("step_00000000")
+    dpo_run("cut", steps=6)
+    assert same_bits(cut, straight)
+
+
+def train_here(folder, options: dict):
+    os_options = TINY_RUN | OPTIONS | options
+    train.main(Config(**os_options | {"out": str(folder / options["out"])}))
+
+
+def test_pairs_give_the_same_losses_on_any_number_of_processes(pairs, tmp_path):
+    options = {"data": (str(pairs),), "steps": 4, "micro_batch": 2, "learning_rate": 1e-2}
+    run_ranks(1, train_here, tmp_path, options | {"out": "one"})
+    run_ranks(2, train_here, tmp_path, options | {"out": "two"})
+    for name in ("loss", "grad_norm", "accuracy", "val_loss", "val_accuracy", "val_pairs"):
+        assert log(tmp_path / "two", name) == pytest.approx(log(tmp_path / "one", name), rel=1e-4)
+
+
+def test_a_bad_step_with_pairs_is_skipped_and_named(dpo_run, monkeypatch, capsys):
+    """Trap 16."""
+    draw = train.compare
+
+    def poisoned(model, reference, batch, beta):
+        pairs = draw(model, reference, batch, beta)
+        return pairs._replace(loss=pairs.loss * math.nan) if [*batch.numbers][:1] == [8] else pairs
+
+    monkeypatch.setattr(train, "compare", poisoned)
+    run = dpo_run("run", steps=3)
+    assert "step 2: bad step" in capsys.readouterr().out
+    assert all(p.isfinite().all() for p in read_checkpoint(run).values())
+    (event,) = [row for row in map(json.loads, open(run / "log.jsonl")) if "event" in row]
+    assert len(event["data"]) == 4
+
+
+def test_flags_of_the_next_token_loss_are_refused_for_pairs(dpo_run):
+    for name in ("neftune", "label_smoothing", "z_loss"):
+        with pytest.raises(ValueError, match=f"--{name} 0.1 does not go with preference pairs"):
+            dpo_run(name, **{name: 0.1})
+
+
+def test_the_mixture_gives_pairs_row_by_row(pairs):
+    data = Mixture((str(pairs),), "train", 64)
+    batch = data.batch(range(4), seed=0)
+    assert data.kind == "preference" and len(data) == 61 and len(batch.tokens) == len(batch.targets) == 8
+    for chosen, rejected in zip(batch.targets[::2], batch.targets[1::2]):
+        assert set(chosen) - {IGNORE} <= {*b"aeiou", data.parts[0].meta["eos"]}
+        assert set(rejected) - {IGNORE} <= {*b"xyz", data.parts[0].meta["eos"]}
