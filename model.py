@@ -455,8 +455,14 @@ class FrozenLinear(nn.Module):
 
 def to_nf4(weight: Tensor) -> dict[str, Tensor]:
     """A matrix in NF4 with double quantisation, by bitsandbytes, as bytes in rows: two weights a byte; one scale a
-    block; an fp32 constant (4 bytes) a group of scales, and at the end the mean of all scales."""
-    from bitsandbytes.functional import quantize_4bit
+    block; an fp32 constant (4 bytes) a group of scales, and at the end the mean of all scales.
+
+    Raises ValueError where bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError:
+        raise ValueError("NF4 is made by bitsandbytes; pip install bitsandbytes") from None
 
     codes, state = quantize_4bit(weight.float().contiguous(), None, None, NF4_BLOCK, True, "nf4")
     constants = torch.cat((state.state2.absmax, state.offset[None]))[:, None].view(torch.uint8)
@@ -914,16 +920,21 @@ def check_checkpoint(folder: Path):
 
 
 def _read_checkpoint(folder: Path) -> Named:
-    """The weights in a checkpoint of train.py; its moments stay unread."""
+    """The weights in a checkpoint of train.py, read a gigabyte at a time; its moments stay unread."""
     import torch.distributed.checkpoint as dcp
 
     check_checkpoint(folder)
-    reader = dcp.FileSystemReader(folder)
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if name.startswith("model."):
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            with warnings.catch_warnings(action="ignore"):  # that each process reads for itself, as it should
-                dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = [name for name in entries if name.startswith("model.")]
+    while names:
+        part, used = {}, 0
+        while names and used < 2**30:
+            name = names.pop(0)
+            part[name] = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
+            used += part[name].nbytes
+        with warnings.catch_warnings(action="ignore"):  # that each process reads for itself, as it should
+            dcp.load(part, checkpoint_id=folder, no_dist=True)
+        for name, tensor in part.items():
             yield name.removeprefix("model."), tensor
 
 

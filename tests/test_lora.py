@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -109,6 +110,12 @@ def test_nf4_is_the_papers_and_bitsandbytes_own():
     exact = (values[nearest].unflatten(1, (-1, 64)) * largest[..., None]).flatten(1)
     torch.testing.assert_close(module.from_nf4(**parts, dtype=torch.float32), exact, atol=1e-3, rtol=0)
     assert sum(part.nbytes for part in parts.values()) / weight.numel() == pytest.approx(0.5 + 1 / 64, abs=3e-3)
+
+
+def test_a_missing_bitsandbytes_is_said_in_a_sentence(tiny_run, base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        tiny_run(init_from=str(base), quantize="nf4", **LORA)
 
 
 def test_the_product_with_an_nf4_matrix_has_the_gradient_of_one_with_the_unpacked_matrix():
