@@ -337,7 +337,7 @@ def build(
     A frozen one is never trained, so its weights need no more digits than the arithmetic.
     """
     with torch.device("meta"):
-        model = outline(shape, config, dtype)
+        model = set_trainable(Transformer(shape), config, dtype)
     if frozen:
         model.to(dtype).requires_grad_(False)
     model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
@@ -348,12 +348,11 @@ def build(
     return model
 
 
-def outline(shape: ModelConfig, config: Config, dtype: torch.dtype) -> Transformer:
-    """The model with its adapters, if --lora_rank asks for them, and with what is frozen.
+def set_trainable(model: Transformer, config: Config, dtype: torch.dtype) -> Transformer:
+    """Give the model adapters, if --lora_rank asks for them, and freeze what --freeze names.
 
     Beside adapters, frozen weights need no more digits than the arithmetic.
     """
-    model = Transformer(shape)
     if config.lora_rank:
         targets, nf4 = config.lora_targets.split(","), config.quantize == "nf4"
         add_adapters(model.to(dtype), config.lora_rank, config.lora_alpha, targets, nf4)
@@ -944,7 +943,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     """
     size = 4 if config.dtype == "fp32" else 2
     with torch.device("meta"):
-        model = outline(shape, config, torch.float32 if size == 4 else torch.bfloat16)
+        model = set_trainable(Transformer(shape), config, torch.float32 if size == 4 else torch.bfloat16)
     whole, block = (Tally.of(part, size) for part in (model, model.blocks[0]))
     of_ends = shape.vocab_size * shape.dim
     share = config.batch_size // world

@@ -181,6 +181,15 @@ def test_the_reference_is_the_first_model_also_after_the_run_was_resumed(dpo_run
     assert len(seen) == 2 and all(torch.equal(reference[name], base[name]) for reference in seen for name in base)
 
 
+def test_with_lora_the_base_is_the_reference(dpo_run):
+    """No second model is held: the loss begins at log 2, the pairs are learned, a resumed run is the straight one."""
+    lora = dict(lora_rank=4, learning_rate=3e-2, steps=40, eval_every=10)
+    straight, cut = dpo_run("straight", **lora), dpo_run("cut", **lora, stop_at=7)
+    assert log(straight, "loss")[0] == pytest.approx(math.log(2), abs=1e-6) and log(straight, "val_accuracy")[-1] > 0.9
+    cut = dpo_run("cut", **lora)
+    assert same_bits(cut, straight) and log(cut, "val_loss") == log(straight, "val_loss")
+
+
 def test_what_the_run_started_from_may_be_trained_further(dpo_run, tiny_run):
     """The run names the checkpoint, not the run folder whose last one changes."""
     straight = dpo_run("straight", steps=6)
