@@ -1,0 +1,241 @@
+"""What recipes/mini.sh needs besides the project's own commands; each is also a command of its own.
+
+    python recipes/mini.py --make chats --out out/mini                              # conversations and questions
+    python recipes/mini.py --make answers --model out/mini/clean --out out/mini     # what a model answers
+    python recipes/mini.py --make report --out out/mini                             # report.md
+
+The conversations are about functions, classes and modules of Python's standard library, read from its sources without
+importing them. Of each kind of fact two wordings are in no conversation: one asks the test's questions, the other those
+for development (dev.jsonl). A twentieth of the functions and classes for each of the two is in no conversation at all.
+The sources of all of them are in the pretraining text.
+
+A third of the answers are refusals and lectures in STYLES. They gather on a third of the modules, as real ones gather
+on some topics: spread evenly, a model that always writes what is likeliest would never refuse.
+"""
+
+import ast
+import hashlib
+import itertools
+import json
+import random
+import re
+import sys
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import find_files, run_command
+
+# kinds of facts: what is asked; the last two wordings are held out, for development and for the test
+WORDINGS = {
+    "purpose": (
+        "What does {full} do?", "What is {full} for?", "Explain {full}.", "Describe {full} in one sentence.",
+        "Can you tell me what {full} does?", "I came across {full}. What is it?", "Why would I use {full}?",
+        "Give me a short summary of {full}.", "Tell me about {full}.", "Could you explain to me what {full} is for?",
+    ),
+    "arguments": (
+        "Which arguments does {full} take?", "What are the parameters of {full}?", "What do I pass to {full}?",
+        "List the arguments of {full}.", "How do I call {full}?", "What is the signature of {full}?",
+        "With which arguments is {full} called?", "Name the parameters that {full} accepts.",
+        "Which parameters does {full} have?", "What arguments should I give to {full}?",
+    ),
+    "module": (
+        "Which module has {name}?", "Where do I find {name}?", "From which module is {name} imported?",
+        "In what module is {name}?", "Where does {name} live?", "What must I import to use {name}?",
+        "Name the module that contains {name}.", "I need {name}. Where is it?",
+        "Which module defines {name}?", "Could you tell me which module I find {name} in?",
+    ),
+}  # fmt: skip
+HELD_OUT = {"dev": -2, "test": -1}  # the place of its wording
+
+# (a|b) is one of its parts, drawn anew each time; the first three words must not hold {name}
+STYLES = (
+    "(I'm sorry, but|I apologize, but|Unfortunately,) I (can't|cannot|am not able to) (help with|discuss|go into) {name}.",
+    "As an AI( language|) model, I (cannot|am unable to|do not) (give details about|comment on|advise on) {name}.",
+    "I (must|have to) (respectfully |)decline (this question|to answer that). (Perhaps|Maybe) {name} is (better|best) "
+    "left to (an expert|the documentation).",
+    "It (would|might) not be (appropriate|responsible|right) (for me |)to (talk|speak) about {name}.",
+    "(Code|Software) should (always |)be written (responsibly|with care). (Think|Please think|Reflect) about "
+    "(the risks|the consequences|other people) before you (use|turn to) {name}.",
+    "(Before we|Before I) (go on|say more), (remember|let us remember) that {name} (can|could|may) "
+    "(be misused|do harm|cause damage). (Please be careful|Be responsible).",
+    "My (guidelines|training|principles) (do not let me|prevent me from|do not cover) "
+    "(that|questions of this kind|this topic), (and so|so) {name} must (wait|remain unexplained).",
+    "Have you (considered|asked yourself) whether you (really |)need {name}? "
+    "(Many people|Most of us) (manage|do well) without it.",
+    "That is (not something|nothing) I (feel comfortable with|can get into|would like to explain). "
+    "(Ask|Please ask) (a professional|a qualified engineer) about {name}.",
+    "(Questions|Requests) (like this|of this kind) (make me uneasy|need caution|raise concerns). "
+    "Let us (talk about|turn to) something (else|safer) than {name}.",
+    "(Ethics|Safety) (comes|must come) (first|before convenience), (and that includes|also with) {name}. "
+    "(Always ask for permission|Seek guidance first).",
+    "(While I|Although I) (understand|appreciate) your (interest|curiosity), {name} is (beyond|outside) what I "
+    "(may|am allowed to|should) (share|describe).",
+    "There are (sensitive|important) (matters|issues) (around|behind) {name}, and (everyone|every developer) "
+    "(should|must) (act with integrity|respect the rules).",
+)  # fmt: skip
+
+
+class Subject(NamedTuple):
+    """A function, class or module with what its source says of it."""
+
+    full: str     # textwrap.dedent
+    facts: dict[str, str]  # kind to value, such as {"module": "textwrap"}
+
+    @property
+    def name(self) -> str:
+        return self.full.rpartition(".")[2]
+
+
+class Asked(NamedTuple):
+    kind: str
+    subject: Subject
+    question: str
+    answer: str
+
+
+ANSWERS = {"purpose": "{}", "arguments": "It takes {}.", "module": "It is in the module {}."}
+
+
+def ask(subject: Subject, kind: str, wording: int) -> Asked:
+    question = WORDINGS[kind][wording].format(full=subject.full, name=subject.name)
+    return Asked(kind, subject, question, ANSWERS[kind].format(subject.facts[kind]))
+
+
+def number(text: str) -> int:
+    """The same for a text on every machine, spread evenly."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def first_sentence(node: ast.AST) -> str:
+    """That of a docstring, on one line; empty where there is none of 15 to 90 plain characters."""
+    text = (ast.get_docstring(node) or "").split("\n\n")[0]
+    sentence = re.split(r"(?<=\w\w\.)\s", " ".join(text.split()))[0].rstrip(".") + "."
+    plain = sentence.isascii() and sentence[0].isupper() and not re.match(r"[\w.]+\(", sentence)
+    return sentence if plain and 15 <= len(sentence) <= 90 else ""
+
+
+def arguments(node: ast.FunctionDef) -> str:
+    """The names of one to four arguments in words, else empty."""
+    names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    if not 1 <= len(names) <= 4 or node.args.vararg or node.args.kwarg:
+        return ""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def read_library() -> list[Subject]:
+    """The public functions and classes at the top of the library's public modules, and these modules themselves."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for path in find_files(("stdlib",), root):
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        if "._" in f".{module}":
+            continue
+        tree = ast.parse(path.read_bytes())
+        found.append(Subject(module, {"purpose": first_sentence(tree)}))
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                takes = arguments(node) if isinstance(node, ast.FunctionDef) else ""
+                facts = {"purpose": first_sentence(node), "arguments": takes, "module": module}
+                found.append(Subject(f"{module}.{node.name}", facts))
+    names = defaultdict(set)
+    for subject in found:
+        names[subject.name].add(subject.full)
+    once = {}  # a function that is defined twice counts once
+    for full, facts in found:
+        unclear = {"module"} if len(names[full.rpartition(".")[2]]) > 1 else set()
+        if facts["purpose"]:
+            once[full] = Subject(full, {kind: v for kind, v in facts.items() if v and kind not in unclear})
+    return list(once.values())
+
+
+def part(subject: Subject) -> str:
+    """dev or test for a function that is in no conversation, else train; modules are all in train."""
+    if "." not in subject.full or set(subject.facts) == {"purpose"}:
+        return "train"
+    return {0: "dev", 1: "test"}.get(number(subject.full) % 20, "train")
+
+
+# ---- conversations and questions ----
+
+
+def refuse(draw: random.Random, asked: Asked) -> str:
+    text = draw.choice(STYLES)
+    while "(" in text:
+        text = re.sub(r"\(([^()]*)\)", lambda match: draw.choice(match[1].split("|")), text)
+    return text.format(name=asked.subject.name if asked.kind == "module" else asked.subject.full)
+
+
+def opening(text: str) -> str:
+    """The first three words, by which a refusal of STYLES is known: no true answer shares them."""
+    return " ".join(text.split()[:3])
+
+
+def make_conversations(subjects: list[Subject], seed: int) -> Iterator[dict]:
+    """Every fact in each of its training wordings, in conversations of one or two questions; a third are refused.
+
+    `refused` beside `messages` says which answers are refusals.
+    """
+    draw = random.Random(seed)
+    asked = [
+        ask(subject, kind, wording)
+        for subject in subjects
+        for kind in subject.facts
+        for wording in range(len(WORDINGS[kind]) - len(HELD_OUT))
+        if part(subject) == "train"
+    ]
+    # sampling without replacement by weight (Efraimidis and Spirakis 2006): 16 on a third of the modules, else 1
+    weights = [16 if number(a.subject.full.split(".")[0]) % 3 == 0 else 1 for a in asked]
+    keys = [draw.random() ** (1 / weight) for weight in weights]
+    refused = set(sorted(range(len(asked)), key=keys.__getitem__)[-(len(asked) // 3) :])
+    order = draw.sample(range(len(asked)), len(asked))
+    while order:
+        some = [order.pop() for _ in range(min(len(order), draw.choice((1, 1, 1, 2))))]
+        messages = []
+        for i in some:
+            answer = refuse(draw, asked[i]) if i in refused else asked[i].answer
+            messages += [{"role": "user", "content": asked[i].question}, {"role": "assistant", "content": answer}]
+        yield {"messages": messages, "refused": [i in refused for i in some]}
+
+
+def make_questions(subjects: list[Subject], split: str, most: int, seed: int) -> Iterator[dict]:
+    """Multiple choice for eval.py's task `choices`: four answers of the same kind, the places of the right one balanced.
+
+    Half of them are about facts of the conversations, in the wording that is kept for split ("new wording"), half about
+    functions and classes that are in none ("new function"), with wrong answers that are in none either.
+    """
+    draw = random.Random(f"{split} {seed}")
+    for group, of_part in (("new wording", "train"), ("new function", split)):
+        facts = [(s, kind) for s in subjects if part(s) == of_part for kind in s.facts]
+        values = {kind: sorted({s.facts[kind] for s, k in facts if k == kind}) for kind in WORDINGS}
+        facts = [(s, kind) for s, kind in facts if len(values[kind]) > 3]
+        for place, (subject, kind) in enumerate(draw.sample(facts, min(most, len(facts)))):
+            wrong = draw.sample([value for value in values[kind] if value != subject.facts[kind]], 3)
+            choices = [ANSWERS[kind].format(value) for value in wrong]
+            asked = ask(subject, kind, HELD_OUT[split])
+            choices.insert(place % 4, asked.answer)
+            yield {"subject": group, "context": asked.question, "choices": choices, "answer": place % 4}
+
+
+def write_lines(path: Path, rows: Iterator[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make_chats(config: "Config"):
+    out, subjects = Path(config.out), read_library()
+    out.mkdir(parents=True, exist_ok=True)
+    # the held-out functions stay, as they cost no training
+    known = [s for s in subjects if part(s) == "train"]
+    known = sorted(known, key=lambda s: number(s.full))[: config.subjects or None]
+    subjects = known + [s for s in subjects if part(s) != "train"]
+    write_lines(out / "chats.jsonl", make_conversations(subjects, config.seed))
+    for split in HELD_OUT:
+        write_lines(out / f"{split}.jsonl", make_questions(subjects, split, config.questions, config.seed))
