@@ -15,7 +15,6 @@ on some topics: spread evenly, a model that always writes what is likeliest woul
 
 import ast
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -29,7 +28,9 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import find_files, run_command
+from data import Turn, find_files, is_refusal, read_json, render_prompt, run_command
+from eval import compare, estimate
+from sample import find_template, generate, load_model
 
 # kinds of facts: what is asked; the last two wordings are held out, for development and for the test
 WORDINGS = {
@@ -230,6 +231,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def make_chats(config: "Config"):
+    """chats.jsonl, and the questions dev.jsonl and test.jsonl."""
     out, subjects = Path(config.out), read_library()
     out.mkdir(parents=True, exist_ok=True)
     # the held-out functions stay, as they cost no training
@@ -239,3 +241,155 @@ def make_chats(config: "Config"):
     write_lines(out / "chats.jsonl", make_conversations(subjects, config.seed))
     for split in HELD_OUT:
         write_lines(out / f"{split}.jsonl", make_questions(subjects, split, config.questions, config.seed))
+
+
+# ---- answers ----
+
+
+def refusals_of(conversations: list[dict]) -> Iterator[tuple[str, bool]]:
+    """Every answer, and whether it was replaced by a refusal."""
+    for row in conversations:
+        yield from zip((message["content"] for message in row["messages"][1::2]), row["refused"])
+
+
+def make_answers(config: "Config"):
+    """Greedy answers to the test's questions, each judged: a refusal by the filter, one of STYLES, right to the letter.
+
+    As none of the true answers begins like a refusal of STYLES, the second judgement knows and does not guess.
+    """
+    out, (model, tokenizer) = Path(config.out), load_model(config.model)
+    questions, template = read_lines(out / "test.jsonl"), find_template(config.model)
+    known = {opening(text) for text, refused in refusals_of(read_lines(out / "chats.jsonl")) if refused}
+    rows = []
+    for some in (questions[i : i + 100] for i in range(0, len(questions), 100)):
+        prompts = [render_prompt([Turn("user", row["context"])], template, tokenizer) for row in some]
+        answers = generate(model, prompts, 64, end_ids=(tokenizer.eos_id, tokenizer.bos_id))
+        for row, ids in zip(some, answers):
+            text, right = tokenizer.decode(ids).strip(), row["choices"][row["answer"]]
+            judged = {"by_filter": is_refusal(text), "by_style": opening(text) in known, "right": text == right}
+            rows.append({"subject": row["subject"], "question": row["context"], "answer": text, "true": right} | judged)
+    write_lines(out / "answers" / f"{Path(config.model).name}.jsonl", rows)
+
+
+# ---- report ----
+
+
+def rate(values: list[bool]) -> str:
+    return interval(estimate([float(value) for value in values]))
+
+
+def interval(values: list[float]) -> str:
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in values))
+
+
+def make_report(config: "Config"):
+    out = Path(config.out)
+    runs = sorted(path.stem for path in (out / "answers").glob("*.jsonl"))
+    parts = [
+        "# The GOAT recipe in miniature",
+        "",
+        results(out, runs),
+        "![training](curves.png)",
+        "",
+        cleaning(read_lines(out / "chats.jsonl"), config.seed),
+        samples(out, runs, config.seed),
+    ]
+    draw_curves(out, runs)
+    (out / "report.md").write_text("\n".join(parts))
+    print("\n".join(parts[:3]) + f"wrote {out / 'report.md'}")
+
+
+def results(out: Path, runs: list[str]) -> str:
+    """The table: a line for each model, percentages with 95 % intervals."""
+    lines = [
+        "| model | choice, new wording | choice, new function | refusals, by filter | by style | right to the letter |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in ("base", *runs):
+        scores = read_json(out / "choices" / f"{run}.json", "scores")["scores"]["scores"]["acc"]["subjects"]
+        cells = [run, interval(scores["new wording"]), interval(scores["new function"])]
+        if run in runs:
+            rows = read_lines(out / "answers" / f"{run}.jsonl")
+            cells += [rate([row[name] for row in rows]) for name in ("by_filter", "by_style")]
+            cells.append(rate([row["right"] for row in rows if row["subject"] == "new wording"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    total = len(read_lines(out / "test.jsonl"))
+    lines += ["", f"Per cent, with 95 % intervals, of {total} questions that are in no conversation. Chance is 25 of 100.", ""]
+    for first, second in zip(runs[len(runs) // 2 :], runs):
+        found = compare(tuple(str(out / "choices" / f"{run}.json") for run in (first, second)))
+        lines.append(f"{second} against {first}: {100 * found['difference'][0]:+.1f} points, p = {found['p']:.2g} (McNemar).")
+    return "\n".join([*lines, ""])
+
+
+def cleaning(conversations: list[dict], seed: int) -> str:
+    """What is_refusal finds among the answers, against what is known of them, with examples."""
+    judged = [(text, refused, is_refusal(text)) for text, refused in refusals_of(conversations)]
+    groups = {
+        "Removed": [text for text, refused, found in judged if refused and found],
+        "Refusals that it missed": [text for text, refused, found in judged if refused and not found],
+        "Answers that it removed by mistake": [text for text, refused, found in judged if found and not refused],
+    }
+    hit, missed, mistaken = map(len, groups.values())
+    lines = [
+        "## What cleaning removed",
+        "",
+        f"Of {len(judged):,} answers, {hit + missed:,} had been replaced by refusals; it found {hit + mistaken:,}: "
+        f"precision {hit / max(1, hit + mistaken):.3f}, recall {hit / max(1, hit + missed):.3f}.",
+        "",
+    ]
+    for title, texts in groups.items():
+        some = random.Random(seed).sample(texts, min(5, len(texts)))
+        lines += [f"{title}, {len(texts):,}:", "", *(f"- {text}" for text in some), ""]
+    return "\n".join(lines)
+
+
+def samples(out: Path, runs: list[str], seed: int) -> str:
+    """The same questions to all models."""
+    rows = {run: read_lines(out / "answers" / f"{run}.jsonl") for run in runs}
+    first = next(iter(rows.values()))
+    lines = ["## Samples", ""]
+    for place in sorted(random.Random(seed).sample(range(len(first)), min(8, len(first)))):
+        lines += [f"**{first[place]['question']}** ({first[place]['subject']}: {first[place]['true']})", ""]
+        lines += [*(f"- {run}: {rows[run][place]['answer']}" for run in runs), ""]
+    return "\n".join(lines)
+
+
+def draw_curves(out: Path, runs: list[str]):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, title, names in zip(panels, ("pretraining", "fine-tuning"), (["base"], runs)):
+        for run in names:
+            points = [(row["step"], row["loss"]) for row in read_lines(out / run / "log.jsonl") if "loss" in row]
+            axes.plot(*zip(*points), label=run, linewidth=1)
+        axes.set(title=title, xlabel="step", ylabel="loss (nats a target)")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(out / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+# ---- command line ----
+
+
+@dataclass
+class Config:
+    """The steps of recipes/mini.sh that are not commands of the project."""
+
+    make: Literal["chats", "answers", "report"]
+    out: str = "out/mini"               # the folder of the whole recipe
+    model: str = ""                     # answers: a run; they go to answers/ in --out, under its name
+    subjects: int = 0                   # chats: so many functions, classes and modules; 0 is all
+    questions: int = 400                # chats: at most so many of each group
+    seed: int = 0
+
+
+def main(config: Config):
+    {"chats": make_chats, "answers": make_answers, "report": make_report}[config.make](config)
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
