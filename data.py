@@ -10,12 +10,17 @@ The way of a corpus:
 5. The tokens are written to flat files `{train,val}_{00000…}.bin`, described by meta.json, in a folder
    that gets its name only when it is complete.
 
-A dataset is read by `TokenDataset` as windows of its text, or by `PackedDataset` as rows of whole documents; `Mixture`
-draws from several. Which sequences a step trains on is a pure function of (seed, step).
+Conversations go another way, with `--template`: `read_conversations` understands the usual formats, `render` turns a
+conversation into tokens and a mask of those that the loss counts, and beside each file lie its `.mask` and `.bounds`.
+
+A dataset is read by `TokenDataset` as windows of its text, by `PackedDataset` as rows of whole documents, by
+`ChatDataset` as rows of whole conversations, or by `PreferenceDataset` as pairs; `Mixture` draws from several. Which
+sequences a step trains on is a pure function of (seed, step).
 """
 
 import base64
 import bisect
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -25,6 +30,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import sqlite3
@@ -37,7 +43,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +53,7 @@ import numpy as np
 
 IGNORE = -100                  # a target that does not count, as in model.py
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
+CHAT_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 SEPARATOR = "<|endoftext|>"    # divides the documents of a .txt file that has it
 PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blank line after this many characters
 DOCUMENT_CHARS = 1_000_000     # any longer document is cut likewise, so that memory stays bounded
@@ -111,6 +118,7 @@ class Tokenizer:
     """
 
     FILES = ("tokenizer.model", "tokenizer.tiktoken", "tokenizer.bytes")
+    _lead = ""  # a character that no piece has together with others, where text must be kept from beginning anew
 
     def __init__(self, spec: str | Path):
         path = Path(spec)
@@ -160,6 +168,8 @@ class Tokenizer:
                 return first + [i for part in rest for i in block + part]
 
             self._encode = encode
+        else:
+            self._lead = "\x01"
 
     def _tiktoken(self):
         import tiktoken
@@ -188,6 +198,10 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of text as ordinary text: `<s>` or `[INST]` typed in it are characters like any other."""
         return [self.bos_id] * bos + self._encode(text) + [self.eos_id] * eos
+
+    def encode_after(self, text: str) -> list[int]:
+        """The ids of text that goes on after other text. sentencepiece's encoder begins any text with a blank more."""
+        return self._encode(self._lead + text)[len(self._encode(self._lead)) :]
 
     def encode_prompt(self, text: str) -> list[int]:
         """BOS and the ids of a text to be continued.
@@ -280,7 +294,7 @@ def _sentences(texts: Iterator[str], size: int = 2048) -> Iterator[str]:
 # ---- documents ----
 
 
-def find_files(source: tuple[str, ...], download_folder: Path) -> list[Path]:
+def find_files(source: tuple[str, ...], download_folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The files of `stdlib`, of named corpora (downloaded here), and of local paths, in a fixed order."""
     files = []
     for item in source:
@@ -293,14 +307,14 @@ def find_files(source: tuple[str, ...], download_folder: Path) -> list[Path]:
             print(f"{item}: {len(CORPORA[item].urls)} file(s), licence {CORPORA[item].licence}", file=sys.stderr)
             files += [download(url, download_folder / item, CORPORA[item]) for url in CORPORA[item].urls]
         elif Path(item).is_dir():
-            inside = [path for path in sorted(Path(item).rglob("*")) if path.name.endswith(SUFFIXES)]
+            inside = [path for path in sorted(Path(item).rglob("*")) if path.name.endswith(suffixes)]
             found = [path for path in inside if path.is_file() and not path.name.startswith(".")]
             if not found:
-                raise ValueError(f"{item} holds no files that end in {', '.join(SUFFIXES)}")
+                raise ValueError(f"{item} holds no files that end in {', '.join(suffixes)}")
             files += found
         elif Path(item).is_file():
-            if not item.endswith(SUFFIXES):
-                raise ValueError(f"{item} must end in one of {', '.join(SUFFIXES)}")
+            if not item.endswith(suffixes):
+                raise ValueError(f"{item} must end in one of {', '.join(suffixes)}")
             files.append(Path(item))
         else:
             raise ValueError(f"--source {item} is neither a file, a folder, stdlib nor one of {', '.join(CORPORA)}")
@@ -313,22 +327,27 @@ def read_documents(path: Path) -> Iterator[str]:
     A .py or .md file is one document, a line of .jsonl and a row of .parquet another (their field `text`). A .txt
     file is divided at `<|endoftext|>`; one without it, a book or a play, is cut into pieces at blank lines.
     """
-    try:
-        yield from _read_parquet(path) if path.name.endswith(".parquet") else _read_text(path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+    if path.name.endswith(".parquet"):
+        yield from _read_parquet(path)
+        return
+    with open_text(path) as file:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _read_jsonl(path, file)
+        elif path.name.endswith(".txt"):
+            yield from _split_text(file)
+        else:
+            yield file.read()
 
 
-def _read_text(path: Path) -> Iterator[str]:
+@contextlib.contextmanager
+def open_text(path: Path):
+    """A text file, packed with gzip or not. Raises ValueError naming the line that is not UTF-8, and for damage."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from _read_jsonl(path, file)
-            elif path.name.endswith(".txt"):
-                yield from _split_text(file)
-            else:
-                yield file.read()
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
     except UnicodeDecodeError as error:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -486,24 +505,35 @@ def _fetch(url: str, part: Path) -> tuple[int | None, str]:
 def split_documents(
     files: list[Path], val_fraction: float, database: Path, counts: Counter
 ) -> Iterator[tuple[str, str]]:
-    """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one.
+    """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one."""
 
-    The first 8 bytes of a document's SHA-256, as a fraction of 2^64, lie under val_fraction for validation. The
+    def texts() -> Iterator[str]:
+        for text in (piece for path in files for document in read_documents(path) for piece in cut_document(document)):
+            if text.strip():
+                yield text
+            else:
+                counts["empty"] += 1
+
+    return split(texts(), str.encode, val_fraction, database, counts)
+
+
+def split(
+    items: Iterator, content: Callable[..., bytes], val_fraction: float, database: Path, counts: Counter
+) -> Iterator[tuple[str, object]]:
+    """("train" or "val", item) of every item whose content differs from that of all before.
+
+    The first 8 bytes of the content's SHA-256, as a fraction of 2^64, lie under val_fraction for validation. The
     hashes seen so far are kept in a database file, so that memory does not grow with the corpus.
     """
     seen = sqlite3.connect(database, isolation_level=None)
     seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # nobody needs the database after a crash
     seen.executescript("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
-    for path in files:
-        for text in (piece for document in read_documents(path) for piece in cut_document(document)):
-            if not text.strip():
-                counts["empty"] += 1
-                continue
-            digest = hashlib.sha256(text.encode()).digest()
-            if not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount:
-                counts["duplicates"] += 1
-                continue
-            yield "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train", text
+    for item in items:
+        digest = hashlib.sha256(content(item)).digest()
+        if not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount:
+            counts["duplicates"] += 1
+            continue
+        yield "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train", item
     seen.close()
     database.unlink()
 
@@ -512,12 +542,12 @@ def cut_document(text: str) -> Iterable[str]:
     return cut([text], DOCUMENT_CHARS) if len(text) > DOCUMENT_CHARS else [text]
 
 
-def _tasks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+def _tasks(documents: Iterator[tuple[str, object]], size: Callable[..., int] = len) -> Iterator[tuple[str, list]]:
     """Group documents of one split into tasks of about TASK_CHARS characters."""
     waiting, sizes = {"train": [], "val": []}, Counter()
     for split, text in documents:
         waiting[split].append(text)
-        sizes[split] += len(text)
+        sizes[split] += size(text)
         if sizes[split] >= TASK_CHARS:
             yield split, waiting[split]
             waiting[split], sizes[split] = [], 0
@@ -564,12 +594,19 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes `{split}_{00000…}.bin` and keeps what meta.json says of each file."""
+    """Writes `{split}_{00000…}.bin` and keeps what meta.json says of each file.
+
+    With a mask, also the `.mask` beside it, a byte a token, 1 where the loss counts it as a target, and the `.bounds`,
+    little-endian uint64: where each document begins, and the number of tokens.
+    """
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.folder, self.dtype, self.files, self.hashes = folder, dtype, {"train": [], "val": []}, {}
 
-    def write(self, split: str, tokens: np.ndarray, documents: int, num_bytes: int):
+    def write(
+        self, split: str, tokens: np.ndarray, documents: int, num_bytes: int, mask: np.ndarray | None = None, sizes=()
+    ):
+        """Append documents; those of a mask have these sizes."""
         files = self.files[split]
         if not files or files[-1]["tokens"] >= SHARD_TOKENS:
             files.append({"file": f"{split}_{len(files):05d}.bin", "tokens": 0, "documents": 0, "bytes": 0})
@@ -581,13 +618,22 @@ class ShardWriter:
             file.write(data)
         self.hashes[split].update(data)
         files[-1]["sha256"] = self.hashes[split].hexdigest()
+        if mask is not None:
+            self._write_mask(self.folder / files[-1]["file"], mask, files[-1]["tokens"] + np.cumsum(sizes))
+            files[-1]["targets"] = files[-1].get("targets", 0) + int(mask.sum())
         for name, number in (("tokens", len(tokens)), ("documents", documents), ("bytes", num_bytes)):
             files[-1][name] += number
 
+    def _write_mask(self, path: Path, mask: np.ndarray, ends: np.ndarray):
+        with open(path.with_suffix(".mask"), "ab") as masks, open(path.with_suffix(".bounds"), "ab") as bounds:
+            masks.write(mask.astype(np.uint8).tobytes())
+            bounds.write((ends if bounds.tell() else np.concatenate(([0], ends))).astype("<u8").tobytes())
+
     def splits(self) -> dict:
         """For each split the sums over its files, and the files."""
+        names = ("tokens", "documents", "bytes", "targets")
         return {
-            split: {name: sum(file[name] for file in files) for name in ("tokens", "documents", "bytes")}
+            split: {name: sum(file[name] for file in files) for name in names if all(name in file for file in files)}
             | {"files": files}
             for split, files in self.files.items()
         }
@@ -600,29 +646,36 @@ def prepare(
 
     Raises ValueError for bad input; out appears only when everything in it is complete.
     """
-    out, workers = Path(out), workers or os.cpu_count()
+    trained = tokenizer.removeprefix("train:") if tokenizer.startswith("train:") else None
+    if trained is not None and not (trained.isdigit() and int(trained) > 300):
+        raise ValueError(f"--tokenizer {tokenizer}: give a vocabulary size above 300, such as train:4096")
+    if trained is None:
+        Tokenizer(tokenizer)  # before anything is downloaded
+    flags = {"source": source, "out": out, "tokenizer": tokenizer, "val_fraction": val_fraction}
+    return _prepare(functools.partial(_write_dataset, tokenizer=tokenizer), SUFFIXES, flags, workers)
+
+
+def _prepare(write: Callable[..., dict], suffixes: tuple[str, ...], flags: dict, workers: int | None) -> dict:
+    """Let write(folder, files, val_fraction, workers) make a dataset under another name, then give it its own."""
+    out, workers, val_fraction = Path(flags["out"]), workers or os.cpu_count(), flags["val_fraction"]
     if workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1, or 0 for all cores")
     if out.exists():
         raise ValueError(f"--out {out} exists; choose another folder or delete it")
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction} must lie between 0 and 1")
-    trained = tokenizer.removeprefix("train:") if tokenizer.startswith("train:") else None
-    if trained is not None and not (trained.isdigit() and int(trained) > 300):
-        raise ValueError(f"--tokenizer {tokenizer}: give a vocabulary size above 300, such as train:4096")
-    if trained is None:
-        Tokenizer(tokenizer)  # before anything is downloaded
-    files = find_files(source, out.parent / "downloads")
+    files = find_files(flags["source"], out.parent / "downloads", suffixes)
     aside = out.with_name(out.name + ".unfinished")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        meta = _write_dataset(aside, files, tokenizer, val_fraction, workers)
+        meta = write(aside, files, val_fraction=val_fraction, workers=workers)
     except BaseException:
         shutil.rmtree(aside)
         raise
-    words = ["python", "data.py", "--source", *source, "--out", str(out), "--tokenizer", tokenizer]
-    meta["command"] = shlex.join([*words, "--val_fraction", str(val_fraction)])
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in flags.items()}
+    words = [word for name, value in values.items() for word in (f"--{name}", *map(str, value))]
+    meta["command"] = shlex.join(["python", "data.py", *words])
     (aside / "meta.json").write_text(json.dumps(meta, indent=2))
     os.replace(aside, out)
     return meta
@@ -652,17 +705,21 @@ def _write_dataset(aside: Path, files: list[Path], tokenizer: str, val_fraction:
             writer.write(split, tokens, documents, num_bytes)
             bar.update(num_bytes)
 
+    about = {"empty_documents": counts["empty"], "duplicate_documents": counts["duplicates"]}
+    return _describe(chosen, writer, val_fraction, {"documents_are": "BOS, text, EOS"} | about)
+
+
+def _describe(tokenizer: Tokenizer, writer: ShardWriter, val_fraction: float, about: dict) -> dict:
+    """meta.json. Raises ValueError where a split has no documents."""
     meta = {
         "format": "plainllama tokens 1",
-        "tokenizer": {"name": chosen.name, "file": chosen.file, "sha256": chosen.sha256},
-        "vocab_size": chosen.vocab_size,
+        "tokenizer": {"name": tokenizer.name, "file": tokenizer.file, "sha256": tokenizer.sha256},
+        "vocab_size": tokenizer.vocab_size,
         "dtype": writer.dtype.name,
-        "bos": chosen.bos_id,
-        "eos": chosen.eos_id,
-        "documents_are": "BOS, text, EOS",
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
         "val_fraction": val_fraction,
-        "empty_documents": counts["empty"],
-        "duplicate_documents": counts["duplicates"],
+        **about,
         "splits": writer.splits(),
         "python": sys.version.split()[0],
     }
@@ -682,6 +739,447 @@ def _tokenizer_texts(files: list[Path], val_fraction: float, database: Path, tot
         if split == "train" and kept <= read * min(1.0, TOKENIZER_CHARS / total) and kept < TOKENIZER_CHARS:
             kept += len(text)
             yield text
+
+
+# ---- chats ----
+
+
+class Turn(NamedTuple):
+    """What one side of a conversation says."""
+
+    role: str  # "system", "user" or "assistant"
+    text: str
+
+
+class Record(NamedTuple):
+    """A conversation, or the two of a preference pair, chosen and rejected; for a bad record, what is wrong with it."""
+
+    place: str  # file:line, or file:number for a record of a .json file
+    sides: tuple[list[Turn], ...] = ()
+    problem: str = ""
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+INPUT = "\n\n### Input:\n"     # stands between the instruction and the input of an Alpaca record
+
+
+def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
+    """The records of a .json or .jsonl file, bad ones with their problem; auto goes by the fields of each record.
+
+    Raises ValueError where the file itself cannot be read.
+    """
+    with open_text(path) as file:
+        lines = ".jsonl" in path.suffixes
+        for number, item in enumerate(file if lines else _load_list(path, file), 1):
+            place = f"{path}:{number}"
+            if lines and not item.strip():
+                continue
+            try:
+                record = json.loads(item) if lines else item
+                if not isinstance(record, dict):
+                    raise ValueError(f"a {type(record).__name__}, not an object")
+                record = {name: value for name, value in record.items() if value is not None}
+                sides = FORMATS[detect(record) if format == "auto" else format](record)
+                "".join(turn.text for side in sides for turn in side).encode()
+            except UnicodeEncodeError:
+                yield Record(place, problem="half of a surrogate pair, not Unicode text")
+            except json.JSONDecodeError as error:
+                yield Record(place, problem=f"not JSON ({error.msg})")
+            except ValueError as error:
+                yield Record(place, problem=str(error))
+            else:
+                yield Record(place, sides)
+
+
+def _load_list(path: Path, file) -> list:
+    try:
+        records = json.load(file)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    return records if isinstance(records, list) else [records]
+
+
+def detect(record: dict) -> str:
+    """The format of a record, by its fields. Raises ValueError for an unknown one."""
+    if {"chosen", "rejected"} <= record.keys():
+        return "hh-rlhf" if isinstance(record["chosen"], str) else "pairs"
+    if "conversations" in record or "messages" in record:
+        return "sharegpt" if "conversations" in record else "openai"
+    if "instruction" in record:
+        return "dolly" if {"category", "context", "response"} & record.keys() else "alpaca"
+    if any("### Human:" in str(record.get(name)) for name in ("input", "text")):
+        return "oasst"
+    raise ValueError(f"no known format has the fields {', '.join(record)}")
+
+
+def _field(record, *names: str, kind: type = str):
+    """The first of these fields that is there. Raises ValueError without one, and for another type."""
+    name = next((name for name in names if isinstance(record, dict) and name in record), None)
+    if name is None:
+        raise ValueError(f"no field `{names[0]}`")
+    if not isinstance(record[name], kind):
+        raise ValueError(f"field `{name}` is {type(record[name]).__name__}, not {kind.__name__}")
+    return record[name]
+
+
+def _messages(record: dict) -> tuple[list[Turn]]:
+    """ShareGPT and OpenAI; an answer whose label is false was marked as a bad one."""
+    if record.get("label") is False:
+        raise ValueError("its label is false: answers not to learn from")
+    items = _field(record, "conversations", "messages", kind=list)
+    turns = [Turn("system", record["system"])] if isinstance(record.get("system"), str) else []
+    for number, item in enumerate(items, 1):
+        role = _field(item, "from", "role")
+        if role not in ROLES:
+            raise ValueError(f"turn {number} is from {role!r}, neither system nor user nor assistant")
+        turns.append(Turn(ROLES[role], _field(item, "value", "content")))
+    return (turns,)
+
+
+def _instruction(record: dict) -> tuple[list[Turn]]:
+    """Alpaca and Dolly; the input becomes a paragraph below the instruction, under INPUT."""
+    more = _field({"": ""} | record, "context", "input", "")
+    question = _field(record, "instruction") + (INPUT + more if more.strip() else "")
+    return ([Turn("user", question), Turn("assistant", _field(record, "output", "response"))],)
+
+
+def _dialogue(text: str, names: str) -> list[Turn]:
+    start, *parts = re.split(names, text)
+    if start.strip():
+        raise ValueError(f"it begins with {start.strip()[:20]!r}, not with a name")
+    return [Turn(ROLES[name.lower()], said) for name, said in zip(parts[::2], parts[1::2])]
+
+
+def _oasst(record: dict) -> tuple[list[Turn]]:
+    """`### Human:` and `### Assistant:` in one text, the last answer perhaps in a field of its own."""
+    turns = _dialogue(_field(record, "input", "text"), r"### (Human|Assistant):")
+    if "output" in record:
+        turns[-1:] = [Turn("assistant", turns[-1].text + _field(record, "output"))]
+    return (turns,)
+
+
+def _hh(record: dict) -> tuple[list[Turn], list[Turn]]:
+    return tuple(_dialogue(_field(record, name), r"\n\n(Human|Assistant):") for name in ("chosen", "rejected"))
+
+
+def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
+    items = _field(record, "conversations", "messages", kind=list)
+    answers = (_field(record, name, kind=dict) for name in ("chosen", "rejected"))
+    return tuple(_messages(record | {"conversations": [*items, answer]})[0] for answer in answers)
+
+
+FORMATS = {
+    "sharegpt": _messages,
+    "openai": _messages,
+    "alpaca": _instruction,
+    "dolly": _instruction,
+    "oasst": _oasst,
+    "hh-rlhf": _hh,
+    "pairs": _pairs,
+}
+
+
+def in_order(turns: list[Turn]) -> list[Turn]:
+    """The turns without blanks around them, neighbours of one role merged: perhaps a system's, then user and assistant.
+
+    Raises ValueError naming the first turn, counted from 1, that is empty or out of order.
+    """
+    ordered = []
+    for number, (role, text) in enumerate(turns, 1):
+        text, before = text.strip(), ordered[-1].role if ordered else ""
+        if role == before:
+            ordered[-1] = Turn(role, f"{ordered[-1].text}\n\n{text}".strip())
+        elif role not in FOLLOWS[before]:
+            place = f"right after the {before}'s" if before else "at the beginning"
+            raise ValueError(f"turn {number} is the {role}'s, {place}")
+        elif text or role != "system":
+            ordered.append(Turn(role, text))
+        if not text and role != "system":
+            raise ValueError(f"turn {number}, the {role}'s, is empty")
+    return ordered
+
+
+def exchanges(turns: list[Turn]) -> tuple[str, list[tuple[str, str | None]]]:
+    """The system's text, "" without one, and each question with its answer, None where the last has none yet.
+
+    Raises ValueError for turns out of order.
+    """
+    turns = in_order(turns)
+    system = turns.pop(0).text if turns and turns[0].role == "system" else ""
+    if not turns:
+        raise ValueError("it has no turns of a user")
+    texts = [turn.text for turn in turns] + [None] * (len(turns) % 2)
+    return system, list(zip(texts[::2], texts[1::2]))
+
+
+class Template(NamedTuple):
+    """How conversations are written. BOS comes first and EOS ends every answer; a template has no other special token,
+    so that `<|im_start|>` or `[INST]` are ordinary text, also where a user types them."""
+
+    question: str                # first the system's text or, from the second question on, `later`; then what is asked
+    answer: str = "{}"           # a blank before the answer belongs to the first token of it
+    system: str = "{}\n\n"
+    later: str = ""
+    every_bos: bool = False      # BOS before every question, not only the first
+    default: Callable[[str], str] = lambda question: ""  # the system's text where there is none
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.",
+)
+TEMPLATES = {
+    "llama2-chat": Template("[INST] {}{} [/INST]", " {} ", "<<SYS>>\n{}\n<</SYS>>\n\n", every_bos=True),
+    "vicuna": Template("{}USER: {} ASSISTANT:", " {}", "{} ", default=lambda question: VICUNA),
+    "alpaca": Template(
+        "{}### Instruction:\n{}\n\n### Response:\n", later="\n\n", default=lambda question: ALPACA[INPUT in question]
+    ),
+    "chatml": Template(
+        "{}<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        system="<|im_start|>system\n{}<|im_end|>\n",
+        later="\n",
+    ),
+    "plain": Template("{}{}\n", later="\n"),
+}
+
+
+def render(turns: list[Turn], template: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """A conversation's tokens, and a mask of them: 1 for those of an answer and its EOS, which the loss counts.
+
+    Raises ValueError for turns out of order, and where the last question has no answer.
+    """
+    return _render(turns, template, tokenizer, answered=True)
+
+
+def render_prompt(turns: list[Turn], template: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens up to where the answer to the last turn, a user's, begins; render puts the same before that answer."""
+    return _render(turns, template, tokenizer, answered=False)[0]
+
+
+def _render(turns: list[Turn], template: str, tokenizer: Tokenizer, answered: bool) -> tuple[list[int], list[int]]:
+    system, pairs = exchanges(turns)
+    if (pairs[-1][1] is not None) != answered:
+        raise ValueError(f"the last turn is the {'user' if answered else 'assistant'}'s")
+    ids, mask = [], []
+    for number, pair in enumerate(pairs):
+        for whole, part in zip((ids, mask), _render_exchange(pair, system, template, tokenizer, number == 0)):
+            whole += part
+    return ids, mask
+
+
+def _render_exchange(
+    pair: tuple[str, str | None], system: str, template: str, tokenizer: Tokenizer, first: bool
+) -> tuple[list[int], list[int]]:
+    """A question and its answer. They are encoded apart, and so alike in training and before there is an answer."""
+    (question, answer), form = pair, TEMPLATES[template]
+    system = system or form.default(question)
+    before = (form.system.format(system) if system else "") if first else form.later
+    ids = tokenizer.encode(form.question.format(before, question), bos=first or form.every_bos)
+    said = [] if answer is None else [*tokenizer.encode_after(form.answer.format(answer)), tokenizer.eos_id]
+    return ids + said, [0] * len(ids) + [1] * len(said)
+
+
+class Rendered(NamedTuple):
+    ids: list[int]
+    mask: list[int]
+    num_bytes: int  # of the answers that the mask holds, in UTF-8
+
+
+def fit(turns: list[Turn], template: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Rendered], int]:
+    """A conversation as pieces of at most max_len tokens, and how many exchanges did not fit alone and are left out.
+
+    Each piece holds as many exchanges as it can and begins with the system's text, as a conversation of its own.
+    """
+    system, pairs = exchanges(turns)
+    pieces, dropped = [], 0
+    room = 0  # in the last piece
+    for pair in pairs:
+        ids, mask = _render_exchange(pair, system, template, tokenizer, first=False)
+        if len(ids) <= room:
+            pieces[-1] = Rendered(*(a + b for a, b in zip(pieces[-1], (ids, mask, len(pair[1].encode())))))
+        else:
+            ids, mask = _render_exchange(pair, system, template, tokenizer, first=True)
+            if len(ids) > max_len:
+                dropped, room = dropped + 1, 0
+                continue
+            pieces.append(Rendered(ids, mask, len(pair[1].encode())))
+        room = max_len - len(pieces[-1].ids)
+    return pieces, dropped
+
+
+def render_pair(sides: tuple[list[Turn], list[Turn]], template: str, tokenizer: Tokenizer) -> list[Rendered]:
+    """Both conversations of a preference pair; the masks hold only the last answers and their EOS."""
+    rendered = []
+    for turns in sides:
+        ids, mask = render(turns, template, tokenizer)
+        end_of_question = len(mask) - mask[::-1].index(0)
+        mask[:end_of_question] = [0] * end_of_question
+        rendered.append(Rendered(ids, mask, len(turns[-1].text.encode())))
+    return rendered
+
+
+def usable(
+    files: list[Path], format: str, clean: Callable[[list[Turn]], list[Turn] | None] | None, counts: Counter, bad: list
+) -> Iterator[tuple[list[Turn], ...]]:
+    """The sides of every good record, cleaned and in order; what is wrong with the others goes to bad."""
+    for record in (record for path in files for record in read_conversations(path, format)):
+        counts["records"] += 1
+        sides = record.sides
+        try:
+            if record.problem:
+                raise ValueError(record.problem)
+            if clean and len(sides) == 1:
+                cleaned = clean(sides[0])
+                if cleaned is None:
+                    counts["cleaned_away"] += 1
+                    continue
+                sides = (cleaned,)
+            sides = tuple(in_order(turns) for turns in sides)
+            _check_sides(sides)
+        except ValueError as error:
+            bad.append(f"{record.place}: {error}")
+            continue
+        counts["pairs" if len(sides) == 2 else "conversations"] += 1
+        if counts["pairs"] and counts["conversations"]:
+            raise ValueError(f"{record.place}: preference pairs and conversations are mixed; prepare them apart")
+        yield sides
+
+
+def _check_sides(sides: tuple[list[Turn], ...]):
+    if not all(side and side[-1].role == "assistant" for side in sides):
+        raise ValueError("the last turn is not an answer")
+    if len(sides) == 2 and sides[0][:-1] != sides[1][:-1]:
+        raise ValueError("chosen and rejected differ before the last answer")
+    if len(sides) == 2 and sides[0] == sides[1]:
+        raise ValueError("chosen and rejected are the same")
+
+
+def _render_task(task: tuple[str, list], tokenizer_path: str, template: str, max_len: int):
+    """In a worker: (split, tokens and mask of all conversations, their sizes, bytes of the answers, what was counted)."""
+    split, records = task
+    tokenizer = _worker_tokenizer(tokenizer_path)
+    documents, counts = [], Counter()
+    for sides in records:
+        if len(sides) == 1:
+            pieces, dropped = fit(sides[0], template, tokenizer, max_len)
+            counts["exchanges_too_long"] += dropped
+            counts["split"] += len(pieces) > 1
+        else:
+            pieces = render_pair(sides, template, tokenizer)
+            if max(len(piece.ids) for piece in pieces) > max_len:
+                counts["pairs_too_long"] += 1
+                continue
+        documents += pieces
+    ids, mask = (np.array([value for piece in documents for value in piece[i]], np.uint32) for i in range(2))
+    sizes, num_bytes = [len(piece.ids) for piece in documents], sum(piece.num_bytes for piece in documents)
+    return split, ids, mask, sizes, num_bytes, counts
+
+
+def prepare_chats(
+    source: tuple[str, ...],
+    out: str | Path,
+    tokenizer: str,
+    template: str,
+    max_len: int = 2048,
+    format: str = "auto",
+    val_fraction: float = 0.05,
+    allow_bad: float = 0.01,
+    workers: int | None = None,
+    clean: Callable[[list[Turn]], list[Turn] | None] | None = None,
+) -> dict:
+    """Make a fine-tuning set, or from pairs a preference set, and return its meta.json.
+
+    clean gets every conversation as it was read and returns it mended, or None to leave it out. What is longer than
+    max_len is split between exchanges; an exchange or pair that does not fit is left out and counted.
+    Raises ValueError for bad input, and where more than the fraction allow_bad of the records is bad.
+    """
+    for flag, value, known in (("template", template, TEMPLATES), ("format", format, ["auto", *FORMATS])):
+        if value not in known:
+            raise ValueError(f"--{flag} {value} is not one of {', '.join(known)}")
+    if max_len < 2 or not 0 <= allow_bad <= 1:
+        raise ValueError(f"--max_len {max_len} must be at least 2, --allow_bad {allow_bad} lie between 0 and 1")
+    if tokenizer.startswith("train:"):
+        raise ValueError(f"--template {template} needs the --tokenizer of the model that will be trained")
+    for item in source:
+        if item == "stdlib" or item in CORPORA:
+            raise ValueError(f"--source {item} is text without conversations; leave --template out")
+    Tokenizer(tokenizer)  # before anything is read
+    options = dict(template=template, max_len=max_len, format=format, allow_bad=allow_bad)
+    flags = dict(source=source, out=out, tokenizer=tokenizer, **options, val_fraction=val_fraction)
+    write = functools.partial(_write_chats, tokenizer=tokenizer, clean=clean, **options)
+    return _prepare(write, CHAT_SUFFIXES, flags, workers)
+
+
+def _write_chats(
+    aside: Path, files: list[Path], tokenizer, template, max_len, format, allow_bad, clean, val_fraction, workers
+) -> dict:
+    from tqdm import tqdm
+
+    chosen = Tokenizer(tokenizer)
+    chosen.save(aside)
+    counts, bad = Counter(records=0, duplicates=0), []
+    writer = ShardWriter(aside, token_dtype(chosen.vocab_size))
+    sides = usable(files, format, clean, counts, bad)
+    items = split(sides, lambda sides: json.dumps(sides).encode(), val_fraction, aside / "seen.db", counts)
+    tasks = _tasks(items, lambda sides: sum(len(turn.text) for side in sides for turn in side))
+    work = functools.partial(_render_task, tokenizer_path=str(aside / chosen.file), template=template, max_len=max_len)
+    with tqdm(unit=" documents", desc="tokenizing", file=sys.stderr) as bar:
+        for name, ids, mask, sizes, num_bytes, counted in _map_in_order(work, tasks, workers):
+            counts.update(counted)
+            if sizes:
+                writer.write(name, ids, len(sizes), num_bytes, mask, sizes)
+            bar.update(len(sizes))
+    counts["bad"] = len(bad)
+    if len(bad) > allow_bad * counts["records"]:
+        share = f"{len(bad)} of {counts['records']} records are bad, more than --allow_bad {allow_bad} of them"
+        raise ValueError(f"{share}: {'; '.join(bad[:3])}")
+    for problem in bad:
+        print(f"left out {problem}", file=sys.stderr)
+    if not any(writer.files.values()):
+        raise ValueError(f"nothing is left of the records at --max_len {max_len}: {counted_as(counts)}")
+    kind = "preference" if counts["pairs"] else "chat"
+    about = {"documents_are": "BOS, turns, EOS", "kind": kind, "template": template, "max_len": max_len}
+    return _describe(chosen, writer, val_fraction, about | {"counts": dict(counts)})
+
+
+def counted_as(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def show(folder: str | Path, num: int) -> str:
+    """The first training examples of a fine-tuning or preference set, the tokens that the loss counts in ⟦brackets⟧."""
+    meta = read_meta(folder)
+    if meta.get("kind", "text") == "text":
+        raise ValueError(f"--show {folder}: a dataset of text; only those made with --template have a mask to show")
+    data, tokenizer = KINDS[meta["kind"]](folder, "train", meta["max_len"]), Tokenizer(folder)
+    shown, bounds = [], data.bounds[0]
+    for number, (begin, end) in enumerate(zip(bounds[:num], bounds[1:])):
+        name = f"{number // 2} {'rejected' if number % 2 else 'chosen'}" if meta["kind"] == "preference" else number
+        text = bracketed(data.files[0][begin:end].tolist(), data.masks[0][begin:end].tolist(), tokenizer)
+        shown.append(f"--- {name}: {end - begin} tokens, {data.masks[0][begin:end].sum()} of them targets\n{text}")
+    return "\n".join(shown)
+
+
+def bracketed(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
+    """The text of ids, ⟦ ⟧ around those of the mask, BOS and EOS spelled out.
+
+    >>> bracketed([256, 104, 105, 33, 257], [0, 0, 0, 1, 1], Tokenizer("bytes"))
+    '<s>hi⟦!</s>⟧'
+    """
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    text, inside = "", 0
+    for (counts, special), group in itertools.groupby(zip(ids, mask), lambda pair: (pair[1], names.get(pair[0]))):
+        part = [i for i, _ in group]
+        text += ("⟦" if counts else "⟧") * (counts != inside)
+        text += special * len(part) if special else tokenizer.decode(part)
+        inside = counts
+    return text + "⟧" * inside
 
 
 # ---- reading ----
@@ -717,9 +1215,16 @@ class TokenDataset:
             if found != expected:
                 raise ValueError(f"{path} has {found} bytes, meta.json says {expected}; prepare the dataset again")
             self.files.append(np.memmap(path, np.dtype(self.meta["dtype"]).newbyteorder("<"), "r"))
+        counts = self.meta["splits"][split]
+        self.bytes_per_target = counts["bytes"] / counts.get("targets", counts["tokens"])
+        self.arrange(split)
+
+    def arrange(self, split: str):
+        """Find out which sequences there are."""
+        seq_len = self.seq_len
         self.counts = [max(0, (len(tokens) - 1) // seq_len) for tokens in self.files]
         if not sum(self.counts):
-            raise ValueError(f"{folder}: no {split} file has {seq_len + 1} tokens, one window of --seq_len {seq_len}")
+            raise ValueError(f"{self.folder}: no {split} file has {seq_len + 1} tokens, one of --seq_len {seq_len}")
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -734,21 +1239,29 @@ class TokenDataset:
 
     def batch(self, indices) -> Batch:
         """The sequences of these indices. Raises ValueError for a token outside the vocabulary."""
-        tokens = np.zeros((len(indices), self.seq_len), np.int64)
+        return self.fill([self.pieces(int(index)) for index in indices], self.seq_len)
+
+    def fill(self, rows: list[list[tuple[int, int, int]]], width: int) -> Batch:
+        """Rows of so many tokens that hold these pieces."""
+        tokens = np.zeros((len(rows), width), np.int64)
         targets = np.full_like(tokens, IGNORE)
         bounds = []
-        for row, index in enumerate(indices):
+        for row, pieces in enumerate(rows):
             used = 0
-            for file, start, size in self.pieces(int(index)):
-                bounds.append(row * self.seq_len + used)
+            for file, start, size in pieces:
+                bounds.append(row * width + used)
                 tokens[row, used : used + size] = self.files[file][start : start + size]
-                targets[row, used : used + size] = self.files[file][start + 1 : start + size + 1]
+                targets[row, used : used + size] = self.targets(file, start + 1, start + size + 1)
                 used += size
-            if used < self.seq_len:  # what is left over is as another document, without targets
-                bounds.append(row * self.seq_len + used)
+            if used < width:  # what is left over is as another document, without targets
+                bounds.append(row * width + used)
         if (largest := max(tokens.max(), targets.max())) >= self.meta["vocab_size"]:
             raise ValueError(f"{self.folder} has a token {largest}, its vocabulary only {self.meta['vocab_size']}")
         return Batch(tokens, targets, np.array([*bounds, tokens.size]))
+
+    def targets(self, file: int, begin: int, end: int) -> np.ndarray:
+        """A file's tokens as targets."""
+        return self.files[file][begin:end]
 
     def index(self, number: int, seed: int) -> int:
         """The index of the sequence that is drawn as number `number`: an epoch is each once, shuffled anew."""
@@ -758,11 +1271,14 @@ class TokenDataset:
         """Where a sequence comes from: file, tokens, and which documents of the file they belong to."""
         names = []
         for file, start, size in self.pieces(index):
-            begun = np.count_nonzero(self.files[file][: start + 1] == self.meta["bos"])
-            ended = begun + np.count_nonzero(self.files[file][start + 1 : start + size] == self.meta["bos"])
+            begun, ended = self.document(file, start), self.document(file, start + size - 1)
             documents = f"document {begun}" if begun == ended else f"documents {begun}-{ended}"
             names.append(f"{Path(self.files[file].filename).name} tokens {start}-{start + size} ({documents})")
         return f"{self.folder}: {', '.join(names)}"
+
+    def document(self, file: int, token: int) -> int:
+        """Which document of a file a token belongs to; the first is 1."""
+        return np.count_nonzero(self.files[file][: token + 1] == self.meta["bos"])
 
     def spread_indices(self, count: int) -> list[int]:
         """At most count sequences spaced evenly over the split, always the same."""
@@ -776,31 +1292,97 @@ class PackedDataset(TokenDataset):
     Rows are packed by best fit over the whole split, the longest pieces first; 20 bytes of memory a document.
     """
 
-    def __init__(self, folder: str | Path, split: str, seq_len: int):
-        super().__init__(folder, split, seq_len)
+    def arrange(self, split: str):
         pieces = np.concatenate([self._cut(file) for file in range(len(self.files))])
-        row_of = pack(pieces[:, 2], seq_len)
+        row_of = pack(pieces[:, 2], self.seq_len)
         self.table = pieces[np.argsort(row_of, kind="stable")]
         self.first = np.concatenate(([0], np.cumsum(np.bincount(row_of))))
 
     def _cut(self, file: int) -> np.ndarray:
         """The pieces of a file's documents, as in `pieces`; EOS has no target and is no input."""
-        tokens = self.files[file]
-        starts = np.flatnonzero(tokens == self.meta["bos"])
-        if self.meta["bos"] == self.meta["eos"]:  # GPT-2's tokenizer has one token for both
-            starts = starts[::2]
-        inputs = np.diff(starts, append=len(tokens)) - 1
+        starts = self.starts(file)
+        inputs = np.diff(starts, append=len(self.files[file])) - 1
         per_document = -(-inputs // self.seq_len)
         number = np.arange(per_document.sum()) - np.repeat(np.cumsum(per_document) - per_document, per_document)
         offset = number * self.seq_len
         sizes = np.minimum(self.seq_len, np.repeat(inputs, per_document) - offset)
         return np.stack((np.full_like(sizes, file), np.repeat(starts, per_document) + offset, sizes), 1)
 
+    def starts(self, file: int) -> np.ndarray:
+        """Where the documents of a file begin."""
+        starts = np.flatnonzero(self.files[file] == self.meta["bos"])
+        # GPT-2's tokenizer has one token for both
+        return starts[::2] if self.meta["bos"] == self.meta["eos"] else starts
+
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         return [tuple(piece) for piece in self.table[self.first[index] : self.first[index + 1]].tolist()]
+
+
+class ChatDataset(PackedDataset):
+    """One split of a fine-tuning set as rows filled with whole conversations, of which only the answers are targets.
+
+    Raises ValueError for a conversation that is longer than a row, and for files that do not belong together.
+    """
+
+    def arrange(self, split: str):
+        self.read_masks(split)
+        super().arrange(split)
+
+    def read_masks(self, split: str):
+        self.masks, self.bounds = [], []
+        for entry, tokens in zip(self.meta["splits"][split]["files"], self.files):
+            path = Path(self.folder) / entry["file"]
+            for suffix, size in ((".mask", len(tokens)), (".bounds", 8 * entry["documents"] + 8)):
+                found = path.with_suffix(suffix).stat().st_size if path.with_suffix(suffix).exists() else 0
+                if found != size:
+                    name = path.with_suffix(suffix)
+                    raise ValueError(f"{name} has {found} bytes, meta.json says {size}; prepare the dataset again")
+            self.masks.append(np.memmap(path.with_suffix(".mask"), np.uint8, "r"))
+            self.bounds.append(np.fromfile(path.with_suffix(".bounds"), "<u8").astype(np.int64))
+        longest = max(int(np.diff(bounds).max()) for bounds in self.bounds)
+        if longest > self.seq_len + 1:
+            problem = f"a conversation has {longest} tokens, more than --seq_len {self.seq_len}"
+            raise ValueError(f"{self.folder}: {problem}; prepare it with --max_len {self.seq_len}")
+
+    def targets(self, file: int, begin: int, end: int) -> np.ndarray:
+        return np.where(self.masks[file][begin:end], super().targets(file, begin, end).astype(np.int64), IGNORE)
+
+    def starts(self, file: int) -> np.ndarray:
+        return self.bounds[file][:-1]
+
+    def document(self, file: int, token: int) -> int:
+        return int(np.searchsorted(self.bounds[file], token, "right"))
+
+
+class PreferenceDataset(ChatDataset):
+    """One split of preference pairs: an index is a pair, its batch two rows, the chosen conversation first.
+
+    Rows are padded at the end to the longest of the batch, rounded up to a multiple of ROUND.
+    """
+
+    ROUND = 64
+
+    def arrange(self, split: str):
+        self.read_masks(split)
+        self.ends = np.cumsum([(len(bounds) - 1) // 2 for bounds in self.bounds])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
+        file = int(np.searchsorted(self.ends, index, "right"))
+        first = 2 * (index - (int(self.ends[file - 1]) if file else 0))
+        begin, middle, end = self.bounds[file][first : first + 3].tolist()
+        return [(file, begin, middle - begin - 1), (file, middle, end - middle - 1)]
+
+    def batch(self, indices) -> Batch:
+        """tokens and targets (2 n, T) of n pairs."""
+        rows = [[piece] for index in indices for piece in self.pieces(int(index))]
+        longest = max(size for ((_, _, size),) in rows)
+        return self.fill(rows, min(self.seq_len, -(-longest // self.ROUND) * self.ROUND))._replace(bounds=None)
 
 
 def pack(sizes: np.ndarray, room: int) -> np.ndarray:
@@ -854,13 +1436,22 @@ class Mixture:
     """Datasets drawn from together, each source `FOLDER` or `FOLDER:WEIGHT`.
 
     Every MIXTURE_BLOCK sequences have exactly the proportions of the weights, in an order shuffled anew for each block;
-    each source goes through its own epochs. Raises ValueError for a bad weight and for sources of different tokenizers.
+    each source goes through its own epochs. Conversations are always packed, and texts that are drawn with them too.
+    Raises ValueError for a bad weight, and for sources of different tokenizers or templates, or pairs among others.
     """
 
     def __init__(self, sources: tuple[str, ...], split: str, seq_len: int, packed: bool = False):
         self.folders, self.weights = mixture_weights(sources)
-        self.parts = [(PackedDataset if packed else TokenDataset)(folder, split, seq_len) for folder in self.folders]
-        self.packed = packed
+        metas = [read_meta(folder) for folder in self.folders]
+        kinds = [meta.get("kind", "text") for meta in metas]
+        templates = {meta["template"] for meta in metas if "template" in meta}
+        if len(templates) > 1 or set(kinds) > {"preference"}:
+            found = ", ".join(sorted(templates if len(templates) > 1 else set(kinds)))
+            raise ValueError(f"--data {' '.join(self.folders)}: these do not go together ({found})")
+        self.kind = max(kinds, key=list(KINDS).index)
+        self.packed = self.kind == "chat" or self.kind == "text" and packed
+        opener = KINDS | ({"text": PackedDataset} if self.packed else {})
+        self.parts = [opener[kind](folder, split, seq_len) for kind, folder in zip(kinds, self.folders)]
         self.block = functools.lru_cache(maxsize=4)(self._block)
         for part in self.parts:
             if part.meta["tokenizer"]["sha256"] != self.parts[0].meta["tokenizer"]["sha256"]:
@@ -897,9 +1488,14 @@ class Mixture:
     def batch(self, numbers, seed: int) -> Batch:
         drawn = [self.draw(number, seed) for number in numbers]
         rows = [self.parts[source].batch([index]) for source, index in drawn]
-        starts = [row.bounds[:-1] + i * row.tokens.size for i, row in enumerate(rows)]
-        tokens, targets = (np.concatenate(arrays) for arrays in zip(*(row[:2] for row in rows)))
-        return Batch(tokens, targets, np.array([*np.concatenate(starts), tokens.size]) if self.packed else None)
+        width = max(row.tokens.shape[1] for row in rows)  # they differ only where rows are pairs
+        wide = lambda values, fill: np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=fill)
+        tokens = np.concatenate([wide(row.tokens, 0) for row in rows])
+        targets = np.concatenate([wide(row.targets, IGNORE) for row in rows])
+        if not self.packed:
+            return Batch(tokens, targets)
+        starts = [row.bounds[:-1] + i * width for i, row in enumerate(rows)]
+        return Batch(tokens, targets, np.array([*np.concatenate(starts), tokens.size]))
 
     def place(self, number: int, seed: int) -> str:
         source, index = self.draw(number, seed)
@@ -914,6 +1510,7 @@ class Mixture:
         }
 
 
+KINDS = {"text": TokenDataset, "chat": ChatDataset, "preference": PreferenceDataset}
 
 
 def shuffled(index: int, size: int, key: tuple[int, int]) -> int:
@@ -1027,16 +1624,45 @@ class Config:
     tokenizer: str = "train:4096"       # a file or a model's folder, gpt2, cl100k_base, bytes, or train:SIZE
     val_fraction: float = 0.05          # of the documents, chosen by their hash
     workers: int = 0                    # processes; 0 takes all cores
+    # conversations and preference pairs, from .json and .jsonl
+    template: str = ""                  # llama2-chat, vicuna, alpaca, chatml or plain makes a set to fine-tune on
+    max_len: int = 2048                 # tokens; what is longer is split between exchanges
+    format: str = "auto"                # by the fields of each record, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf,
+    #                                     pairs (ShareGPT with chosen and rejected)
+    allow_bad: float = 0.01             # fraction of the records that may be bad, and are left out
+    show: str = ""                      # instead print examples of this folder, what the loss counts in brackets
+    n: int = 3                          # so many
 
 
 def main(config: Config):
-    meta = prepare(config.source, config.out, config.tokenizer, config.val_fraction, config.workers)
+    if config.show:
+        print(show(config.show, config.n))
+        return
+    if config.template:
+        options = (config.template, config.max_len, config.format, config.val_fraction, config.allow_bad)
+        meta = prepare_chats(config.source, config.out, config.tokenizer, *options, config.workers)
+        print(show(config.out, 1))
+    else:
+        meta = prepare(config.source, config.out, config.tokenizer, config.val_fraction, config.workers)
+    report(meta)
+    print(f"wrote {config.out}")
+
+
+def report(meta: dict):
+    """Print what is in a dataset and what was left out."""
     for split, numbers in meta["splits"].items():
-        documents, num_bytes, tokens = (numbers[name] for name in ("documents", "bytes", "tokens"))
-        per_token = num_bytes / tokens
-        print(f"{split:5}  {documents:,} documents  {num_bytes:,} bytes  {tokens:,} tokens, {per_token:.2f} bytes each")
-    dropped = f"{meta['duplicate_documents']:,} exact duplicates and {meta['empty_documents']:,} empty documents"
-    print(f"dropped {dropped}; wrote {config.out}")
+        documents, num_bytes, tokens = (f"{numbers[name]:,}" for name in ("documents", "bytes", "tokens"))
+        per_token = numbers["bytes"] / numbers.get("targets", numbers["tokens"])
+        if "targets" in numbers:
+            targets = f"{numbers['targets']:,} targets of {num_bytes} bytes"
+            print(f"{split:5}  {documents} documents  {tokens} tokens, {targets}, {per_token:.2f} each")
+        else:
+            print(f"{split:5}  {documents} documents  {num_bytes} bytes  {tokens} tokens, {per_token:.2f} bytes each")
+    if "counts" in meta:
+        print(counted_as(meta["counts"]))
+    else:
+        duplicates, empty = meta["duplicate_documents"], meta["empty_documents"]
+        print(f"dropped {duplicates:,} exact duplicates and {empty:,} empty documents")
 
 
 if __name__ == "__main__":

@@ -310,8 +310,8 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointed(block.forward, config.checkpointing, layer)
         if compiled:
-            # the loop over documents that stands in for the GPU's kernel cannot be compiled
-            block.forward = torch.compile(block.forward, fullgraph=not config.pack or mesh.device_type == "cuda")
+            # on a CPU, the loop over documents that stands in for the GPU's kernel cannot be compiled
+            block.forward = torch.compile(block.forward, fullgraph=mesh.device_type == "cuda")
         unit(block, reshard_after_forward=config.reshard_after_forward)
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
@@ -508,8 +508,8 @@ def train_step(
 def evaluate(model, val: Mixture, config: Config, device: torch.device) -> dict[str, float]:
     """Loss on a fixed set of validation sequences, in nats a token and bits a byte; any number of ranks agrees.
 
-    Several sources take part by their weights, and each is listed too. Bits a byte are those of the tokens over the
-    bytes that the whole split has for a token.
+    Several sources take part by their weights, and each is listed too. Bits a byte are those of the targets over the
+    bytes that the whole split has for a target: of its text, or of the answers in conversations.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     size = config.micro_batch or max(1, config.batch_size // world)
@@ -525,8 +525,7 @@ def evaluate(model, val: Mixture, config: Config, device: torch.device) -> dict[
             sum_of_part += torch.stack((loss, (batch.targets != IGNORE).sum().to(device)))
     dist.all_reduce(sums)
     sums = sums.cpu()
-    splits = [part.meta["splits"]["val"] for part in val.parts]
-    num_bytes = sums[:, 1] @ torch.tensor([split["bytes"] / split["tokens"] for split in splits], dtype=sums.dtype)
+    num_bytes = sums[:, 1] @ torch.tensor([part.bytes_per_target for part in val.parts], dtype=sums.dtype)
     nats, targets = sums.sum(0)
     scores = {"val_loss": (nats / targets).item(), "val_bits_per_byte": (nats / math.log(2) / num_bytes).item()}
     if len(val.parts) > 1:
@@ -1012,9 +1011,10 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_data(config: Config, metas: list[dict]) -> list[dict]:
-    shares = mixture_weights(config.data)[1]
+    """What makes up the data; sample.py finds the template of a chat here."""
+    shares, names = mixture_weights(config.data)[1], ("tokenizer", "splits", "template")
     return [
-        {"share": share, "tokenizer": meta["tokenizer"], "splits": meta["splits"]} for share, meta in zip(shares, metas)
+        {"share": share} | {name: meta[name] for name in names if name in meta} for share, meta in zip(shares, metas)
     ]
 
 
