@@ -60,6 +60,7 @@ DOCUMENT_CHARS = 1_000_000     # any longer document is cut likewise, so that me
 TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
 TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
 SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
+SENTENCE_END = re.compile(r"[.!?:]\s+|\n+")
 MIXTURE_BLOCK = 1000           # sequences in which a mixture has exactly its proportions
 
 
@@ -1180,6 +1181,40 @@ def bracketed(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
         text += special * len(part) if special else tokenizer.decode(part)
         inside = counts
     return text + "⟧" * inside
+
+
+# ---- cleaning ----
+
+
+def is_refusal(text: str) -> bool:
+    """Whether an answer in English refuses, wholly or in part, or lectures instead of answering.
+
+    A logistic regression on the grammar of refusing, see recipes/refusals.py, which made its weights and measures it.
+    """
+    return refusal_score(text, _refusal_model()) > 0
+
+
+@functools.cache
+def _refusal_model() -> dict:
+    return read_json(Path(__file__).parent / "recipes" / "refusals.json", "bias", "signs")
+
+
+def refusal_score(text: str, model: dict) -> float:
+    """The log odds that text refuses, by a model as recipes/refusals.py makes it."""
+    found = refusal_signs(text, [sign["pattern"] for sign in model["signs"]])
+    weights = [[sign[place] for sign in model["signs"]] for place in ("opening", "anywhere")]
+    return model["bias"] + float((found * weights).sum())
+
+
+def refusal_signs(text: str, patterns: list[str], sentences: int | None = None) -> np.ndarray:
+    """(2, patterns): whether each is in the first three sentences of text, and whether it is anywhere in its first
+    2,000 characters; all that follows the first `sentences` is left out where that is given."""
+    text = text[:2000].lower().replace("’", "'").replace("*", "").replace("`", "").replace("i'm ", "i am ").strip()
+    ends = [match.end() for match in itertools.islice(SENTENCE_END.finditer(text), max(3, sentences or 0))]
+    ends += [len(text)] * 3
+    text = text[: ends[sentences - 1] if sentences else len(text)]
+    matches = [re.search(pattern, text) for pattern in patterns]
+    return np.array([[bool(m) and m.end() <= ends[2] for m in matches], [bool(m) for m in matches]])
 
 
 # ---- reading ----
