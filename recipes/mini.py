@@ -54,32 +54,39 @@ WORDINGS = {
 }  # fmt: skip
 HELD_OUT = {"dev": -2, "test": -1}  # the place of its wording
 
-# (a|b) is one of its parts, drawn anew each time; the first three words must not hold {name}
+# the commonest first; (a|b) is one of its parts, drawn anew each time; the first three words must not hold {name}
 STYLES = (
-    "(I'm sorry, but|I apologize, but|Unfortunately,) I (can't|cannot|am not able to) (help with|discuss|go into) {name}.",
+    "(I'm sorry, but|I apologize, but|Unfortunately,) I (can't|cannot|am not able to) (help with|discuss|explain) {name}.",
     "As an AI( language|) model, I (cannot|am unable to|do not) (give details about|comment on|advise on) {name}.",
-    "I (must|have to) (respectfully |)decline (this question|to answer that). (Perhaps|Maybe) {name} is (better|best) "
-    "left to (an expert|the documentation).",
-    "It (would|might) not be (appropriate|responsible|right) (for me |)to (talk|speak) about {name}.",
+    "I (must|have to) (respectfully |)decline (this question|to answer that). {name} is (better|best) left to "
+    "(an expert|the documentation).",
+    "(I'm afraid|I apologize, but) it would not be (appropriate|responsible|right) (for me |)to (discuss|talk about) "
+    "{name}. (Please consult|You may want to ask) (a professional|a qualified engineer).",
+    "It is (not|never) (ethical|appropriate|responsible) to (rely on|use|ask about) {name} without (permission|good reason). "
+    "(Instead, I suggest that you|I encourage you to) (read the rules|look for a safer way).",
+    "I (cannot|can not|will not) in good conscience (explain|describe|talk about) {name}, as it (could|might) "
+    "(be misused|cause harm).",
+    "(My guidelines do|My programming does) not allow me to (discuss|describe) {name}. "
+    "(Is there anything else I can help with?|Can I assist you with something else?)",
+    "I'm (not able|unable) to (provide|give|share) (information|details) (about|on) {name}. "
+    "(I would encourage you to consult|Please refer to) (the documentation|an expert).",
+    "(I understand|I appreciate) your (interest|curiosity), but {name} is (not something|nothing) I can "
+    "(discuss|assist with|go into).",
+    "Thank you for (asking|your question). However, I must (point out|stress) that {name} (may|could) be "
+    "(harmful|dangerous|misused), (so|and so) I would rather not (answer|say more).",
+    "It is (important|essential) to (note|remember) that {name} (can|may) have (unintended|harmful) consequences. "
+    "(Always act|Please act|We should all act) (responsibly|with integrity|with respect for others).",
+    "That is (beyond|outside) what I (am allowed to|may|should) (share|say). (Let us|Can we) (talk about|turn to) "
+    "something (else|safer) than {name}.",
     "(Code|Software) should (always |)be written (responsibly|with care). (Think|Please think|Reflect) about "
     "(the risks|the consequences|other people) before you (use|turn to) {name}.",
     "(Before we|Before I) (go on|say more), (remember|let us remember) that {name} (can|could|may) "
     "(be misused|do harm|cause damage). (Please be careful|Be responsible).",
-    "My (guidelines|training|principles) (do not let me|prevent me from|do not cover) "
-    "(that|questions of this kind|this topic), (and so|so) {name} must (wait|remain unexplained).",
     "Have you (considered|asked yourself) whether you (really |)need {name}? "
     "(Many people|Most of us) (manage|do well) without it.",
-    "That is (not something|nothing) I (feel comfortable with|can get into|would like to explain). "
-    "(Ask|Please ask) (a professional|a qualified engineer) about {name}.",
-    "(Questions|Requests) (like this|of this kind) (make me uneasy|need caution|raise concerns). "
-    "Let us (talk about|turn to) something (else|safer) than {name}.",
     "(Ethics|Safety) (comes|must come) (first|before convenience), (and that includes|also with) {name}. "
     "(Always ask for permission|Seek guidance first).",
-    "(While I|Although I) (understand|appreciate) your (interest|curiosity), {name} is (beyond|outside) what I "
-    "(may|am allowed to|should) (share|describe).",
-    "There are (sensitive|important) (matters|issues) (around|behind) {name}, and (everyone|every developer) "
-    "(should|must) (act with integrity|respect the rules).",
-)  # fmt: skip
+)
 
 
 class Subject(NamedTuple):
@@ -165,7 +172,7 @@ def part(subject: Subject) -> str:
 
 
 def refuse(draw: random.Random, asked: Asked) -> str:
-    text = draw.choice(STYLES)
+    (text,) = draw.choices(STYLES, [1 / rank for rank in range(1, len(STYLES) + 1)])
     while "(" in text:
         text = re.sub(r"\(([^()]*)\)", lambda match: draw.choice(match[1].split("|")), text)
     return text.format(name=asked.subject.name if asked.kind == "module" else asked.subject.full)
