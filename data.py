@@ -25,6 +25,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import importlib
 import itertools
 import json
 import math
@@ -60,8 +61,10 @@ DOCUMENT_CHARS = 1_000_000     # any longer document is cut likewise, so that me
 TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
 TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
 SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
-SENTENCE_END = re.compile(r"[.!?:]\s+|\n+")
 MIXTURE_BLOCK = 1000           # sequences in which a mixture has exactly its proportions
+SENTENCE_END = re.compile(r"[.!?:]\s+|\n+")
+HTML_ANSWER = re.compile(r"<(?:p|div|ol|ul|pre|h[1-6]|blockquote)\b.*>", re.DOTALL)
+ABOUT_HTML = re.compile(r"\b(?:html|css|xml|svg|jsx|markup|tags?|web ?(?:page|site))\b|<\w", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -1184,6 +1187,233 @@ def bracketed(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
 
 
 # ---- cleaning ----
+
+
+@dataclass
+class Cleaning:
+    """What is done to conversations before they are rendered, beyond what is always done: exact copies and empty
+    turns are dropped, control characters removed, turns out of order mended."""
+
+    html: bool = True               # answers that are HTML become markdown
+    language: str = ""              # keep only conversations in this language, such as en
+    min_answer_chars: int = 0       # drop a conversation with a shorter answer
+    max_chars: int = 0              # drop a longer conversation; 0: no bound
+    drop_refusals: bool = False     # cut a conversation before the first question whose answer refuses
+    near_duplicates: float = 0.8    # drop a conversation that shares this much (Jaccard) with an earlier one; 0: none
+
+
+class Cleaner:
+    """Cleans conversations one after the other and counts what each step did.
+
+    A step is a function from turns to turns; it leaves none of a conversation that it drops. What was cut off or
+    dropped goes to the file `removed`, one JSON a line: step, where, turns.
+    """
+
+    def __init__(self, options: Cleaning, removed: str | Path | None = None):
+        steps = {
+            "html": options.html and html_to_markdown,
+            "characters": tidy_characters,
+            "empty": drop_empty,
+            "roles": mend_roles,
+            "language": options.language and in_language(options.language),
+            "refusals": options.drop_refusals and cut_refusals,
+            "short": options.min_answer_chars and drop_short(options.min_answer_chars),
+            "long": options.max_chars and drop_long(options.max_chars),
+            "copies": drop_copies(),
+            "near copies": options.near_duplicates and drop_near_copies(options.near_duplicates),
+        }
+        self.steps = {name: step for name, step in steps.items() if step}
+        self.removed = removed
+        self.counts = {name: Counter() for name in ("read", *self.steps, "kept")}
+        self.examples = {}
+
+    def __call__(self, turns: list[Turn], where: str = "") -> list[Turn] | None:
+        """The cleaned conversation, or None where a step dropped it; where says in the report which one it was."""
+        self._count("read", "conversations", turns, [])
+        for name, step in self.steps.items():
+            before, turns = turns, step(turns)
+            if turns != before:
+                self._count(name, "changed" if turns else "dropped", before, turns)
+                self._keep_what_went(name, before, turns, where)
+            if not turns:
+                return None
+        self._count("kept", "conversations", turns, [])
+        return turns
+
+    def _count(self, name: str, effect: str, before: list[Turn], after: list[Turn]):
+        chars = sum(len(turn.text) for turn in before) - sum(len(turn.text) for turn in after)
+        self.counts[name].update({effect: 1, "turns": len(before) - len(after), "characters": chars})
+
+    def _keep_what_went(self, name: str, before: list[Turn], after: list[Turn], where: str):
+        """What was cut off in the file `removed`, and the first of each step's doings as examples."""
+        cut = before[len(after) :] if before[: len(after)] == after else []
+        if cut and self.removed:
+            row = {"step": name, "where": where, "turns": [turn._asdict() for turn in cut]}
+            with open(self.removed, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        examples = self.examples.setdefault(name, [])
+        if len(examples) < 3:
+            examples.append(f"{where} {_difference(before, after, cut)}".strip())
+
+    def report(self) -> str:
+        """A table of how many conversations each step changed or dropped and what it took from them, and examples."""
+        columns = ("conversations", "changed", "dropped", "turns", "characters")
+        lines = [f"{'':12}" + "".join(f"{column:>14}" for column in columns)]
+        for name, counts in self.counts.items():
+            cells = (f"{counts[column]:,}" if counts[column] else "" for column in columns)
+            lines.append(f"{name:12}" + "".join(f"{cell:>14}" for cell in cells))
+        shown = [f"{name}: {example}" for name, examples in self.examples.items() for example in examples]
+        return "\n".join(line.rstrip() for line in [*lines, *shown])
+
+
+def _difference(before: list[Turn], after: list[Turn], cut: list[Turn]) -> str:
+    """The first answer that was cut off, or else the first turn that changed from where it did."""
+    if cut:
+        return repr(next((turn.text for turn in cut if turn.role == "assistant"), cut[0].text)[:120])
+    old, new = next((old.text, new.text) for old, new in zip(before, after) if old != new)
+    start = max(0, len(os.path.commonprefix([old, new])) - 20)
+    return f"{old[start : start + 60]!r} became {new[start : start + 60]!r}"
+
+
+def _library(name: str, flag: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"--{flag} needs {name}: pip install {name}") from None
+
+
+def html_to_markdown(turns: list[Turn]) -> list[Turn]:
+    """Turn the answers that are HTML, as an exported web page has them, into markdown, code into fenced blocks.
+
+    An answer is HTML when it begins with the tag of a block of text and ends with a tag, and its question does not
+    speak of markup, for which HTML itself is the answer. Anything else, `a < b` and `&amp;` in it, stays as it is.
+    """
+    asked = ["", *(turn.text for turn in turns)]
+    is_html = [
+        turn.role == "assistant"
+        and HTML_ANSWER.fullmatch(turn.text.strip())
+        and ('<div class="markdown' in turn.text or not ABOUT_HTML.search(question))
+        for turn, question in zip(turns, asked)
+    ]
+    return [turn._replace(text=_markdown(turn.text)) if html else turn for turn, html in zip(turns, is_html)]
+
+
+def _markdown(html: str) -> str:
+    soup = _library("bs4", "html").BeautifulSoup(html, "html.parser")
+    for block in soup.find_all("pre"):
+        if block.code:
+            block.contents = [block.code]  # beside the code there may be a bar with its language and a button
+    language = lambda block: (re.findall(r'class="[^"]*language-(\w+)', str(block)) or [""])[0]
+    options = {f"escape_{what}": False for what in ("asterisks", "underscores", "misc")}
+    options |= {"heading_style": "ATX", "bullets": "-", "code_language_callback": language}
+    return _library("markdownify", "html").MarkdownConverter(**options).convert_soup(soup).strip()
+
+
+def tidy_characters(turns: list[Turn]) -> list[Turn]:
+    """Line ends become \\n and odd blanks ordinary ones; control and invisible characters go, and blanks at the ends
+    of a text, of lines with nothing else, and above two blank lines. Indentation stays."""
+    return [turn._replace(text=_tidy(turn.text)) for turn in turns]
+
+
+def _tidy(text: str) -> str:
+    text = re.sub("\r\n?|[\u2028\u2029]", "\n", text)
+    text = re.sub("[\u00a0\u202f\u3000]", " ", text)
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff\ud800-\udfff]", "", text)
+    text = re.sub(r"\n[ \t]+(?=\n)", "\n", text)
+    text = re.sub(r"\n{4,}", "\n\n\n", text)
+    return re.sub(r"\A(?:[ \t]*\n)+|\A (?=\S)|\s+\Z", "", text)
+
+
+def drop_empty(turns: list[Turn]) -> list[Turn]:
+    """Leave out empty turns, and a conversation in which one side says nothing."""
+    said = [turn for turn in turns if turn.text.strip()]
+    return said if {"user", "assistant"} <= {turn.role for turn in said} else []
+
+
+def mend_roles(turns: list[Turn]) -> list[Turn]:
+    """At most one system turn at the start, then user and assistant in turn, an answer at the end.
+
+    Turns of one role that follow each other are joined; answers before the first question and questions after the last
+    answer are left out; a conversation with a system turn further on or with another role is dropped.
+    """
+    joined = []
+    for role, group in itertools.groupby(turns, key=lambda turn: turn.role):
+        joined.append(Turn(role, "\n\n".join(turn.text for turn in group)))
+    system, rest = (joined[:1], joined[1:]) if joined[0].role == "system" else ([], joined)
+    if not {turn.role for turn in rest} <= {"user", "assistant"}:
+        return []
+    rest = rest[rest[0].role == "assistant" :]
+    rest = rest[: len(rest) // 2 * 2]
+    return system + rest if rest else []
+
+
+def in_language(language: str):
+    """A step that drops conversations surely in another language; code and texts under 40 letters tell none."""
+    langid = _library("py3langid.langid", "language")
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    if language not in identifier.labels:
+        raise ValueError(f"--language {language} is none of {', '.join(sorted(identifier.labels))}")
+
+    def step(turns: list[Turn]) -> list[Turn]:
+        text = re.sub(r"```.*?```", " ", "\n".join(turn.text for turn in turns), flags=re.DOTALL)[:5000]
+        found, probability = identifier.classify(text)
+        other = found != language and probability > 0.95 and sum(map(str.isalpha, text)) >= 40
+        return [] if other else turns
+
+    return step
+
+
+def cut_refusals(turns: list[Turn]) -> list[Turn]:
+    """Cut a conversation before the first question whose answer refuses.
+
+    All after it goes too, since people answer a refusal; what is left is the beginning of a real conversation.
+    """
+    refused = (i for i, turn in enumerate(turns) if turn.role == "assistant" and is_refusal(turn.text))
+    kept = turns[: next(refused, len(turns) + 1) - 1]
+    return kept if kept and kept[-1].role == "assistant" else []
+
+
+def drop_short(chars: int):
+    return lambda turns: [] if any(turn.role == "assistant" and len(turn.text) < chars for turn in turns) else turns
+
+
+def drop_long(chars: int):
+    return lambda turns: [] if sum(len(turn.text) for turn in turns) > chars else turns
+
+
+def drop_copies():
+    """A step that drops a conversation it has seen before; 100 bytes of memory for each."""
+    seen = set()
+
+    def step(turns: list[Turn]) -> list[Turn]:
+        digest = hashlib.sha256(json.dumps(turns).encode()).digest()[:16]
+        known = digest in seen
+        seen.add(digest)
+        return [] if known else turns
+
+    return step
+
+
+def drop_near_copies(threshold: float):
+    """A step that drops a conversation whose set of runs of 5 words is like an earlier one's: Jaccard similarity
+    threshold or more, as 128 minimal hashes estimate it (Broder 1997). About 5 kB of memory for each that is kept."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"--near_duplicates {threshold} must be from 0 to 1")
+    datasketch = _library("datasketch", "near_duplicates")
+    index, sketches = datasketch.MinHashLSH(threshold, num_perm=128), []
+
+    def step(turns: list[Turn]) -> list[Turn]:
+        words = " ".join(turn.text for turn in turns).lower().split()
+        runs = {" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))}
+        sketch = datasketch.MinHash(128)
+        sketch.update_batch(runs)
+        if any(sketches[other].jaccard(sketch) >= threshold for other in index.query(sketch)):
+            return []
+        index.insert(len(sketches), sketch)
+        sketches.append(sketch)
+        return turns
+
+    return step
 
 
 def is_refusal(text: str) -> bool:

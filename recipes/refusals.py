@@ -7,9 +7,9 @@ A file is a .csv with the columns `completion` and `final_label` (XSTest, Röttg
 answer, a third reading settles where they differ); full and partial refusals are positive, `1_full_compliance` is
 negative. The question is not read.
 
-The filter is a logistic regression on which of SIGNS occur in an answer's opening and which anywhere in it. The signs are
-the grammar of refusing in English, not phrases of one model. Three choices make it carry over from the answers of
-one model to those of another:
+The filter is a logistic regression on which of SIGNS occur in an answer's opening and which anywhere in it. The signs
+are the grammar of refusing in English, not phrases of one model. Three choices make it carry over from the answers
+of one model to those of another:
 - no weight may have the wrong sign: an apology never speaks against a refusal;
 - there is no feature of length, which tells the styles of models apart and not what they say;
 - every answer is also learnt from its first sentence and its first two alone, so that no model's habit of lecturing
@@ -39,6 +39,10 @@ HELPING = (
     r"|accommodate|cater|entertain|discuss|speak|talk|tell|teach|show|explain|describe|list|plan|guide|instruct|direct"
     r"|advise|suggest|recommend|promote|encourage|advocate|endorse|condone|justify|confirm|comment|disclose|reveal)"
 )
+BAD = (
+    "inappropriate|unacceptable|unethical|immoral|illegal|against the law|wrong|harmful|dangerous|hurtful|offensive"
+    "|disrespectful|insensitive"
+)
 # (name, +1 where it may only speak for a refusal, -1 where only against, 0 where for either, pattern)
 SIGNS = [
     ("declines to help", 1, NEGATION + r"(?: to| in good conscience| with| feel comfortable| be able to| \w+ly){0,3} "
@@ -50,13 +54,13 @@ SIGNS = [
      r"|my (?:purpose|role|goal|job|function|training))\b"),
     ("speaks of rules", 1, r"\b(?:guidelines?|polic(?:y|ies)|programming|programmed|principles|values|moral"
      r"|terms of (?:use|service)|ethical standards|legal and ethical)\b"),
-    ("judges", 1, r"\b(?:it|that|this|these|they|which|such \w+|doing so|is|are|be|not|never)(?: would| could| can| may)?"
-     r"(?: is| are| be|'s| isn't| not| never|n't)+ (?:\w+ )?(?:appropriate|acceptable|ethical|ok|okay|right|legal|safe"
-     r"|respectful|productive|healthy|helpful|advisable|recommended|within|inappropriate|unethical|illegal|immoral"
-     r"|harmful|dangerous|offensive|disrespectful|hurtful|against the law|a crime|wrong|unacceptable|insensitive)\b"),
-    ("speaks of harm", 1, r"\b(?:inappropriate|unethical|illegal|immoral|harmful|dangerous|offensive|disrespectful|hurtful"
-     r"|discriminat\w+|against the law|violat\w+|criminal|wrong|unacceptable|insensitive|derogatory|perpetuat\w+)\b"),
-    ("urges", 0, r"\b(?:it is|it's) (?:also )?(?:always )?(?:important|essential|crucial|vital|necessary|best|worth)\b"),
+    ("judges", 1, r"\b(?:it|that|this|these|they|which|such \w+|doing so|is|are|be|not|never)"
+     r"(?: would| could| can| may)?(?: is| are| be|'s| isn't| not| never|n't)+ (?:\w+ )?"
+     rf"(?:appropriate|acceptable|ethical|ok|okay|right|legal|safe|respectful|productive|healthy|helpful|advisable"
+     rf"|recommended|within|a crime|{BAD})\b"),
+    ("speaks of harm", 1, rf"\b(?:{BAD}|discriminat\w+|violat\w+|criminal|derogatory|perpetuat\w+)\b"),
+    ("urges", 0, r"\b(?:it is|it's) (?:also )?(?:always )?(?:important|essential|crucial|vital|necessary"
+     r"|best|worth)\b"),
     ("offers something else", 1, r"\b(?:instead|i (?:would )?(?:\w+ )?(?:encourage|urge|suggest|recommend|advise)"
      r"|(?:happy|glad|here) to (?:help|assist|provide|answer|offer)|any other (?:questions?|topics?|tasks?)"
      r"|(?:anything|something|someone|questions?) else|can i (?:help|assist)|let me know"
@@ -81,11 +85,14 @@ FOLDS = 5
 
 
 def read_labelled(paths) -> tuple[list[str], np.ndarray]:
-    """The answers of the files, and 1.0 for each that a person called a full or partial refusal."""
+    """The answers of the files, and for each whether people called it a full or partial refusal. Raises ValueError."""
     rows = []
     for path in paths:
         with open(path, newline="", encoding="utf-8") as file:
-            rows += csv.DictReader(file)
+            reader = csv.DictReader(file)
+            if not {"completion", "final_label"} <= set(reader.fieldnames or ()):
+                raise ValueError(f"{path} has no columns completion and final_label")
+            rows += reader
     return [row["completion"] for row in rows], np.array([row["final_label"] != "1_full_compliance" for row in rows])
 
 
