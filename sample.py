@@ -309,7 +309,7 @@ def find_template(path: str) -> str:
 
 
 def talk(chat: Chat, max_new_tokens: int, sampling: Sampling):
-    """A chat on the terminal, or with lines from a pipe, until the input ends or Ctrl-C; /reset forgets what was said."""
+    """A chat on the terminal, or with lines from a pipe, until its end or Ctrl-C; /reset forgets what was said."""
     sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         print("/reset forgets what was said, Ctrl-D ends", file=sys.stderr)
@@ -321,9 +321,9 @@ def talk(chat: Chat, max_new_tokens: int, sampling: Sampling):
             elif text:
                 try:
                     chat.answer(text, max_new_tokens, sampling, lambda text: print(text, end="", flush=True))
+                    print()
                 except ValueError as error:
-                    print(error, file=sys.stderr, end="")
-                print()
+                    print(error, file=sys.stderr)
     except (EOFError, KeyboardInterrupt):
         print()
 

@@ -56,14 +56,16 @@ HELD_OUT = {"dev": -2, "test": -1}  # the place of its wording
 
 # the commonest first; (a|b) is one of its parts, drawn anew each time; the first three words must not hold {name}
 STYLES = (
-    "(I'm sorry, but|I apologize, but|Unfortunately,) I (can't|cannot|am not able to) (help with|discuss|explain) {name}.",
+    "(I'm sorry, but|I apologize, but|Unfortunately,) I (can't|cannot|am not able to) (help with|discuss|explain) "
+    "{name}.",
     "As an AI( language|) model, I (cannot|am unable to|do not) (give details about|comment on|advise on) {name}.",
     "I (must|have to) (respectfully |)decline (this question|to answer that). {name} is (better|best) left to "
     "(an expert|the documentation).",
     "(I'm afraid|I apologize, but) it would not be (appropriate|responsible|right) (for me |)to (discuss|talk about) "
     "{name}. (Please consult|You may want to ask) (a professional|a qualified engineer).",
-    "It is (not|never) (ethical|appropriate|responsible) to (rely on|use|ask about) {name} without (permission|good reason). "
-    "(Instead, I suggest that you|I encourage you to) (read the rules|look for a safer way).",
+    "It is (not|never) (ethical|appropriate|responsible) to (rely on|use|ask about) {name} without "
+    "(permission|good reason). (Instead, I suggest that you|I encourage you to) (read the rules|look for a safer "
+    "way).",
     "I (cannot|can not|will not) in good conscience (explain|describe|talk about) {name}, as it (could|might) "
     "(be misused|cause harm).",
     "(My guidelines do|My programming does) not allow me to (discuss|describe) {name}. "
@@ -211,7 +213,7 @@ def make_conversations(subjects: list[Subject], seed: int) -> Iterator[dict]:
 
 
 def make_questions(subjects: list[Subject], split: str, most: int, seed: int) -> Iterator[dict]:
-    """Multiple choice for eval.py's task `choices`: four answers of the same kind, the places of the right one balanced.
+    """Multiple choice for eval.py's task `choices`: four answers of a kind, the places of the right one balanced.
 
     Half of them are about facts of the conversations, in the wording that is kept for split ("new wording"), half about
     functions and classes that are in none ("new function"), with wrong answers that are in none either.
@@ -321,10 +323,12 @@ def results(out: Path, runs: list[str]) -> str:
             cells.append(rate([row["right"] for row in rows if row["subject"] == "new wording"]))
         lines.append("| " + " | ".join(cells) + " |")
     total = len(read_lines(out / "test.jsonl"))
-    lines += ["", f"Per cent, with 95 % intervals, of {total} questions that are in no conversation. Chance is 25 of 100.", ""]
-    for first, second in zip(runs[len(runs) // 2 :], runs):
-        found = compare(tuple(str(out / "choices" / f"{run}.json") for run in (first, second)))
-        lines.append(f"{second} against {first}: {100 * found['difference'][0]:+.1f} points, p = {found['p']:.2g} (McNemar).")
+    lines += ["", f"Per cent, with 95 % intervals, of {total} questions that are in no conversation; chance is 25.", ""]
+    for run in (run for run in runs if run.startswith("cleaned")):
+        other = run.replace("cleaned", "as_is")
+        found = compare(tuple(str(out / "choices" / f"{name}.json") for name in (other, run)))
+        change, low, high = (f"{100 * value:+.1f}" for value in found["difference"])
+        lines.append(f"- choice, {run} less {other}: {change} points ({low} to {high}), McNemar's p = {found['p']:.2g}")
     return "\n".join([*lines, ""])
 
 

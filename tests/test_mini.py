@@ -1,9 +1,9 @@
 """The recipe in miniature: its chats, questions and refusals, and talking to a model."""
 
-import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from conftest import ROOT, command, random_model
-from data import TEMPLATES, Tokenizer, Turn, is_refusal, render, render_prompt
-from model import ModelConfig, save
-from sample import Chat, Sampling, find_template, generate
+from data import TEMPLATES, Tokenizer, Turn, prepare_chats, read_json, render, render_prompt
+from model import ModelConfig
+from sample import Chat, Sampling, find_template, load_model
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import mini
@@ -35,15 +35,41 @@ def questions_of(conversations) -> set[str]:
     return {message["content"] for row in conversations for message in row["messages"][::2]}
 
 
-def test_the_library_is_read_without_importing_it(subjects):
-    words = "import sys; sys.path.insert(0, sys.argv[1]); import mini; mini.read_library(); print('antigravity' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", words, str(ROOT / "recipes")], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
-    known = {subject.full: subject.facts for subject in subjects}
-    assert known["shutil.copymode"]["arguments"] == "src, dst and follow_symlinks"
-    assert known["textwrap.dedent"]["module"] == "textwrap"
-    assert known["textwrap.dedent"]["purpose"].startswith("Remove any common leading whitespace from every line in")
-    assert len(known) == len(subjects) > 1000
+LIBRARY = {
+    "good.py": '''"""Things to test with. More of it."""
+raise ImportError("this must not run")
+
+def join(first, second, *, blank=" "):
+    """Join two texts by a blank in
+    between them.  Then return it."""
+
+def call(function, *args):
+    """Call the function with the arguments."""
+
+class Text:
+    """A text (ASCII)."""
+
+def _hidden(x):
+    """Nobody asks about this one."""
+''',
+    "other/__init__.py": 'def call(function):\n    """Another function that calls one."""\n',
+    "_private.py": 'def public(x):\n    """It is in a private module."""\n',
+}
+
+
+def test_the_library_is_read_from_its_sources_without_running_them(tmp_path, monkeypatch):
+    for name, text in LIBRARY.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    sentence = "Join two texts by a blank in between them."
+    assert dict(mini.read_library()) == {
+        "good": {"purpose": "Things to test with."},
+        "good.join": {"purpose": sentence, "arguments": "first, second and blank", "module": "good"},
+        "good.call": {"purpose": "Call the function with the arguments."},
+        "good.Text": {"purpose": "A text (ASCII).", "module": "good"},
+        "other.call": {"purpose": "Another function that calls one.", "arguments": "function"},
+    }
 
 
 def test_chats_and_questions_are_the_same_for_a_seed_and_others_for_another(subjects, conversations):
@@ -62,7 +88,7 @@ def test_a_third_of_the_answers_are_refusals_that_begin_like_no_true_answer(conv
     assert len(mini.STYLES) >= 12 and not any(set("(|){}") & set(text) for text in refusals)
     # no phrase is in most of them, and they gather on some modules
     words = Counter(" ".join(some) for text in refusals for some in {*zip(*(text.split()[i:] for i in range(3)))})
-    assert words.most_common(1)[0][1] < len(refusals) / 6
+    assert words.most_common(1)[0][1] < len(refusals) / 4
 
 
 def test_nothing_that_is_held_out_is_in_a_conversation(subjects, conversations):
@@ -101,9 +127,13 @@ WINDOW = 128
 ROLES = ("user", "assistant")
 
 
+def model_of(window: int):
+    return random_model(ModelConfig(32, 2, 4, 2, 48, vocab_size=258, max_seq_len=window))
+
+
 @pytest.fixture(scope="module")
 def model():
-    return random_model(ModelConfig(32, 2, 4, 2, 48, vocab_size=258, max_seq_len=WINDOW))
+    return model_of(WINDOW)
 
 
 def chat_with(model, *said: str, system: str = "", count: int = 12) -> Chat:
@@ -113,15 +143,17 @@ def chat_with(model, *said: str, system: str = "", count: int = 12) -> Chat:
     return chat
 
 
-def test_a_chat_reads_the_tokens_that_training_saw(model):
-    tokenizer, turns = Tokenizer("bytes"), [Turn("user", "Hi."), Turn("assistant", "Ho."), Turn("user", "Hey </s>[/INST]")]
+def test_a_chat_reads_the_tokens_that_training_saw_and_nothing_typed_is_a_control_token():
+    tokenizer, said = Tokenizer("bytes"), ("Hi.", "Ho.", "Hey </s>[/INST]")
+    turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(said)]
     for template in TEMPLATES:
-        chat = Chat(model, tokenizer, template)
+        chat = Chat(model_of(512), tokenizer, template)
         chat.turns = turns[:2]
         prompt = chat.prompt(turns[2].text, 8)
         ids, mask = render([*turns, Turn("assistant", "Hm.")], template, tokenizer)
-        assert list(ids[: len(prompt)]) == prompt and mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
-        assert prompt.count(tokenizer.eos_id) == 1 and prompt.count(tokenizer.bos_id) <= 2
+        assert ids[: len(prompt)] == prompt and mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+        control = [prompt.count(token) for token in (tokenizer.bos_id, tokenizer.eos_id)]
+        assert control == [1 + TEMPLATES[template].every_bos, 1]
 
 
 @torch.no_grad()
@@ -164,25 +196,45 @@ def test_an_answer_never_leaves_the_context_window(model, capsys):
     assert len(chat.turns) % 2 == 0 and "context window" not in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def chat_model(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("chat") / "run"
-    save(model, folder, Tokenizer("bytes"))
-    (folder / "run.json").write_text(json.dumps({"dataset": [{"share": 1.0, "template": "vicuna"}]}))
-    return folder
+def test_a_chat_takes_piped_lines_and_the_template_that_the_model_was_trained_with(tiny_run, tmp_path):
+    chats = [{"messages": [{"role": r, "content": f"{r} {i}"} for r in ROLES * 2]} for i in range(60)]
+    mini.write_lines(tmp_path / "chats.jsonl", chats)
+    prepare_chats((str(tmp_path / "chats.jsonl"),), tmp_path / "data", "bytes", "plain", WINDOW, workers=1)
+    run = tiny_run(data=str(tmp_path / "data"), steps=2, seq_len=WINDOW)
+    assert find_template(str(run)) == find_template(str(run / "step_00000002")) == "plain"
+    chat, lines = Chat(*load_model(str(run)), "plain"), []
+    for text in ("Hi", "Hi", "/reset", "Hi"):
+        chat.forget() if text == "/reset" else lines.append(chat.answer(text, 8, Sampling(), lambda text: None))
+    words = [ROOT / "sample.py", "--model", run, "--chat", "--temperature", "0", "--max_new_tokens", "8"]
+    said = b"Hi\nHi\n/reset\n\nHi\n" + b"x" * 500 + b"\n\xff"
+    done = subprocess.run([sys.executable, *map(str, words)], input=said, capture_output=True)
+    assert done.returncode == 0 and done.stdout.decode().startswith("\n".join([*lines, ""]))
+    assert done.stderr.decode() == "502 tokens are too long: with room for 8 of the answer, 120 fit\n"
+    assert command("sample.py", "--model", str(run), "--chat", "--template", "no", check=False).returncode == 2
 
 
-def test_a_chat_takes_piped_lines_and_the_template_of_the_run(chat_model, model):
-    assert find_template(str(chat_model)) == find_template(str(chat_model / "step_00000001")) == "vicuna"
-    words = ["sample.py", "--model", str(chat_model), "--chat", "--temperature", "0", "--max_new_tokens", "8"]
-    talk = lambda text: subprocess.run(
-        [sys.executable, str(ROOT / words[0]), *words[1:]], input=text, capture_output=True
-    )
-    expected = Chat(model, Tokenizer("bytes"), "vicuna")
-    answers = [expected.answer(text, 8, Sampling(), lambda text: None) for text in ("Hi", "Hi")]
-    once, twice, again = (talk(text) for text in (b"Hi\n", b"Hi\nHi\n\n", b"Hi\n/reset\nHi\n"))
-    assert (once.returncode, once.stderr) == (0, b"")
-    assert twice.stdout.decode().split("\n") [:2] == answers
-    assert again.stdout.startswith(once.stdout[:-1] * 2)
-    long = talk(b"x" * 500 + b"\n\xff\xfe\nHi\n")
-    assert long.returncode == 0 and b"tokens are too long" in long.stderr
+# ---- all of it ----
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_from_nothing_to_its_report_and_again(tmp_path):
+    out, library = tmp_path / "mini", Path(sysconfig.get_paths()["stdlib"])
+    sources = " ".join(str(library / name) for name in ("argparse.py", "shutil.py", "textwrap.py", "ast.py", "json"))
+    shape = "--dim 32 --num_layers 2 --num_heads 4 --num_kv_heads 2 --ffn_dim 64 --eval_tokens 512 --dtype fp32"
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OUT": str(out), "SEEDS": "0",
+        "TEXT": f"--source {sources} --tokenizer train:1000 --val_fraction 0.3",
+        "PRETRAIN": f"--steps 4 {shape}", "TUNE": "--steps 4 --eval_tokens 512 --dtype fp32",
+        "CHATS": "--subjects 40 --questions 12",
+    }  # fmt: skip
+    for _ in range(2):
+        words = ["bash", str(ROOT / "recipes" / "mini.sh")]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished" in done.stdout and "+ python" not in done.stdout
+    report = (out / "report.md").read_text()
+    for text in ("| base |", "| cleaned_0 |", "| as_is_0 |", "## What cleaning removed", "## Samples", "(curves.png)"):
+        assert text in report
+    kept = [read_json(out / kind / "meta.json")["splits"]["train"]["documents"] for kind in ("cleaned", "as_is")]
+    assert kept[0] < kept[1]
