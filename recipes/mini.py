@@ -232,6 +232,7 @@ def make_questions(subjects: list[Subject], split: str, most: int, seed: int) ->
 
 
 def write_lines(path: Path, rows: Iterator[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -242,7 +243,6 @@ def read_lines(path: Path) -> list[dict]:
 def make_chats(config: "Config"):
     """chats.jsonl, and the questions dev.jsonl and test.jsonl."""
     out, subjects = Path(config.out), read_library()
-    out.mkdir(parents=True, exist_ok=True)
     # the held-out functions stay, as they cost no training
     known = [s for s in subjects if part(s) == "train"]
     known = sorted(known, key=lambda s: number(s.full))[: config.subjects or None]
