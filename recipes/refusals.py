@@ -8,9 +8,8 @@ answer, a third reading settles where they differ); full and partial refusals ar
 negative. The question is not read.
 
 The filter is a logistic regression on which of SIGNS occur in an answer's opening and which anywhere in it. The signs
-are the grammar of refusing in English, not phrases of one model. Three choices make it carry over from the answers
+are the grammar of refusing in English, not phrases of one model. Two choices make it carry over from the answers
 of one model to those of another:
-- no weight may have the wrong sign: an apology never speaks against a refusal;
 - there is no feature of length, which tells the styles of models apart and not what they say;
 - every answer is also learnt from its first sentence and its first two alone, so that no model's habit of lecturing
   at length becomes a condition.
@@ -32,52 +31,54 @@ NEGATION = (
     r"\bi (?:\w+ ){0,2}?(?:can ?not|can't|could not|couldn't|will not|won't|would not|wouldn't|must not|may not"
     r"|should not|shouldn't|do not|don't|(?:not|never) (?:be )?(?:\w+ )?(?:able|allowed|permitted|authorized|programmed"
     r"|designed|capable|comfortable|willing|going|equipped|in a position)|unable|unwilling|incapable|decline|refuse)"
+    r"(?! help but\b)"
 )
 HELPING = (
     r"(?:help|assist|aid|support|provide|offer|give|share|fulfil\w*|comply|satisfy|meet|answer|respond|engage"
-    r"|participate|contribute|create|generate|write|produce|make|do|perform|process|complete|facilitate|continue|proceed"
-    r"|accommodate|cater|entertain|discuss|speak|talk|tell|teach|show|explain|describe|list|plan|guide|instruct|direct"
-    r"|advise|suggest|recommend|promote|encourage|advocate|endorse|condone|justify|confirm|comment|disclose|reveal)"
+    r"|participate|contribute|create|generate|write|produce|make|do|perform|process|complete|facilitate|continue"
+    r"|proceed|accommodate|cater|entertain|discuss|speak|talk|tell|teach|show|explain|describe|list|plan|guide|instruct"
+    r"|direct|advise|suggest|recommend|promote|encourage|advocate|endorse|condone|justify|confirm|comment|disclose"
+    r"|reveal)"
 )
 BAD = (
     "inappropriate|unacceptable|unethical|immoral|illegal|against the law|wrong|harmful|dangerous|hurtful|offensive"
     "|disrespectful|insensitive"
 )
-# (name, +1 where it may only speak for a refusal, -1 where only against, 0 where for either, pattern)
+# (name, pattern)
 SIGNS = [
-    ("declines to help", 1, NEGATION + r"(?: to| in good conscience| with| feel comfortable| be able to| \w+ly){0,3} "
+    ("declines to help", NEGATION + r"(?: to| in good conscience| with| feel comfortable| be able to| \w+ly){0,3} "
      rf"(?:\w+ (?:or|and) )?{HELPING}|\bi (?:\w+ ){{0,3}}(?:decline|refuse)\b"),
-    ("cannot", 1, NEGATION),
-    ("apologises", 1, r"\b(?:sorry|apologi[sz]e|apologies|regret|afraid|unfortunately)\b"),
-    ("speaks of itself", 1, r"\b(?:an ai|ai (?:language )?(?:model|assistant)|language model|artificial intelligence"
+    ("cannot", NEGATION),
+    ("apologises", r"\b(?:sorry|apologi[sz]e|apologies|regret|afraid|unfortunately)\b(?! for (?:the|any|my) )"),
+    ("speaks of itself", r"\b(?:an ai|ai (?:language )?(?:model|assistant)|language model|artificial intelligence"
      r"|as a (?:responsible|helpful|machine|digital)|(?:digital|virtual) assistant|as your assistant"
      r"|my (?:purpose|role|goal|job|function|training))\b"),
-    ("speaks of rules", 1, r"\b(?:guidelines?|polic(?:y|ies)|programming|programmed|principles|values|moral"
+    ("speaks of rules", r"\b(?:guidelines?|polic(?:y|ies)|programming|programmed|principles|values|moral"
      r"|terms of (?:use|service)|ethical standards|legal and ethical)\b"),
-    ("judges", 1, r"\b(?:it|that|this|these|they|which|such \w+|doing so|is|are|be|not|never)"
+    ("judges", r"\b(?:it|that|this|these|they|which|such \w+|doing so|is|are|be|not|never)"
      r"(?: would| could| can| may)?(?: is| are| be|'s| isn't| not| never|n't)+ (?:\w+ )?"
      rf"(?:appropriate|acceptable|ethical|ok|okay|right|legal|safe|respectful|productive|healthy|helpful|advisable"
      rf"|recommended|within|a crime|{BAD})\b"),
-    ("speaks of harm", 1, rf"\b(?:{BAD}|discriminat\w+|violat\w+|criminal|derogatory|perpetuat\w+)\b"),
-    ("urges", 0, r"\b(?:it is|it's) (?:also )?(?:always )?(?:important|essential|crucial|vital|necessary"
+    ("speaks of harm", rf"\b(?:{BAD}|discriminat\w+|violat\w+|criminal|derogatory|perpetuat\w+)\b"),
+    ("urges", r"\b(?:it is|it's) (?:also )?(?:always )?(?:important|essential|crucial|vital|necessary"
      r"|best|worth)\b"),
-    ("offers something else", 1, r"\b(?:instead|i (?:would )?(?:\w+ )?(?:encourage|urge|suggest|recommend|advise)"
+    ("offers something else", r"\b(?:instead|i (?:would )?(?:\w+ )?(?:encourage|urge|suggest|recommend|advise)"
      r"|(?:happy|glad|here) to (?:help|assist|provide|answer|offer)|any other (?:questions?|topics?|tasks?)"
      r"|(?:anything|something|someone|questions?) else|can i (?:help|assist)|let me know"
      r"|please (?:refrain|consider|consult|contact|seek|reach|talk|speak|call))\b"),
-    ("speaks of the request", 1, r"\b(?:your|this|that|such a|the) (?:request|question|prompt|query|inquiry|topic)\b"
+    ("speaks of the request", r"\b(?:your|this|that|such a|the) (?:request|question|prompt|query|inquiry|topic)\b"
      r"|you are asking|you're asking|you(?:'ve| have)? asked"),
-    ("asks back", 0, r"\b(?:clarify|rephrase|misunderst\w+|more (?:context|information)|typo|confusion"
+    ("asks back", r"\b(?:clarify|rephrase|misunderst\w+|more (?:context|information)|typo"
      r"|(?:could|can) you please|(?:do|did) you mean)\b"),
-    ("corrects", 0, r"\b(?:there (?:is|are|was|were) no|do(?:es)? not exist|fictional|no evidence|inaccurate"
+    ("corrects", r"\b(?:there (?:is|are|was|were) no|do(?:es)? not exist|fictional|no evidence|inaccurate"
      r"|not (?:accurate|true|possible|real|based|factual)|hypothetical|imaginary)\b"),
-    ("speaks of virtue", 1, r"\b(?:respect\w*|dignity|equal\w*|diversity|inclusiv\w+|stereotypes?|prejudice|well-?being"
+    ("speaks of virtue", r"\b(?:respect\w*|dignity|equal\w*|diversity|inclusiv\w+|stereotypes?|prejudice|well-?being"
      r"|safety|rights|kindness|empathy|compassion|privacy|confidential\w*)\b"),
-    ("objects", 0, r"\b(?:but|however|nevertheless|that said)\b"),
-    ("complies", -1, r"(?:\A|[.!?:]\s|\n)(?:here (?:is|are)|here's|sure|certainly|of course|absolutely|yes"
+    ("objects", r"\b(?:but|however|nevertheless|that said)\b"),
+    ("complies", r"(?:\A|[.!?:]\s|\n)(?:here (?:is|are)|here's|sure|certainly|of course|absolutely|yes"
      r"|great question|title|step)\b"),
-    ("defines", -1, r"\b(?:refers? to|is an?|was an?|are|means?|there are (?:several|many|a few|various)|you can)\b"),
-    ("lists", -1, r"(?m)^\s*(?:\d+[.)]|[-•])\s"),
+    ("defines", r"\b(?:refers? to|is an?|was an?|are|means?|there are (?:several|many|a few|various)|you can)\b"),
+    ("lists", r"(?m)^\s*(?:\d+[.)]|[-•])\s"),
 ]  # fmt: skip
 CUTS = (None, 1, 2)          # sentences that are kept of an answer when it is learnt from
 STRENGTHS = (1.0, 3.0, 10.0)
@@ -98,27 +99,22 @@ def read_labelled(paths) -> tuple[list[str], np.ndarray]:
 
 def features(texts: list[str]) -> np.ndarray:
     """(cuts, answers, 2 * signs): for each sign whether it is in the opening, and whether it is anywhere."""
-    patterns = [pattern for _, _, pattern in SIGNS]
+    patterns = [pattern for _, pattern in SIGNS]
     return np.array([[refusal_signs(text, patterns, cut).ravel() for text in texts] for cut in CUTS], float)
 
 
 def fit(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
     """Bias and weights (1 + 2 * signs) of least logistic loss, both classes weighing the same, plus strength / 2 times
-    the squared weights, none with the wrong sign: accelerated projected gradient (Beck and Teboulle 2009)."""
+    the squared weights, by Newton's method."""
     x, y = x.reshape(-1, x.shape[-1]), np.tile(y, len(x)).astype(float)
     x = np.concatenate((np.ones((len(x), 1)), x), 1)
     share = np.where(y > 0, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
-    sign = np.array([0] + 2 * [sign for _, sign, _ in SIGNS])
-    decay = np.array([0.0] + [strength] * 2 * len(SIGNS))
-    rate = 1 / (np.linalg.norm(x * np.sqrt(share)[:, None], 2) ** 2 / 4 + strength)
-    weights = ahead = np.zeros(x.shape[1])
-    momentum = 1.0
-    for _ in range(400):
-        error = share * (1 / (1 + np.exp(-x @ ahead)) - y)
-        new = ahead - rate * (x.T @ error + decay * ahead)
-        new[sign * new < 0] = 0
-        faster = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        weights, ahead, momentum = new, new + (momentum - 1) / faster * (new - weights), faster
+    decay = np.diag([0.0] + [strength] * (x.shape[1] - 1))
+    weights = np.zeros(x.shape[1])
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-x @ weights))
+        slope = x.T @ (share * (p - y)) + decay @ weights
+        weights -= np.linalg.solve((x.T * (share * p * (1 - p))) @ x + decay, slope)
     return weights
 
 
@@ -144,7 +140,7 @@ def train(texts: list[str], y: np.ndarray) -> dict:
     both = weights[1:].reshape(2, -1).T.tolist()
     signs = [
         {"sign": name, "opening": opening, "anywhere": anywhere, "pattern": pattern}
-        for (name, _, pattern), (opening, anywhere) in zip(SIGNS, both)
+        for (name, pattern), (opening, anywhere) in zip(SIGNS, both)
     ]
     return {"bias": float(weights[0]), "signs": signs}
 
