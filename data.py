@@ -1065,7 +1065,7 @@ def _check_sides(sides: tuple[list[Turn], ...]):
 
 
 def _render_task(task: tuple[str, list], tokenizer_path: str, template: str, max_len: int):
-    """In a worker: (split, tokens and mask of all conversations, their sizes, bytes of the answers, what was counted)."""
+    """In a worker: (split, tokens and mask of all conversations, their sizes, bytes of answers, what was counted)."""
     split, records = task
     tokenizer = _worker_tokenizer(tokenizer_path)
     documents, counts = [], Counter()
@@ -1892,7 +1892,7 @@ class Config:
     # conversations and preference pairs, from .json and .jsonl
     template: str = ""                  # llama2-chat, vicuna, alpaca, chatml or plain makes a set to fine-tune on
     max_len: int = 2048                 # tokens; what is longer is split between exchanges
-    format: str = "auto"                # by the fields of each record, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf,
+    format: str = "auto"                # by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf or
     #                                     pairs (ShareGPT with chosen and rejected)
     allow_bad: float = 0.01             # fraction of the records that may be bad, and are left out
     show: str = ""                      # instead print examples of this folder, what the loss counts in brackets

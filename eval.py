@@ -414,6 +414,8 @@ def perplexity(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Ques
     path = Path(config.data)
     if (path / "meta.json").exists():
         meta = read_meta(path)
+        if "template" in meta:
+            raise ValueError(f"--data {path} holds conversations; perplexity is that of text")
         largest = max(file["tokens"] for file in meta["splits"]["val"]["files"])
         val = TokenDataset(path, "val", min(room, largest - 1))
         if meta["tokenizer"]["sha256"] != tokenizer.sha256:
