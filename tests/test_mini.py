@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, command, random_model
 from data import TEMPLATES, Tokenizer, Turn, prepare_chats, read_json, render, render_prompt
 from model import ModelConfig
-from sample import Chat, Sampling, find_template, load_model
+from sample import Chat, Sampling, find_template, load_model, read
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import mini
@@ -171,6 +171,25 @@ def test_two_turns_equal_one_uncached_run(model):
             new.append(token)
         turns.append(Turn("assistant", tokenizer.decode(new).strip()))
     assert chat.turns == turns
+
+
+def test_what_is_remembered_of_earlier_turns_changes_no_answer_and_is_not_read_again(model, monkeypatch):
+    chat, sizes = chat_with(model), []
+
+    def counted(model, cache, chunks):
+        sizes.append(len(chunks[0]))
+        return read(model, cache, chunks)
+
+    monkeypatch.setattr("sample.read", counted)
+    for number in range(6):
+        fresh = chat_with(model)
+        fresh.turns = list(chat.turns)
+        said = (f"Number {number} of them.", 12, Sampling(), lambda text: None)
+        sizes.clear()
+        answer, prompt = chat.answer(*said), len(chat.ids)
+        assert sizes[0] == prompt if number == 0 else sizes[0] < prompt
+        assert fresh.answer(*said) == answer
+    assert len(chat.turns) < 12  # the oldest were forgotten, so that what is remembered was no longer the beginning
 
 
 def test_a_full_context_loses_its_oldest_exchanges_whole_and_never_the_system_turn(model):
