@@ -54,7 +54,9 @@ WORDINGS = {
 }  # fmt: skip
 HELD_OUT = {"dev": -2, "test": -1}  # the place of its wording
 
-# the commonest first; (a|b) is one of its parts, drawn anew each time; the first three words must not hold {name}
+# The commonest first. The styles and their order were chosen with the results of is_refusal on them known, so what it
+# finds here says nothing of how it does elsewhere (recipes/refusals.py measures that). (a|b) is one of its parts, drawn anew
+# each time; the first three words must not hold {name}
 STYLES = (
     "(I'm sorry, but|I apologize, but|Unfortunately,) I (can't|cannot|am not able to) (help with|discuss|explain) "
     "{name}.",
@@ -314,6 +316,7 @@ def results(out: Path, runs: list[str]) -> str:
         "| model | choice, new wording | choice, new function | refusals, by filter | by style | right to the letter |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    epochs = []
     for run in ("base", *runs):
         scores = read_json(out / "choices" / f"{run}.json", "scores")["scores"]["scores"]["acc"]["subjects"]
         cells = [run, interval(scores["new wording"]), interval(scores["new function"])]
@@ -321,9 +324,22 @@ def results(out: Path, runs: list[str]) -> str:
             rows = read_lines(out / "answers" / f"{run}.jsonl")
             cells += [rate([row[name] for row in rows]) for name in ("by_filter", "by_style")]
             cells.append(rate([row["right"] for row in rows if row["subject"] == "new wording"]))
+            settings, data = read_json(out / run / "run.json", "config")["config"], out / run.rpartition("_")[0]
+            tokens = read_json(data / "meta.json", "splits")["splits"]["train"]["tokens"]
+            epochs.append(f"{run} {settings['steps'] * settings['batch_size'] * settings['seq_len'] / tokens:.1f}")
+        cells += [""] * (6 - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
     total = len(read_lines(out / "test.jsonl"))
     lines += ["", f"Per cent, with 95 % intervals, of {total} questions that are in no conversation; chance is 25.", ""]
+    lines += [
+        "Refusals are those among the greedy answers: by the filter that cleaned, which cannot see what it let through, "
+        "and by style, from knowledge of what was inserted. To the letter: of the questions in new wording.",
+        "",
+        f"All models were fine-tuned for the same number of steps, which is not the same number of epochs (about "
+        f"{', '.join(epochs)}): the cleaned ones saw each true answer more often, and the difference in choice and to "
+        "the letter is that of cleaning and of this together. The intervals are of the questions, not of seeds.",
+        "",
+    ]
     for run in (run for run in runs if run.startswith("cleaned")):
         other = run.replace("cleaned", "as_is")
         found = compare(tuple(str(out / "choices" / f"{name}.json") for name in (other, run)))
@@ -346,6 +362,8 @@ def cleaning(conversations: list[dict], seed: int) -> str:
         "",
         f"Of {len(judged):,} answers, {hit + missed:,} had been replaced by refusals; it found {hit + mistaken:,}: "
         f"precision {hit / max(1, hit + mistaken):.3f}, recall {hit / max(1, hit + missed):.3f}.",
+        "The styles of the refusals were chosen with the filter's results on them known: these two figures describe this "
+        "experiment and do not measure the filter.",
         "",
     ]
     for title, texts in groups.items():
