@@ -332,12 +332,12 @@ def results(out: Path, runs: list[str]) -> str:
     total = len(read_lines(out / "test.jsonl"))
     lines += ["", f"Per cent, with 95 % intervals, of {total} questions that are in no conversation; chance is 25.", ""]
     lines += [
-        "Refusals are those among the greedy answers: by the filter that cleaned, which cannot see what it let through, "
-        "and by style, from knowledge of what was inserted. To the letter: of the questions in new wording.",
+        "Refusals are those among the greedy answers: by the filter that cleaned, which cannot see what it let "
+        "through, and by style, from knowledge of what was inserted. To the letter: of the questions in new wording.",
         "",
         f"All models were fine-tuned for the same number of steps, which is not the same number of epochs (about "
-        f"{', '.join(epochs)}): the cleaned ones saw each true answer more often, and the difference in choice and to "
-        "the letter is that of cleaning and of this together. The intervals are of the questions, not of seeds.",
+        f"{', '.join(epochs)}): the cleaned ones saw each true answer more often, and the difference in choice and "
+        "to the letter is that of cleaning and of this together. The intervals are of the questions, not of seeds.",
         "",
     ]
     for run in (run for run in runs if run.startswith("cleaned")):
@@ -362,8 +362,8 @@ def cleaning(conversations: list[dict], seed: int) -> str:
         "",
         f"Of {len(judged):,} answers, {hit + missed:,} had been replaced by refusals; it found {hit + mistaken:,}: "
         f"precision {hit / max(1, hit + mistaken):.3f}, recall {hit / max(1, hit + missed):.3f}.",
-        "The styles of the refusals were chosen with the filter's results on them known: these two figures describe this "
-        "experiment and do not measure the filter.",
+        "The styles of the refusals were chosen with the filter's results on them known: these two figures describe "
+        "this experiment and do not measure the filter.",
         "",
     ]
     for title, texts in groups.items():
