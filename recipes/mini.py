@@ -55,9 +55,8 @@ WORDINGS = {
 HELD_OUT = {"dev": -2, "test": -1}  # the place of its wording
 
 # The commonest first. The styles and their order were chosen with the results of is_refusal on them known, so what it
-# finds here says nothing of how it does elsewhere (recipes/refusals.py measures that). (a|b) is "
-    "one of its parts, drawn anew
-# each time; the first three words must not hold {name}
+# finds here says nothing of how it does elsewhere (recipes/refusals.py measures that). (a|b) is
+# one of its parts, drawn anew each time; the first three words must not hold {name}
 STYLES = (
     "(I'm sorry, but|I apologize, but|Unfortunately,) I (can't|cannot|am not able to) (help with|discuss|explain) "
     "{name}.",
