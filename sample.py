@@ -3,8 +3,9 @@
     python sample.py --model out/stdlib --prompt "def fibonacci(n):" --num 4
     python sample.py --model out/stdlib --export FOLDER     # the same model as a Hugging Face folder
     python sample.py --model out/lora --export_adapter FOLDER     # what LoRA learned, as a PEFT folder
+    python sample.py --model out/mini/cleaned_0 --chat      # talk to a model that was fine-tuned on chats
 
-`generate` works on token ids, a batch of prompts of any lengths at once; `complete` puts text around it.
+`generate` works on token ids, a batch of prompts of any lengths at once; `complete` puts text around it, `Chat` turns.
 """
 
 import sys
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import Tokenizer, find_tokenizer, run_command
+from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, read_json, render_prompt, run_command
 from model import KVCache, Transformer, load, read_adapter, save, save_adapter
 
 
@@ -241,6 +242,93 @@ def complete(
     return texts
 
 
+class Chat:
+    """A conversation with a model: what was said, as turns, and the keys and values of what it has read.
+
+    Its prompt is rendered anew from the turns for every answer, as training rendered them; only what differs from the
+    last one is read. system is an instruction that stays.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, template: str, system: str = ""):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.system = [Turn("system", system)] * bool(system)
+        self.cache, self.ids = new_cache(model, 1, model.config.max_seq_len), []
+        self.forget()
+
+    def forget(self):
+        self.turns: list[Turn] = []
+
+    def prompt(self, text: str, room: int) -> list[int]:
+        """Add a user's turn; the ids up to where the answer begins. The oldest exchanges are forgotten until the answer
+        has room for so many tokens. Raises ValueError, having changed nothing, for a text that alone is too long."""
+        most = self.model.config.max_seq_len - room
+        turns = [*self.turns, Turn("user", text)]
+        while len(ids := render_prompt([*self.system, *turns], self.template, self.tokenizer)) > most:
+            if len(turns) < 3:
+                raise ValueError(f"{len(ids)} tokens are too long: with room for {room} of the answer, {most} fit")
+            del turns[:2]
+        self.turns = turns
+        return ids
+
+    def answer(self, text: str, max_new_tokens: int, sampling: Sampling, on_text: Callable[[str], None]) -> str:
+        """The model's answer, up to EOS, which is then part of the history; on_text gets it as it comes.
+
+        At least half of the context window is for what was said, the rest, if so much is asked for, for the answer.
+        """
+        ids = self.prompt(text, min(max_new_tokens, self.model.config.max_seq_len // 2))
+        same = next((i for i, (old, new) in enumerate(zip(self.ids, ids)) if old != new), min(len(self.ids), len(ids)))
+        same = min(same, len(ids) - 1)  # generate reads at least one
+        self.cache.trim([same])
+        if new := ids[same:-1]:
+            with torch.no_grad():
+                read(self.model, self.cache, [new])
+        self.ids = ids[:-1]
+        stream, parts = TextStream(self.tokenizer, ids), []
+
+        def hand_out(text: str):
+            text = text if parts else text.lstrip()
+            if text:
+                parts.append(text)
+                on_text(text)
+
+        def add(_, token: int) -> bool:
+            hand_out(stream.add(token))
+            return False
+
+        most = min(max_new_tokens, self.model.config.max_seq_len - len(ids))
+        generate(self.model, [ids], most, sampling, (self.tokenizer.eos_id, self.tokenizer.bos_id), add, self.cache)
+        hand_out(stream.end())
+        self.turns.append(Turn("assistant", "".join(parts).strip()))
+        return self.turns[-1].text
+
+
+def find_template(path: str) -> str:
+    """The template that a run or its checkpoint was trained with; empty where its record names none."""
+    places = [folder / "run.json" for folder in (Path(path), Path(path).parent)]
+    record = next((read_json(place, "dataset") for place in places if place.is_file()), {"dataset": []})
+    return next((source["template"] for source in record["dataset"] if source.get("template")), "")
+
+
+def talk(chat: Chat, max_new_tokens: int, sampling: Sampling):
+    """A chat on the terminal, or with lines from a pipe, until its end or Ctrl-C; /reset forgets what was said."""
+    sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        print("/reset forgets what was said, Ctrl-D ends", file=sys.stderr)
+    try:
+        while True:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+            if text == "/reset":
+                chat.forget()
+            elif text:
+                try:
+                    chat.answer(text, max_new_tokens, sampling, lambda text: print(text, end="", flush=True))
+                    print()
+                except ValueError as error:
+                    print(error, file=sys.stderr)
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
 def load_model(path: str, tokenizer: str = "", dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer, from its folder unless named.
 
@@ -277,6 +365,9 @@ class Config:
     stop: tuple[str, ...] = ()          # texts at which a sample ends
     seed: int = 0                       # the same seed gives the same samples
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    chat: bool = False                  # talk on the terminal, with lines from it or from a pipe
+    template: str = ""                  # of a chat; where the model's run does not name it
+    system: str = ""                    # an instruction before a chat
     export: str = ""                    # instead write the model there as a Hugging Face folder, auto being fp32
     export_adapter: str = ""            # instead write the adapter of a LoRA run there, as PEFT does
 
@@ -298,6 +389,13 @@ def main(config: Config):
     if config.export:
         save(model, config.export, tokenizer)
         print(f"wrote {config.export}")
+        return
+    if config.chat:
+        template = config.template or find_template(config.model)
+        if template not in TEMPLATES:
+            known = f"name one of {', '.join(TEMPLATES)} with --template"
+            raise ValueError(f"--template {template} is unknown; {known}" if template else f"{config.model} {known}")
+        talk(Chat(model, tokenizer, template, config.system), config.max_new_tokens, sampling)
         return
     prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
     rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
