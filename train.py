@@ -371,8 +371,7 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
         model.unembedding.loss_of_logits = torch.compile(model.unembedding.loss_of_logits, fullgraph=True)
-    if config.label_smoothing or config.z_loss:
-        model.unembedding.terms = (config.label_smoothing, config.z_loss)
+    model.unembedding.terms = (config.label_smoothing, config.z_loss)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
         unit([model.norm, model.unembedding], reshard_after_forward=False)
@@ -881,8 +880,12 @@ def kept_bytes(shape: ModelConfig, mode: str, compiled: bool, size: int) -> int:
     return 2 * (4 + 2 * size) * dim + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8
 
 
-def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> dict[str, int]:
+def forecast(
+    shape: ModelConfig, config: Config, world: int, compiled: bool, of_pairs: bool = False
+) -> dict[str, int]:
     """Bytes on each rank at the peak of a step, by what they are for. What the allocator and NCCL add is not in it.
+
+    Pairs have two rows each, here of full length, and a frozen reference.
 
     The peak is at one of three moments: in the loss, when all activations are kept; in the backward pass of the last
     block, the same; or in that of the first, when the gradients of all others are there instead.
@@ -894,7 +897,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     of_ends = shape.vocab_size * shape.dim
     size = 4 if config.dtype == "fp32" else 2
     share = config.batch_size // world
-    tokens = (config.micro_batch or share) * config.seq_len
+    tokens = (config.micro_batch or share) * config.seq_len * (2 if of_pairs else 1)
     shard = params // (config.shard_over or world)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     trained_shard = trained // (config.shard_over or world)
@@ -913,7 +916,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     logits = max(of_logit * in_chunk + 4 * of_ends * (tokens > chunk), size * in_chunk + of_product * of_ends)
     of_gradients = (4 + size) * of_block  # as they are computed, and as they are reduced
     # of earlier micro-batches: whole until the last one reduces them
-    earlier = 0 if share * config.seq_len == tokens else 4 * (trained_shard if config.reduce_each else trained)
+    earlier = 0 if config.micro_batch in (0, share) else 4 * (trained_shard if config.reduce_each else trained)
     gathered = size * (params if not config.reshard_after_forward else 2 * of_block + of_ends)
     moments = [
         dict(gradients=earlier, activations=kept, logits=logits),
@@ -925,7 +928,8 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
         matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() >= 2)
         of_moments -= 4 * matrices // (config.shard_over or world)
-    return {"weights": 4 * shard, "moments": of_moments, "gathered": gathered} | peak
+    reference = {"reference": size * shard} if of_pairs else {}
+    return {"weights": 4 * shard, "moments": of_moments, "gathered": gathered} | reference | peak
 
 
 def plan(config: Config) -> str:
@@ -993,11 +997,13 @@ class Report:
         """The first words of a run: what, where, how much, and what it will need."""
         config, world, kind = self.config, dist.get_world_size(), self.device.type
         where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
-        size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens, saved every {config.save_every}"
+        each = "pairs" if self.unit == "pairs" else f"× {config.seq_len} tokens"
+        size = f"{config.steps} steps of {config.batch_size} {each}, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
         self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
-        parts = {name: num_bytes / 2**30 for name, num_bytes in forecast(shape, config, world, compiled).items()}
+        needs = forecast(shape, config, world, compiled, of_pairs=self.unit == "pairs")
+        parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
         most = ", ".join(f"{name} {amount:.2g}" for name, amount in parts.items())
         self.say(f"forecast: {sum(parts.values()):.2g} GiB in each process at the peak of a step ({most})")
 
