@@ -328,16 +328,16 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable, terms: tuple[float, ...]
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable, terms: tuple[float, float]
     ) -> Tensor:
         compiled = of_logits is not loss_of_logits
         size = 4 * LOSS_CHUNK if compiled and x.dtype == torch.bfloat16 else LOSS_CHUNK
-        total = torch.zeros((), device=x.device)
+        total, (smoothing, z_loss) = torch.zeros((), device=x.device), terms
         x_grad = torch.empty_like(x) if training else None
         weight_grad = None
         for begin in range(0, len(x), size):
             chunk = slice(begin, begin + size)
-            loss, logits_grad = of_logits(F.linear(x[chunk], weight), targets[chunk], *terms)
+            loss, logits_grad = of_logits(F.linear(x[chunk], weight), targets[chunk], smoothing, z_loss)
             total += loss
             if training:
                 torch.mm(logits_grad, weight, out=x_grad[chunk])
@@ -390,7 +390,7 @@ class Unembedding(nn.Linear):
     """Turns the residual stream into logits; with targets into their loss, or into the log-probability of each."""
 
     loss_of_logits = staticmethod(loss_of_logits)
-    terms = ()  # its smoothing and z_loss, in training
+    terms = (0.0, 0.0)  # its smoothing and z_loss, in training
 
     def forward(self, x: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
         if targets is None:

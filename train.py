@@ -397,8 +397,7 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
         model.unembedding.loss_of_logits = torch.compile(model.unembedding.loss_of_logits, fullgraph=True)
-    if config.label_smoothing or config.z_loss:
-        model.unembedding.terms = (config.label_smoothing, config.z_loss)
+    model.unembedding.terms = (config.label_smoothing, config.z_loss)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
         unit([model.norm, model.unembedding], reshard_after_forward=False)
@@ -935,8 +934,12 @@ class Tally(NamedTuple):
         return cls(sum(p.nbytes for p in parameters), gathered, sum(p.numel() for p in parameters if p.requires_grad))
 
 
-def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> dict[str, int]:
+def forecast(
+    shape: ModelConfig, config: Config, world: int, compiled: bool, of_pairs: bool = False
+) -> dict[str, int]:
     """Bytes on each rank at the peak of a step, by what they are for. What the allocator and NCCL add is not in it.
+
+    Pairs have two rows each, here of full length, and a frozen reference.
 
     The peak is at one of three moments: in the loss, when all activations are kept; in the backward pass of the last
     block, the same; or in that of the first, when the gradients of all others are there instead.
@@ -947,7 +950,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     whole, block = (Tally.of(part, size) for part in (model, model.blocks[0]))
     of_ends = shape.vocab_size * shape.dim
     share = config.batch_size // world
-    tokens = (config.micro_batch or share) * config.seq_len
+    tokens = (config.micro_batch or share) * config.seq_len * (2 if of_pairs else 1)
     ranks = config.shard_over or world
     shard = whole.trained // ranks
 
@@ -967,7 +970,7 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     logits = max(of_logit * in_chunk + 4 * trained_ends * (tokens > chunk), size * in_chunk + of_product * trained_ends)
     of_gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
     # of earlier micro-batches: whole until the last one reduces them
-    earlier = 0 if share * config.seq_len == tokens else 4 * (shard if config.reduce_each else whole.trained)
+    earlier = 0 if config.micro_batch in (0, share) else 4 * (shard if config.reduce_each else whole.trained)
     gathered = 2 * block.gathered + size * of_ends if config.reshard_after_forward else whole.gathered
     if config.quantize == "nf4":  # the largest matrix, unpacked
         gathered += size * shape.dim * max(shape.dim, shape.ffn_dim)
@@ -981,7 +984,8 @@ def forecast(shape: ModelConfig, config: Config, world: int, compiled: bool) -> 
     if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
         matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() >= 2)
         of_moments -= 4 * matrices // ranks
-    return {"weights": whole.stored // ranks, "moments": of_moments, "gathered": gathered} | peak
+    reference = {"reference": whole.gathered // ranks} if of_pairs and not config.lora_rank else {}
+    return {"weights": whole.stored // ranks, "moments": of_moments, "gathered": gathered} | reference | peak
 
 
 def plan(config: Config) -> str:
@@ -1049,11 +1053,13 @@ class Report:
         """The first words of a run: what, where, how much, and what it will need."""
         config, world, kind = self.config, dist.get_world_size(), self.device.type
         where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
-        size = f"{config.steps} steps of {config.batch_size} × {config.seq_len} tokens, saved every {config.save_every}"
+        each = "pairs" if self.unit == "pairs" else f"× {config.seq_len} tokens"
+        size = f"{config.steps} steps of {config.batch_size} {each}, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
         self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
-        parts = {name: num_bytes / 2**30 for name, num_bytes in forecast(shape, config, world, compiled).items()}
+        needs = forecast(shape, config, world, compiled, of_pairs=self.unit == "pairs")
+        parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
         most = ", ".join(f"{name} {amount:.2g}" for name, amount in parts.items())
         self.say(f"forecast: {sum(parts.values()):.2g} GiB in each process at the peak of a step ({most})")
 

@@ -48,7 +48,7 @@ def write_pairs(folder, tiny_data, **num_pairs: int):
 
 @pytest.fixture(scope="module")
 def pairs(tiny_data, tmp_path_factory):
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "data", tiny_data, train=61, val=20)
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "data", tiny_data, train=61, val=21)
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +163,7 @@ def test_a_run_begins_at_log_2_and_ends_above_chance_on_pairs_held_out(dpo_run):
     first, last = (json.loads((run / "log.jsonl").read_text().splitlines()[i]) for i in (0, -1))
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["accuracy"] == first["margin"] == 0
     assert first["kl"] == 0 and first["pairs"] == 8 and first["epochs"].popitem()[1] == pytest.approx(8 / 61, abs=1e-4)
-    assert last["val_pairs"] == 20 and last["val_accuracy"] > 0.9 and last["val_margin"] > 0.1
+    assert last["val_pairs"] == 21 and last["val_accuracy"] > 0.9 and last["val_margin"] > 0.1
     assert last["val_loss"] < first["loss"] and log(run, "kl")[-1] != 0
 
 
@@ -242,3 +242,10 @@ def test_the_mixture_gives_pairs_row_by_row(pairs):
     for chosen, rejected in zip(batch.targets[::2], batch.targets[1::2]):
         assert set(chosen) - {IGNORE} <= {*b"aeiou", data.parts[0].meta["eos"]}
         assert set(rejected) - {IGNORE} <= {*b"xyz", data.parts[0].meta["eos"]}
+
+
+def test_the_forecast_of_pairs_has_two_rows_each_and_the_reference():
+    config = Config(seq_len=4096, batch_size=16, micro_batch=2, dtype="bf16", checkpointing="full")
+    text, of_pairs = (train.forecast(train.SIZES["7B"], config, 8, True, of_pairs=flag) for flag in (False, True))
+    assert of_pairs["reference"] == text["weights"] // 2
+    assert sum(of_pairs.values()) > sum(text.values()) + of_pairs["reference"] + 2 * 4096 * 4096 * 2 * 32
