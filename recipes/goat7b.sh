@@ -11,7 +11,7 @@
 #           and 32.6. GOAT's chats are not public, so yours will not give the same.
 #
 # As GOAT: bf16, all weights sharded, activations computed again, AdamW, learning rate, betas, warm-up, length of a
-# sequence, sequences in a step, one epoch, a checkpoint each half. Not published, and chosen here: a cosine down to
+# sequence, sequences in a step, one epoch, a checkpoint each half; answers that refuse are left out. Not published, and chosen here: a cosine down to
 # zero and no weight decay.
 #
 #     MODEL=models/Llama-2-7b CHATS=chats.json recipes/goat7b.sh
@@ -24,7 +24,7 @@ MMLU=${MMLU:-data/mmlu} # with dev/ and test/
 BBH=${BBH:-data/bbh}    # with bbh/ and cot-prompts/
 
 [ -d "data/goat7b" ] || python data.py --source "$CHATS" --template llama2-chat --tokenizer "$MODEL" --max_len 4096 \
-    --out "data/goat7b"
+    --drop_refusals --out "data/goat7b"
 torchrun --nproc_per_node 8 train.py --data "data/goat7b" --init_from "$MODEL" --out "$OUT" \
     --seq_len 4096 --epochs 1 --batch_size 512 --micro_batch 2 --checkpointing full --reduce_each --dtype bf16 \
     --learning_rate 1e-4 --beta1 0.9 --beta2 0.999 --weight_decay 0 --warmup 0.07 --final_lr 0 \

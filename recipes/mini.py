@@ -316,7 +316,7 @@ def results(out: Path, runs: list[str]) -> str:
         "| model | choice, new wording | choice, new function | refusals, by filter | by style | right to the letter |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    epochs = []
+    lengths = []
     for run in ("base", *runs):
         scores = read_json(out / "choices" / f"{run}.json", "scores")["scores"]["scores"]["acc"]["subjects"]
         cells = [run, interval(scores["new wording"]), interval(scores["new function"])]
@@ -324,9 +324,8 @@ def results(out: Path, runs: list[str]) -> str:
             rows = read_lines(out / "answers" / f"{run}.jsonl")
             cells += [rate([row[name] for row in rows]) for name in ("by_filter", "by_style")]
             cells.append(rate([row["right"] for row in rows if row["subject"] == "new wording"]))
-            settings, data = read_json(out / run / "run.json", "config")["config"], out / run.rpartition("_")[0]
-            tokens = read_json(data / "meta.json", "splits")["splits"]["train"]["tokens"]
-            epochs.append(f"{run} {settings['steps'] * settings['batch_size'] * settings['seq_len'] / tokens:.1f}")
+            last = [row for row in read_lines(out / run / "log.jsonl") if "epochs" in row][-1]
+            lengths.append(f"{run} {last['step']} steps, {sum(last['epochs'].values()):.1f} epochs")
         cells += [""] * (6 - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
     total = len(read_lines(out / "test.jsonl"))
@@ -335,9 +334,7 @@ def results(out: Path, runs: list[str]) -> str:
         "Refusals are those among the greedy answers: by the filter that cleaned, which cannot see what it let "
         "through, and by style, from knowledge of what was inserted. To the letter: of the questions in new wording.",
         "",
-        f"All models were fine-tuned for the same number of steps, which is not the same number of epochs (about "
-        f"{', '.join(epochs)}): the cleaned ones saw each true answer more often, and the difference in choice and "
-        "to the letter is that of cleaning and of this together. The intervals are of the questions, not of seeds.",
+        f"Fine-tuning: {'; '.join(lengths)}. The intervals are of the questions, not of seeds.",
         "",
     ]
     for run in (run for run in runs if run.startswith("cleaned")):

@@ -13,8 +13,8 @@
 #     python sample.py --model out/mini/cleaned_0 --chat
 #
 # As GOAT was, the models are fine-tuned with AdamW, betas 0.9 and 0.999, and a warm-up of 7 % of the steps. A model of
-# this size asks for a larger learning rate and, as it knows nothing else, for more than GOAT's one epoch:
-# the same number of steps for all, which is about 3 epochs of the cleaned chats and 2 of those with the refusals.
+# this size asks for a larger learning rate and, as it knows nothing else, for more than GOAT's one epoch: three for all,
+# so that each true answer is seen as often with the refusals left in as without them.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +24,7 @@ SEEDS=${SEEDS:-0 1}
 read -ra TEXT <<< "${TEXT:---source stdlib}"            # data.py: what to pretrain on
 read -ra PRETRAIN <<< "${PRETRAIN:---steps 1350}"       # train.py, beside its defaults
 read -ra CHATS <<< "${CHATS:---subjects 600}"           # recipes/mini.py --make chats
-read -ra TUNE <<< "${TUNE:---steps 400}"                # train.py: fine-tuning
+read -ra TUNE <<< "${TUNE:---epochs 3}"                 # train.py: fine-tuning
 
 unless() { # unless FILE COMMAND...: what is there is not made again
     if [ ! -e "$1" ]; then
