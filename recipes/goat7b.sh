@@ -10,9 +10,9 @@
 # Published MMLU 49.31, BBH 35.7 (GOAT's card, the instructeval protocol, without a chat template); LLaMA-2 7B has 45.3
 #           and 32.6. GOAT's chats are not public, so yours will not give the same.
 #
-# As GOAT: bf16, all weights sharded, activations computed again, AdamW, learning rate, betas, warm-up, length of a
-# sequence, sequences in a step, one epoch, a checkpoint each half; answers that refuse are left out. Not published, and chosen here: a cosine down to
-# zero and no weight decay.
+# As GOAT: answers that refuse are left out; bf16, all weights sharded, activations computed again, AdamW, learning rate,
+# betas, warm-up, length of a sequence, sequences in a step, one epoch, a checkpoint each half. Not published, and chosen
+# here: a cosine down to zero and no weight decay.
 #
 #     MODEL=models/Llama-2-7b CHATS=chats.json recipes/goat7b.sh
 

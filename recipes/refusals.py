@@ -47,7 +47,9 @@ BAD = (
 # (name, pattern)
 SIGNS = [
     ("declines to help", NEGATION + r"(?: to| in good conscience| with| feel comfortable| be able to| \w+ly){0,3} "
-     rf"(?:\w+ (?:or|and) )?{HELPING}|\bi (?:\w+ ){{0,3}}(?:decline|refuse)\b"),
+     rf"(?:\w+ (?:or|and) )?{HELPING}|\bi (?:\w+ ){{0,3}}(?:decline|refuse)\b|\bi(?: would|'d) rather not\b"
+     r"|\b(?:not something|nothing) (?:that )?i (?:can|could|will|am|feel)\b|\b(?:beyond|outside) what i (?:can|am)\b"
+     r"|(?:not|n't) (?:allow|permit|enable|let) me\b|\b(?:prevents?|prohibits?|forbids?) me\b"),
     ("cannot", NEGATION),
     ("apologises", r"\b(?:sorry|apologi[sz]e|apologies|regret|afraid|unfortunately)\b(?! for (?:the|any|my) )"),
     ("speaks of itself", r"\b(?:an ai|ai (?:language )?(?:model|assistant)|language model|artificial intelligence"

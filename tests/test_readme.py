@@ -2,6 +2,7 @@
 
 import doctest
 import gzip
+import json
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from conftest import ROOT, SHARED, command
 
 SHAPE = "--dim 32 --num_layers 2 --num_heads 4 --num_kv_heads 4 --ffn_dim 64".split()
 SHORT = "--seq_len 32 --steps 4 --batch_size 4 --eval_tokens 64 --dtype fp32".split()
+TUNED = "--seq_len 32 --batch_size 4 --eval_tokens 64 --dtype fp32".split()
 MMLU, SHAKESPEARE = (str(SHARED / name) for name in ("mmlu/data", "text/tinyshakespeare"))
 
 # how each command is made small and local: words that are exchanged, and words that are added at the end
@@ -53,6 +55,21 @@ CHANGES = {
     "python train.py --resume out/mine": ({}, []),
     "python data.py --source texts/ --out data/more --tokenizer out/stdlib-hf": ({}, ["--val_fraction", "0.3"]),
     "python train.py --data data/more --init_from out/stdlib-hf --out out/tuned": ({}, SHORT),
+    "python data.py --source chats.json --template llama2-chat --tokenizer out/stdlib-hf --max_len 256 "
+    "--out data/chats": (
+        {},
+        ["--max_len", "32", "--val_fraction", "0.3", "--near_duplicates", "0"],
+    ),
+    "python data.py --show data/chats --n 3": ({}, []),
+    'python train.py --data data/chats --init_from out/stdlib-hf --epochs 1 --sample "" --out out/chat': ({}, TUNED),
+    "python sample.py --model out/chat --chat": ({}, []),
+    "python train.py --data data/chats --init_from out/stdlib-hf --lora_rank 16 --epochs 1 "
+    '--sample "" --out out/lora': ({}, TUNED),
+    "python sample.py --model out/lora --export_adapter out/adapter": ({}, []),
+    "python data.py --source pairs.jsonl --template llama2-chat --tokenizer out/stdlib-hf --max_len 256 "
+    "--out data/pairs": ({}, ["--max_len", "32", "--val_fraction", "0.3"]),
+    'python train.py --data data/pairs --init_from out/chat --epochs 1 --sample "" --out out/dpo': ({}, TUNED),
+    "bash recipes/mini.sh": None,  # a test of its own
     "torchrun --nproc_per_node 8 train.py --data data/mine --size 7B --seq_len 4096 --batch_size 512 "
     "--micro_batch 2 --learning_rate 3e-4 --steps 10000 --out out/7B": ({"8": "2"}, SHAPE + SHORT),
     "python train.py --steps 400 --out out/relu2": ({}, SHAPE + SHORT),
@@ -84,12 +101,20 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     shared("mmlu/data"), shared("text/tinyshakespeare")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(ROOT / "recipes" / "refusals.json", tmp_path / "recipes")
     (tmp_path / "texts").mkdir()
     text = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
     for i in range(60):
         (tmp_path / "texts" / f"{i}.py").write_text(text[i * 2000 : (i + 1) * 2000])
     (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a record"}\n'))
     (tmp_path / "mine.jsonl").write_text('{"context": "1 + 1 =", "choices": [" 2", " 3"], "answer": 0}\n')
+    questions = [f"Add 1 and {i}." for i in range(20)]
+    chats = [{"instruction": question, "output": str(i + 1)} for i, question in enumerate(questions)]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    talk = "\n\nHuman: {}\n\nAssistant: {}"
+    pairs = [{"chosen": talk.format(q, "2"), "rejected": talk.format(q, "No.")} for q in questions]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     for line in filter(CHANGES.get, readme_commands()):
         changes, added = CHANGES[line]
         words = [changes.get(word, word) for word in shlex.split(line.split("&& ")[-1])]
