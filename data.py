@@ -1168,7 +1168,7 @@ def _write_chats(
     chosen.save(aside)
     counts, bad = Counter(records=0, duplicates=0), []
     writer = ShardWriter(aside, token_dtype(chosen.vocab_size))
-    cleaner = Cleaner(cleaning, aside / "removed.jsonl")
+    cleaner = Cleaner(cleaning, aside / "removed.jsonl", chosen)
     sides = usable(files, format, cleaner, counts, bad)
     items = split(sides, lambda sides: json.dumps(sides).encode(), val_fraction, aside / "seen.db", counts)
     tasks = _tasks(items, lambda sides: sum(len(turn.text) for side in sides for turn in side))
@@ -1248,10 +1248,12 @@ class Cleaner:
     """Cleans conversations one after the other and counts what each step did.
 
     A step is a function from turns to turns; it leaves none of a conversation that it drops. What was cut off or
-    dropped goes to the file `removed`, one JSON a line: step, where, turns.
+    dropped goes to the file `removed`, one JSON a line: step, where, turns; its tokens are counted by a tokenizer.
     """
 
-    def __init__(self, options: Cleaning, removed: str | Path | None = None):
+    def __init__(
+        self, options: Cleaning, removed: str | Path | None = None, tokenizer: Tokenizer | None = None
+    ):
         steps = {
             "html": options.html and html_to_markdown,
             "characters": tidy_characters,
@@ -1265,7 +1267,7 @@ class Cleaner:
             "near copies": options.near_duplicates and drop_near_copies(options.near_duplicates),
         }
         self.steps = {name: step for name, step in steps.items() if step}
-        self.removed = removed
+        self.removed, self.tokenizer = removed, tokenizer
         self.counts = {name: Counter() for name in ("read", *self.steps, "kept")}
         self.examples = {}
 
@@ -1289,6 +1291,8 @@ class Cleaner:
     def _keep_what_went(self, name: str, before: list[Turn], after: list[Turn], where: str):
         """What was cut off in the file `removed`, and the first of each step's doings as examples."""
         cut = before[len(after) :] if before[: len(after)] == after else []
+        if self.tokenizer:
+            self.counts[name]["tokens"] += sum(len(self.tokenizer.encode(turn.text)) for turn in cut)
         if cut and self.removed:
             row = {"step": name, "where": where, "turns": [turn._asdict() for turn in cut]}
             with open(self.removed, "a", encoding="utf-8") as file:
@@ -1299,7 +1303,7 @@ class Cleaner:
 
     def report(self) -> str:
         """A table of how many conversations each step changed or dropped and what it took from them, and examples."""
-        columns = ("conversations", "changed", "dropped", "turns", "characters")
+        columns = ("conversations", "changed", "dropped", "turns", "characters", "tokens")
         lines = [f"{'':12}" + "".join(f"{column:>14}" for column in columns)]
         for name, counts in self.counts.items():
             cells = (f"{counts[column]:,}" if counts[column] else "" for column in columns)

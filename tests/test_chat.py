@@ -430,7 +430,9 @@ def test_conversations_are_cleaned_before_they_are_rendered(tmp_path):
     removed = [json.loads(line) for line in open(folder / "removed.jsonl")]
     assert Counter(row["step"] for row in removed) == {"copies": 100, "refusals": 9}
     assert removed[-1]["where"] == f"{tmp_path / 'talks.jsonl'}:209" and len(removed[-1]["turns"]) == 2
-    assert "refusals" in (folder / "cleaning.txt").read_text()
+    (line,) = re.findall("^refusals +(.*)", (folder / "cleaning.txt").read_text(), re.MULTILINE)
+    num_bytes = 9 * len("Q0" + "I'm sorry, but I cannot help with that.")
+    assert line.split() == ["9", "18", str(num_bytes), str(num_bytes)]  # dropped, turns, characters, tokens
 
 
 # ---- preference pairs ----
