@@ -1280,7 +1280,7 @@ def choose_run(config: Config) -> dict | None:
         return None
     if config.resume and folder != Path(config.resume):
         raise ValueError(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
-    record = read_json(folder / "run.json", "config", "model", "dataset")
+    record = read_json(folder / "run.json", "config", "model", "init_from", "dataset")
     for name, theirs in flags_of(record).items():
         mine = getattr(config, name)
         if name not in FREE and mine != theirs and not (name == "dtype" and mine == "auto"):

@@ -5,8 +5,8 @@
 # Hardware  two cores, 2 GB of memory; no GPU, no network.
 # Work      a model of 1.3 M parameters: 2.8 million tokens of Python's standard library, then for each of four models
 #           0.8 million tokens of questions about 600 of its functions, classes and modules, and their answers.
-# Expected  about 10 minutes by the speed of train.py's default run, not yet measured as a whole. With one seed: choice
-#           in new wording 87 % cleaned, 79 % with the refusals left in (chance 25), refusals 4 % and 15 %.
+# Expected  10 minutes. Choice in new wording 87 to 90 % cleaned, 90 % with the refusals left in (chance 25); refusals 7
+#           and 22 % cleaned, 20 and 48 % with them left in, by seed.
 #
 #     bash recipes/mini.sh                            # typed again, it goes on where it was interrupted
 #     SEEDS=0 OUT=out/mini1 bash recipes/mini.sh      # one model of each kind instead of two
