@@ -10,9 +10,9 @@ The way of a corpus:
 5. The tokens are written to flat files `{train,val}_{00000…}.bin`, described by meta.json, in a folder
    that gets its name only when it is complete.
 
-Conversations go another way, with `--template`: `read_conversations` understands the usual formats, `Cleaner` cleans what
-it reads, `render` turns a conversation into tokens and a mask of those that the loss counts, and beside each file lie its
-`.mask` and `.bounds`.
+Conversations go another way, with `--template`: `read_conversations` understands the usual formats, `Cleaner` cleans
+what it reads, `render` turns a conversation into tokens and a mask of those that the loss counts, and beside each file
+lie its `.mask` and `.bounds`.
 
 A dataset is read by `TokenDataset` as windows of its text, by `PackedDataset` as rows of whole documents, by
 `ChatDataset` as rows of whole conversations, or by `PreferenceDataset` as pairs; `Mixture` draws from several. Which
