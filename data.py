@@ -839,13 +839,15 @@ def _load_list(path: Path, file) -> list:
         records = json.load(file)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read (nested too deeply)") from None
     return records if isinstance(records, list) else [records]
 
 
 def detect(record: dict) -> str:
     """The format of a record, by its fields. Raises ValueError for an unknown one."""
     if {"chosen", "rejected"} <= record.keys():
-        return "hh-rlhf" if isinstance(record["chosen"], str) else "pairs"
+        return "hh-rlhf" if isinstance(record["chosen"], str) and "prompt" not in record else "pairs"
     if "conversations" in record or "messages" in record:
         return "sharegpt" if "conversations" in record else "openai"
     if "instruction" in record:
@@ -875,15 +877,24 @@ def _messages(record: dict) -> tuple[list[Turn]]:
         role = _field(item, "from", "role")
         if role not in ROLES:
             raise ValueError(f"turn {number} is from {role!r}, neither system nor user nor assistant")
+        if item.get("weight", 1) == 0:
+            raise ValueError(f"turn {number} has weight 0: an answer not to learn from")
         turns.append(Turn(ROLES[role], _field(item, "value", "content")))
     return (turns,)
 
 
 def _instruction(record: dict) -> tuple[list[Turn]]:
-    """Alpaca and Dolly; the input becomes a paragraph below the instruction, under INPUT."""
-    more = _field({"": ""} | record, "context", "input", "")
+    """Alpaca and Dolly; the input becomes a paragraph below the instruction, under INPUT. Exchanges may go before."""
+    more = next((record[name] for name in ("context", "input") if record.get(name)), "")
+    if not isinstance(more, str):
+        raise ValueError(f"the input is {type(more).__name__}, not str")
     question = _field(record, "instruction") + (INPUT + more if more.strip() else "")
-    return ([Turn("user", question), Turn("assistant", _field(record, "output", "response"))],)
+    turns = [Turn("system", _field(record, "system"))] if record.get("system") else []
+    for pair in record.get("history") or []:
+        if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
+            raise ValueError("field `history` is not pairs of a question and its answer")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return ([*turns, Turn("user", question), Turn("assistant", _field(record, "output", "response"))],)
 
 
 def _dialogue(text: str, names: str) -> list[Turn]:
@@ -897,7 +908,8 @@ def _oasst(record: dict) -> tuple[list[Turn]]:
     """`### Human:` and `### Assistant:` in one text, the last answer perhaps in a field of its own."""
     turns = _dialogue(_field(record, "input", "text"), r"### (Human|Assistant):")
     if turns and "output" in record:
-        turns[-1:] = [Turn("assistant", turns[-1].text + _field(record, "output"))]
+        begun = turns.pop().text if turns[-1].role == "assistant" else ""
+        turns.append(Turn("assistant", begun + _field(record, "output")))
     return (turns,)
 
 
@@ -906,9 +918,17 @@ def _hh(record: dict) -> tuple[list[Turn], list[Turn]]:
 
 
 def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
-    items = _field(record, "conversations", "messages", kind=list)
-    answers = (_field(record, name, kind=dict) for name in ("chosen", "rejected"))
-    return tuple(_messages(record | {"conversations": [*items, answer]})[0] for answer in answers)
+    """ShareGPT with two answers; or a prompt and two answers, each a text, a message, or all messages of its side."""
+    prompt = record.get("prompt", [])
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    asked = next((record[name] for name in ("conversations", "messages") if name in record), asked)
+    sides = []
+    for answer in (record["chosen"], record["rejected"]):
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
+        whole = answer if len(answer) > 1 else [*asked, *answer]
+        sides.append(_messages(record | {"conversations": whole})[0])
+    return tuple(sides)
 
 
 FORMATS = {
@@ -1189,6 +1209,8 @@ def _write_chats(
     if not any(writer.files.values()):
         raise ValueError(f"nothing is left of the records at --max_len {max_len}: {counted_as(counts)}")
     kind = "preference" if counts["pairs"] else "chat"
+    if kind == "preference" and cleaning != Cleaning():
+        raise ValueError("preference pairs are not cleaned; leave the flags of cleaning out")
     about = {"documents_are": "BOS, turns, EOS", "kind": kind, "template": template, "max_len": max_len}
     if kind == "chat":
         (aside / "cleaning.txt").write_text(cleaner.report() + "\n")
@@ -1291,7 +1313,8 @@ class Cleaner:
 
     def _keep_what_went(self, name: str, before: list[Turn], after: list[Turn], where: str):
         """What was cut off in the file `removed`, and the first of each step's doings as examples."""
-        cut = before[len(after) :] if before[: len(after)] == after else []
+        left = "".join(turn.text for turn in after)
+        cut = [turn for turn in before if turn.text not in left] if len(after) < len(before) else []
         if self.tokenizer:
             self.counts[name]["tokens"] += sum(len(self.tokenizer.encode(turn.text)) for turn in cut)
         if cut and self.removed:
@@ -1442,21 +1465,27 @@ def drop_copies():
 
 def drop_near_copies(threshold: float):
     """A step that drops a conversation whose set of runs of 5 words is like an earlier one's: Jaccard similarity
-    threshold or more, as 128 minimal hashes estimate it (Broder 1997). About 5 kB of memory for each that is kept."""
+    threshold or more, as 128 minimal hashes estimate it (Broder 1997), of questions and answers together and of the
+    answers alone, since many questions may share a passage. About 8 kB of memory for each that is kept."""
     if not 0 < threshold <= 1:
         raise ValueError(f"--near_duplicates {threshold} must be from 0 to 1")
     datasketch = _library("datasketch", "near_duplicates")
     index, sketches = datasketch.MinHashLSH(threshold, num_perm=128), []
 
-    def step(turns: list[Turn]) -> list[Turn]:
-        words = " ".join(turn.text for turn in turns).lower().split()
+    def sketch(turns: list[Turn], *roles: str):
+        words = " ".join(turn.text for turn in turns if turn.role in roles).lower().split()
         runs = {" ".join(words[i : i + 5]).encode() for i in range(max(1, len(words) - 4))}
-        sketch = datasketch.MinHash(128)
-        sketch.update_batch(runs)
-        if any(sketches[other].jaccard(sketch) >= threshold for other in index.query(sketch)):
-            return []
-        index.insert(len(sketches), sketch)
-        sketches.append(sketch)
+        made = datasketch.MinHash(128)
+        made.update_batch(runs)
+        return made
+
+    def step(turns: list[Turn]) -> list[Turn]:
+        mine = sketch(turns, "user", "assistant"), sketch(turns, "assistant")
+        for other in index.query(mine[0]):
+            if all(a.jaccard(b) >= threshold for a, b in zip(mine, sketches[other])):
+                return []
+        index.insert(len(sketches), mine[0])
+        sketches.append(mine)
         return turns
 
     return step
@@ -1917,8 +1946,8 @@ def run_command(main, config_class, defaults=None):
         config = parse()
         main(parse(default=defaults(config)) if defaults else config)
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        here = Path(__file__).parent
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        here = Path(__file__).resolve().parent
         about_a_file = isinstance(error, OSError) and error.filename is not None
         if raised_in.parent not in (here, here / "recipes") and not about_a_file:
             raise

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, read_json, render_prompt, run_command
-from model import KVCache, Transformer, load, read_adapter, save, save_adapter
+from model import KVCache, Transformer, load, read_adapter, read_config, save, save_adapter
 
 
 @dataclass(frozen=True)
@@ -298,8 +298,11 @@ class Chat:
         most = min(max_new_tokens, self.model.config.max_seq_len - len(ids))
         generate(self.model, [ids], most, sampling, (self.tokenizer.eos_id, self.tokenizer.bos_id), add, self.cache)
         hand_out(stream.end())
-        self.turns.append(Turn("assistant", "".join(parts).strip()))
-        return self.turns[-1].text
+        if said := "".join(parts).strip():
+            self.turns.append(Turn("assistant", said))
+        else:
+            self.turns.pop()  # a question without an answer is no exchange
+        return said
 
 
 def find_template(path: str) -> str:
@@ -381,7 +384,10 @@ def main(config: Config):
         raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
     if config.export_adapter:
         tokenizer = config.tokenizer or find_tokenizer(config.model)
-        save_adapter(read_adapter(config.model), config.export_adapter, tokenizer and Tokenizer(tokenizer))
+        adapter = read_adapter(config.model)
+        if read_config(config.model) != read_config(adapter.base):
+            raise ValueError(f"{config.model} differs from its base in more than an adapter can say; use --export")
+        save_adapter(adapter, config.export_adapter, tokenizer and Tokenizer(tokenizer))
         print(f"wrote {config.export_adapter}")
         return
     dtype = "fp32" if config.export and config.dtype == "auto" else config.dtype  # the same folder on any machine
@@ -393,8 +399,8 @@ def main(config: Config):
     if config.chat:
         template = config.template or find_template(config.model)
         if template not in TEMPLATES:
-            known = f"name one of {', '.join(TEMPLATES)} with --template"
-            raise ValueError(f"--template {template} is unknown; {known}" if template else f"{config.model} {known}")
+            unknown = f"--template {template} is unknown" if template else f"{config.model} names no template"
+            raise ValueError(f"{unknown}; name one of {', '.join(TEMPLATES)} with --template")
         talk(Chat(model, tokenizer, template, config.system), config.max_new_tokens, sampling)
         return
     prompts = [prompt for prompt in config.prompt for _ in range(config.num)]

@@ -114,7 +114,8 @@ class Config:
     quantize: Literal["none", "nf4"] = "none"  # how the blocks' frozen matrices are kept; nf4 is QLoRA
     # how long
     steps: int = 1350                   # optimizer steps; the learning rate's schedule ends there
-    epochs: float = 0.0                 # instead of --steps: how often all sequences are read, rounded up to a step
+    epochs: float = 0.0                 # instead of --steps: so often as many sequences as the sources have together,
+    #                                     rounded up to a step
     batch_size: int = 8                 # sequences in an optimizer step, over all processes
     micro_batch: int = 0                # sequences in a forward pass of one process; 0 takes its whole share
     stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
@@ -993,12 +994,14 @@ def plan(config: Config) -> str:
     shape = read_config(config.init_from) if config.init_from else model_config(config)
     peak_flops, capacity, efficiency = GPUS[config.gpu]
     length = f"{config.batch_size} × {config.seq_len}"
+    found = [source for source in mixture_weights(config.data)[0] if (Path(source) / "meta.json").exists()]
+    of_pairs = any(read_meta(source).get("kind") == "preference" for source in found)
     if config.epochs:
         data = Mixture(config.data, "train", config.seq_len, config.pack)
         config = in_steps(config, len(data) / config.batch_size)
         length += f", {config.epochs:g} epochs of {len(data):,} sequences"
     compiled = config.compile != "off"
-    needs = forecast(shape, config, config.gpus, compiled)
+    needs = forecast(shape, config, config.gpus, compiled, of_pairs)
     parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
     need, reserve = sum(parts.values()), 2.0  # GiB; the reserve is for CUDA, NCCL and gaps in the allocator
     verdict = "fits" if need + reserve <= capacity else "does not fit"
@@ -1223,10 +1226,12 @@ def gpu_peak(device: torch.device) -> float | None:
 
 def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: torch.device) -> dict:
     """run.json: everything needed to know later what was run."""
+    first = str(checkpoint_folder(Path(config.init_from)).resolve()) if config.init_from else ""
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
-        "init_from": str(checkpoint_folder(Path(config.init_from))) if config.init_from else "",
+        "init_from": first,
+        "init_sha256": fingerprint(first) if first and any(meta.get("kind") == "preference" for meta in metas) else "",
         "dataset": describe_data(config, metas),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
@@ -1274,8 +1279,9 @@ def flags_of(record: dict) -> dict:
 def choose_run(config: Config) -> dict | None:
     """The record of the run that config continues, None for a new one. Raises ValueError where the two differ."""
     folder = Path(config.out)
-    if not (folder / "run.json").exists() and not config.resume:
-        if folder.exists() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+    if not (folder / "last").exists() and not config.resume:  # not begun; run.json may be that of a start that failed
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if "run.json" not in names and any(not name.endswith(".tmp") for name in names):
             raise ValueError(f"--out {folder} holds other files; choose another folder")
         return None
     if config.resume and folder != Path(config.resume):
@@ -1409,6 +1415,9 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     if record and record["dataset"] != describe_data(config, metas):
         raise ValueError(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
     data, val = (Mixture(config.data, split, config.seq_len, config.pack) for split in ("train", "val"))
+    for name in ("neftune", "label_smoothing", "z_loss"):
+        if data.kind == "preference" and getattr(config, name):
+            raise ValueError(f"--{name} {getattr(config, name)} does not go with preference pairs")
 
     shape = ModelConfig(**record["model"]) if record else first_config(config, metas[0])
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
@@ -1436,11 +1445,10 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         load_weights(model, find_base(adapter, folder), local_rows)
     reference = None
     if data.kind == "preference":
-        for name in ("neftune", "label_smoothing", "z_loss"):
-            if getattr(config, name):
-                raise ValueError(f"--{name} {getattr(config, name)} does not go with preference pairs")
         reference = model
         if not adapter:
+            if record["init_from"] and fingerprint(record["init_from"]) != record["init_sha256"]:
+                raise ValueError(f"{record['init_from']} holds other weights than when {config.out} began")
             reference = build(shape, dataclasses.replace(config, freeze=()), device, dtype, compiled, frozen=True)
             first_weights(reference, config, record["init_from"])
     run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report, reference)
@@ -1470,7 +1478,7 @@ def first_weights(model: Transformer, config: Config, path: str):
 def prepare_folder(config: Config, record: dict):
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "run.json").exists():
+    if not (folder / "last").exists():
         write_whole(folder / "run.json", json.dumps(record, indent=2))
     Tokenizer(mixture_weights(config.data)[0][0]).save(folder)
 

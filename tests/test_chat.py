@@ -250,6 +250,20 @@ def test_every_format_is_known_by_its_fields(format, suffix, tmp_path):
     assert len(sides) == 1 or sides[1] == [*sides[0][:-1], Turn("assistant", SAID[2][1] + " not")]
 
 
+@pytest.mark.parametrize("record, expected", [
+    ({"input": "### Human: a### Assistant: b### Human: c", "output": "d"}, "a b c d"),
+    ({"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b"]]}, "s a b c d"),
+    ({"instruction": "c", "context": "", "input": "more", "output": "d"}, "c ### Input: more d"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a b | a c"),
+    ({"prompt": "a", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+      "rejected": [{"role": "assistant", "content": "c"}]}, "a b | a c"),
+])  # fmt: skip
+def test_what_stands_beside_the_usual_fields_is_read(record, expected, tmp_path):
+    (read,) = read_conversations(write_json(tmp_path / "a.jsonl", [record]))
+    said = " | ".join(" ".join(turn.text for turn in side) for side in read.sides)
+    assert not read.problem and " ".join(said.split()) == expected
+
+
 def test_an_answer_in_a_field_of_its_own_and_a_system_beside_the_turns_are_read(tmp_path):
     oasst = {"input": "### Human: a ### Assistant: b ### Human: c ### Assistant:", "output": "d ### Human: e"}
     beside = {"system": "Be kind."} | sharegpt(TALK[:2])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 import re
 import sys
 
@@ -131,6 +132,23 @@ def test_answers_too_short_and_conversations_too_long_are_dropped():
 
 
 WORDS = " ".join(f"word{i}" for i in range(100))
+
+
+def test_conversations_that_share_only_a_system_text_or_a_passage_are_no_near_copies():
+    words = [f"w{i}" for i in range(3000)]
+    draw = random.Random(0)
+    some = lambda count: " ".join(draw.choices(words, k=count))
+    passage, cleaner = some(250), Cleaner(Cleaning())
+    for _ in range(20):
+        assert cleaner([Turn("system", passage), Turn("user", some(12)), Turn("assistant", some(15))])
+        assert cleaner([Turn("user", f"{passage} {some(12)}"), Turn("assistant", some(15))])
+
+
+def test_what_goes_at_the_beginning_of_a_conversation_is_kept_for_inspection_too(tmp_path):
+    turns = [Turn("assistant", "opening"), Turn("user", "q"), Turn("assistant", "a"), Turn("user", "unanswered")]
+    assert Cleaner(Cleaning(), tmp_path / "removed.jsonl")(turns) == turns[1:3]
+    (row,) = map(json.loads, open(tmp_path / "removed.jsonl"))
+    assert [turn["text"] for turn in row["turns"]] == ["opening", "unanswered"]
 
 
 def test_the_first_of_several_copies_is_kept_and_of_near_copies_too():

@@ -173,6 +173,17 @@ def test_two_turns_equal_one_uncached_run(model):
     assert chat.turns == turns
 
 
+def test_a_chat_goes_on_after_an_empty_answer(model, monkeypatch):
+    chat = chat_with(model, "Hello there.")
+    before = list(chat.turns)
+    with monkeypatch.context() as patch:
+        patch.setattr("sample.generate", lambda *args: None)  # EOS at once
+        assert chat.answer("And now?", 12, Sampling(), lambda text: None) == "" and chat.turns == before
+    assert chat.answer("And now?", 12, Sampling(), lambda text: None) == chat_with(
+        model, "Hello there.", "And now?"
+    ).turns[-1].text
+
+
 def test_what_is_remembered_of_earlier_turns_changes_no_answer_and_is_not_read_again(model, monkeypatch):
     chat, sizes = chat_with(model), []
 

@@ -486,6 +486,12 @@ def test_a_run_can_be_continued_after_half_a_line_or_half_a_beginning(tiny_run, 
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "run.json.tmp").write_text("{")
     assert same_bits(tiny_run("new", steps=8), straight)
+    (tmp_path / "failed").mkdir()  # a start with another flag that came to nothing
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["learning_rate"] = 9.0
+    (tmp_path / "failed" / "run.json").write_text(json.dumps(record))
+    assert same_bits(tiny_run("failed", steps=8), straight)
+    assert json.loads((tmp_path / "failed" / "run.json").read_text())["config"]["learning_rate"] != 9.0
 
 
 def test_a_weight_without_gradient_does_not_stop_a_run_from_going_on(tiny_run, monkeypatch):
