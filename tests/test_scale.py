@@ -552,7 +552,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeyp
     slow = train.dcp.save
 
     def slowly(*args, **kwargs):
-        time.sleep(0.5)
+        time.sleep(2)
         slow(*args, **kwargs)
 
     monkeypatch.setattr(train.dcp, "save", slowly)
@@ -560,7 +560,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeyp
     started = time.monotonic()
     checkpoints.begin(1)
     train.train_step(model, optimizers, [micro_batch(rows())], 1e-1, Config(), guard)
-    assert time.monotonic() - started < 0.5 and not (tmp_path / "last").exists()
+    assert time.monotonic() - started < 2 and not (tmp_path / "last").exists()
     assert checkpoints.finish() is None
     (tmp_path / "run.json").write_text("{}")
     saved = load(tmp_path).state_dict()
