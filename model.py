@@ -845,7 +845,9 @@ def _open(path: Path) -> tuple[ModelConfig, Named]:
 
 @torch.no_grad()
 def _fill(model: Transformer, tensors: Named, path: Path, rows: Rows):
-    missing = {name: p for name, p in model.named_parameters() if name not in adapters(model)}
+    missing = dict(model.named_parameters())
+    for name in adapters(model):
+        del missing[name]
     for name, tensor in _quantized(model, tensors):
         if name not in missing:
             raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")

@@ -35,6 +35,21 @@ def fake_tensors():
         FakeTensor.__bool__ = before
 
 
+def kept_for_backward(forward, constants) -> int:
+    """Bytes that autograd keeps when forward is called, as its hooks see them; constants are not counted."""
+    known, kept = {t.untyped_storage().data_ptr() for t in constants}, {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = forward()
+    assert y.requires_grad
+    return sum(kept.values())
+
+
 class Allocated(TorchDispatchMode):
     """Counts the bytes of all tensors' storages that are made while it is entered, and their largest sum."""
 

@@ -248,20 +248,12 @@ def test_the_forecast_of_memory_is_within_a_tenth_of_a_simulation(size, options)
 def test_the_forecast_knows_what_a_block_keeps_and_no_unpacked_matrix_is_kept(targets, compiled, quantize):
     model, rope = beside_random(targets.split(","), quantize == "nf4"), module.rope_table(SHAPE, torch.arange(32))
     block = model.blocks[0]
-    constants = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *rope)}
-    kept = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in constants:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
     torch.compiler.reset()
     how = dict(backend="aot_eager_decomp_partition", fullgraph=True)
     forward = torch.compile(block.forward, **how) if compiled else block.forward
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        forward(torch.randn(1, 32, 64, requires_grad=True) * 1.0, rope, None, None)
-    assert sum(kept.values()) / 32 == train.kept_bytes(SHAPE, "none", compiled, 4, 4, targets)
+    x = torch.randn(1, 32, 64, requires_grad=True) * 1.0
+    kept = simulate.kept_for_backward(lambda: forward(x, rope, None, None), (*block.parameters(), *rope))
+    assert kept / 32 == train.kept_bytes(SHAPE, "none", compiled, 4, 4, targets)
 
 
 def beside_random(targets: list[str], nf4: bool) -> Transformer:

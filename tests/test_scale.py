@@ -148,19 +148,11 @@ def test_the_forecast_knows_what_a_block_keeps_for_its_backward_pass(compiled, d
 
     shape = dataclasses.replace(CONFIG, dim=64, ffn_dim=176, num_kv_heads=num_kv_heads)
     block, rope = Block(shape, 0).to(dtype), rope_table(shape, torch.arange(64))
-    constants = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *rope)}
-    kept = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        if t.untyped_storage().data_ptr() not in constants:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
     torch.compiler.reset()
     forward = torch.compile(block.forward, backend="aot_eager_decomp_partition") if compiled else block.forward
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = forward(torch.randn(1, 64, 64, dtype=dtype, requires_grad=True) * 1.0, rope, None, None)
-    assert sum(kept.values()) / 64 == train.kept_bytes(shape, "none", compiled, dtype.itemsize) and y.requires_grad
+    x = torch.randn(1, 64, 64, dtype=dtype, requires_grad=True) * 1.0
+    kept = simulate.kept_for_backward(lambda: forward(x, rope, None, None), (*block.parameters(), *rope))
+    assert kept / 64 == train.kept_bytes(shape, "none", compiled, dtype.itemsize)
 
 
 def test_a_plan_needs_no_data_and_says_whether_it_fits(tmp_path):
