@@ -36,7 +36,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grad_norm_
 
 import train
-from data import Batch, git_commit, run_command
+from data import Batch
+from lib.cli import git_commit, run_command
 from model import SIZES, ModelConfig, config_to_hugging_face
 
 

@@ -34,13 +34,10 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import sqlite3
-import subprocess
 import sys
 import sysconfig
 import threading
-import traceback
 import urllib.error
 import urllib.request
 import zlib
@@ -52,6 +49,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from lib.cli import run_command
+from lib.files import new_folder
+from lib.records import read_json
 
 IGNORE = -100                  # a target that does not count, as in model.py
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
@@ -701,18 +702,11 @@ def _prepare(write: Callable[..., dict], suffixes: tuple[str, ...], flags: dict,
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction} must lie between 0 and 1")
     files = find_files(flags["source"], out.parent / "downloads", suffixes)
-    aside = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_folder(out) as aside:
         meta = write(aside, files, val_fraction=val_fraction, workers=workers)
-    except BaseException:
-        shutil.rmtree(aside)
-        raise
-    words = [word for name, value in flags.items() for word in _as_flag(name, value)]
-    meta["command"] = shlex.join(["python", "data.py", *words])
-    (aside / "meta.json").write_text(json.dumps(meta, indent=2))
-    os.replace(aside, out)
+        words = [word for name, value in flags.items() for word in _as_flag(name, value)]
+        meta["command"] = shlex.join(["python", "data.py", *words])
+        (aside / "meta.json").write_text(json.dumps(meta, indent=2))
     return meta
 
 
@@ -1893,69 +1887,6 @@ def read_meta(folder: str | Path) -> dict:
 
 
 # ---- command line ----
-
-
-def read_json(path: Path, *keys: str) -> dict:
-    """The object in a JSON file. Raises ValueError when it is missing, not JSON, or lacks one of keys."""
-    try:
-        values = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(values, dict) or not set(keys) <= values.keys():
-        raise ValueError(f"{path} must be an object with {', '.join(keys)}")
-    return values
-
-
-def write_whole(path: Path, text: str):
-    """Replace a small file so that a reader finds the old text or the new, never a part."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    sync(aside)
-    os.replace(aside, path)
-    sync(path.parent)
-
-
-def sync(path: Path):
-    """Make sure that a file or folder is on the disk and not only in the memory of the system."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def git_commit() -> str:
-    """The commit of this code, "-dirty" added where it was changed since; empty outside a repository."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
-def run_command(main, config_class, defaults=None):
-    """Parse the flags and call main. Bad input ends with one sentence and exit code 2; a bug keeps its traceback.
-
-    Bad input is a ValueError raised by one of this project's files, or an OSError about a file; from deeper down a
-    ValueError is a bug. defaults turns a first reading of the flags into those that count where a flag is not typed.
-    """
-    import tyro
-
-    parse = functools.partial(tyro.cli, config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
-    try:
-        config = parse()
-        main(parse(default=defaults(config)) if defaults else config)
-    except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        here = Path(__file__).resolve().parent
-        about_a_file = isinstance(error, OSError) and error.filename is not None
-        if raised_in.parent not in (here, here / "recipes") and not about_a_file:
-            raise
-        text = f"{error.filename}: {error.strerror}" if about_a_file else str(error)
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 @dataclass

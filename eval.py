@@ -38,17 +38,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import (
-    TokenDataset,
-    Tokenizer,
-    find_files,
-    git_commit,
-    read_documents,
-    read_json,
-    read_meta,
-    run_command,
-    write_whole,
-)
+from data import TokenDataset, Tokenizer, find_files, read_documents, read_meta
+from lib.cli import git_commit, run_command
+from lib.files import write_whole
+from lib.records import read_json
 from model import KVCache, Transformer
 from sample import TextStream, generate, load_model, new_cache
 

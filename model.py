@@ -16,9 +16,7 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pickle
-import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+
+from lib.files import new_folder
 
 IGNORE = -100  # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
@@ -1056,19 +1056,6 @@ def save_adapter(adapter: Adapter, folder: str | Path, tokenizer=None):
         (aside / "adapter_config.json").write_text(json.dumps(settings, indent=2))
         if tokenizer is not None:
             tokenizer.save(aside)
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when complete. Raises ValueError if that exists."""
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose another folder")
-    aside = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    os.replace(aside, folder)
 
 
 def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:

@@ -17,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, read_json, render_prompt, run_command
+from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, render_prompt
+from lib.cli import run_command
+from lib.records import read_json
 from model import KVCache, Transformer, load, read_adapter, read_config, save, save_adapter
 
 

@@ -50,19 +50,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from data import (
-    Batch,
-    Mixture,
-    Tokenizer,
-    find_tokenizer,
-    git_commit,
-    mixture_weights,
-    read_json,
-    read_meta,
-    run_command,
-    sync,
-    write_whole,
-)
+from data import Batch, Mixture, Tokenizer, find_tokenizer, mixture_weights, read_meta
+from lib.cli import git_commit, run_command
+from lib.files import sync, write_whole
+from lib.records import read_json
 from model import (
     IGNORE,
     LOSS_CHUNK,

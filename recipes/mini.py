@@ -28,8 +28,10 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Turn, find_files, is_refusal, read_json, render_prompt, run_command
+from data import Turn, find_files, is_refusal, render_prompt
 from eval import compare, estimate
+from lib.cli import run_command
+from lib.records import read_json
 from sample import find_template, generate, load_model
 
 # kinds of facts: what is asked; the last two wordings are held out, for development and for the test

@@ -14,7 +14,7 @@ import model
 import train
 from bench import Config, Setting
 from conftest import command, flags, torchrun
-from data import git_commit
+from lib.cli import git_commit
 
 TINY = dict(size="260K", seq_len=32, micro_batch=2, steps=2, warmup=1, repeats=2, compile="off", dtype="fp32")
 

@@ -17,8 +17,9 @@ from sentencepiece import SentencePieceProcessor
 
 import eval
 from conftest import ROOT, command, flags, random_model, run_ranks
-from data import Tokenizer, run_command
+from data import Tokenizer
 from eval import CATEGORIES, Config, Question, Reader, check, compare, estimate, make_batches, pair, read_mmlu, rows_of
+from lib.cli import run_command
 from model import SIZES, ModelConfig, Transformer, load, save
 
 TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=2048)

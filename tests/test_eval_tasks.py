@@ -9,8 +9,9 @@ import torch
 
 import eval
 from conftest import flags, random_model, run_ranks
-from data import Tokenizer, run_command
+from data import Tokenizer
 from eval import BBH_TASKS, Config, Question, Reader, check, make_batches, rolling_windows, rows_of
+from lib.cli import run_command
 from model import ModelConfig, Transformer, save
 
 TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=2048)

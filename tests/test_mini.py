@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from conftest import ROOT, command, random_model
-from data import TEMPLATES, Tokenizer, Turn, prepare_chats, read_json, render, render_prompt
+from data import TEMPLATES, Tokenizer, Turn, prepare_chats, render, render_prompt
+from lib.records import read_json
 from model import ModelConfig
 from sample import Chat, Sampling, find_template, load_model, read
 

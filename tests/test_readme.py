@@ -101,6 +101,7 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     shared("mmlu/data"), shared("text/tinyshakespeare")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "lib", tmp_path / "lib")
     (tmp_path / "recipes").mkdir()
     shutil.copy(ROOT / "recipes" / "refusals.json", tmp_path / "recipes")
     (tmp_path / "texts").mkdir()

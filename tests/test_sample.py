@@ -243,7 +243,7 @@ def test_a_model_and_its_tokenizer_must_be_there_and_fit(model, tmp_path):
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(options, message, model, tmp_path, monkeypatch, capsys):
     import sample
-    from data import run_command
+    from lib.cli import run_command
 
     monkeypatch.chdir(tmp_path)
     save(model, tmp_path / "m", Tokenizer("bytes"))

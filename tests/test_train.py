@@ -555,7 +555,7 @@ def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path, 
     assert done.stderr.splitlines()[-1].startswith("train.py: nowhere holds no dataset")
     done = command("train.py", "--lerning_rate", "1", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "--learning_rate" in done.stderr
-    import data
+    from lib import cli
 
     @dataclasses.dataclass
     class Nothing:
@@ -563,7 +563,7 @@ def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path, 
 
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(json.JSONDecodeError):  # a ValueError, but not raised by one of our files
-        data.run_command(lambda config: json.loads("{"), Nothing)
+        cli.run_command(lambda config: json.loads("{"), Nothing)
 
 
 def test_the_work_of_a_token_is_the_published_one():

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 import tyro
 
-from data import git_commit
+from lib.cli import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUICK = "--steps 5 --warmup 2 --repeats 2"
