@@ -68,7 +68,6 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     if folder.is_symlink() or folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another folder or delete it")
     aside = folder.with_name(folder.name + ".unfinished")
-    aside.parent.mkdir(parents=True, exist_ok=True)
     handle = _claim(aside, folder)
     try:
         yield aside
@@ -95,7 +94,7 @@ def _claim(aside: Path, folder: Path) -> int:
             shutil.rmtree(aside)
         os.close(left)
     try:
-        aside.mkdir()
+        aside.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(f"{aside} is in the way and not of this project's making; move it, then try again") from None
     handle = lock(aside)
