@@ -102,7 +102,7 @@ class Ours:
         train.keep_freed_memory(True)
         self.config, dtype = setting.train_config(config), train.compute_dtype(setting.dtype, device)
         self.model = train.build(shape, self.config, device, dtype, compiled=setting.compile == "blocks")
-        self.model.init_weights(self.config.seed, train.local_rows)
+        self.model.init_weights(self.config.seed)
         self.optimizers = train.make_optimizers(self.model, self.config)
         self.guard = train.Guard(self.config.spike, device)
         self.batches = random_batches(setting, config, shape, device)

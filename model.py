@@ -12,16 +12,14 @@ and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files 
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
 import pickle
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +27,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from lib.files import new_folder
-
-IGNORE = -100  # a target with this id is not trained on
-LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
-INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
+from lib.kernels import IGNORE, CrossEntropy, Documents, attend_within
+from lib.lora import TARGETS, adapters, from_nf4, to_nf4
+from lib.rows import fill_normal, local_rows
 
 
 @dataclass(frozen=True)
@@ -170,75 +166,21 @@ class KVCache:
         self.longest = max(lengths)
 
 
-class Documents(NamedTuple):
-    """The documents in packed rows (B, T): no token attends to another document than its own."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What q (B, H, T, K) reads from k and v (B, G, S, K); without a mask each query from its own past.
 
-    positions: Tensor  # (B, T): of a token in its document
-    bounds: Tensor     # (N + 1,) int32: of the rows laid end to end, document n is bounds[n] … bounds[n + 1] - 1
-
-
-# PyTorch 2.11 and 2.13 say "causal" differently
-VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in signature(varlen_attn).parameters else {"is_causal": True}
-
-
-def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Causal attention inside each document, of q (B, T, H, K) on k and v (B, T, G, K)."""
-    rows, row_len = q.shape[:2]
-    k, v = (heads.repeat_interleave(q.size(2) // k.size(2), 2) for heads in (k, v))
-    q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))    # (B · T, H, K)
-    if q.is_cuda and q.dtype != torch.float32:
-        bounds = documents.bounds
-        y = varlen_attn(q, k, v, bounds, bounds, row_len, row_len, **VARLEN_CAUSAL)
-    else:
-        y = _attend_one_by_one(q, k, v, documents.bounds)
-    return y.unflatten(0, (rows, row_len))
-
-
-@torch.compiler.disable
-def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    """What varlen_attn does, without its kernel: to the last bit as if each document stood alone."""
-    parts = zip(*(heads.transpose(0, 1).split(bounds.diff().tolist(), 1) for heads in (q, k, v)))
-    outs = [F.scaled_dot_product_attention(*(part[None] for part in qkv), is_causal=True)[0] for qkv in parts]
-    return torch.cat(outs, 1).transpose(0, 1)
-
-
-QUERIES = 256  # that one product takes of each head, in the backward pass below
-
-
-class CompiledOnCPU(torch.autograd.Function):
-    """Causal attention with a backward pass to be compiled: on a CPU, in bf16, twice as fast as PyTorch's own.
-
-    PyTorch's goes by tiles too small for the matrix units. Each product here takes 256 queries and all keys before
-    them, of all heads. The gradients are those of FlashAttention (Dao et al. 2022, appendix B.2).
+    is_causal is right only where queries and keys start together; a filled cache brings its mask.
     """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        ctx.save_for_backward(q, k, v, y, normalizer)         # normalizer (B, H, T), fp32
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, y, normalizer = ctx.saved_tensors
-        groups, scale = k.size(1), q.size(-1) ** -0.5
-        k, v = (heads.repeat_interleave(q.size(1) // groups, 1) for heads in (k, v))
-        dq, dk, dv = (torch.zeros_like(q) for _ in range(3))
-        normalizer, drift = normalizer[..., None], (dy.float() * y.float()).sum(-1, keepdim=True)
-        for begin in range(0, q.size(2), QUERIES):
-            end = min(begin + QUERIES, q.size(2))
-            rows, past = (slice(None), slice(None), slice(begin, end)), (slice(None), slice(None), slice(end))
-            logits = (q[rows] @ k[past].mT).float() * scale
-            p = (logits - normalizer[rows]).exp().tril(begin)
-            dlogits = (p * ((dy[rows] @ v[past].mT).float() - drift[rows]) * scale).to(q.dtype)
-            dq[rows] = dlogits @ k[past]
-            dk[past] += dlogits.mT @ q[rows]
-            dv[past] += p.to(q.dtype).mT @ dy[rows]
-        return dq, *(heads.unflatten(1, (groups, -1)).sum(2) for heads in (dk, dv))
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
+    )
 
 
 class Attention(nn.Module):
     """Causal self-attention, H query heads sharing G key/value heads."""
+
+    attend = staticmethod(causal_attention)  # lib/kernels.py has one to be compiled on a CPU
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -250,20 +192,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.query, self.key, self.value))
-        q, k = rotate(q, rope), rotate(k, rope)               # (B, T, H, K), (B, T, G, K)
-        if documents is not None:
+        q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
+        k = self.key(x).unflatten(-1, (-1, self.head_dim))    # (B, T, G, K)
+        v = self.value(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if documents is not None:                             # packed rows
             return self.out(attend_within(q, k, v, documents).flatten(2))
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)             # (B, G, S, K)
             mask = cache.mask
-        # is_causal is right only where queries and keys start together; a filled cache brings its mask
-        if mask is None and q.device.type == "cpu" and torch.compiler.is_compiling():
-            y = CompiledOnCPU.apply(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+        y = self.attend(q, k, v, mask)                        # (B, H, T, K)
         return self.out(y.transpose(1, 2).flatten(2))         # (B, T, D)
 
 
@@ -295,244 +235,17 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-def loss_of_logits(
-    logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """The sum of the cross-entropies of targets (n,) under logits (n, V), and its gradient (n, V): the probabilities,
-    less one at the target. All in fp32, in place where it can be; the gradient comes in the type of the logits.
-
-    The gradient, not the loss, is also that of z_loss * log² of softmax's normalizer (PaLM, section 5), and of a target
-    that is spread over the vocabulary by the share `smoothing`.
-    """
-    dtype, logits, answers = logits.dtype, logits.float(), targets[:, None]
-    largest, chosen = logits.amax(-1, keepdim=True), logits.gather(1, answers)
-    exps = logits.sub_(largest).exp_()
-    sums = exps.sum(-1, keepdim=True)
-    normalizers = sums.log() + largest
-    loss = (normalizers - chosen).sum()
-    if smoothing or z_loss:
-        scale, share = (1 + 2 * z_loss * normalizers) / sums, smoothing / logits.size(-1)
-        of_target = (chosen - largest).exp() * scale - share - (1 - smoothing)
-        return loss, exps.mul_(scale).sub_(share).to(dtype).scatter_(1, answers, of_target.to(dtype))
-    of_target = (chosen - largest).exp() / sums - 1
-    return loss, exps.div_(sums).to(dtype).scatter_(1, answers, of_target.to(dtype))
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of targets (n,) under the logits x @ weight.T, x (n, D), weight (V, D).
-
-    All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens' logits exist at a
-    time, and their gradient is turned at once into those of x and weight. Compiled, of_logits needs no fp32 copy of
-    bf16 logits, and four chunks at a time are faster.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool, of_logits: Callable, terms: tuple[float, float]
-    ) -> Tensor:
-        compiled = of_logits is not loss_of_logits
-        size = 4 * LOSS_CHUNK if compiled and x.dtype == torch.bfloat16 else LOSS_CHUNK
-        total, (smoothing, z_loss) = torch.zeros((), device=x.device), terms
-        x_grad = torch.empty_like(x) if training else None
-        weight_grad = None
-        for begin in range(0, len(x), size):
-            chunk = slice(begin, begin + size)
-            loss, logits_grad = of_logits(F.linear(x[chunk], weight), targets[chunk], smoothing, z_loss)
-            total += loss
-            if training:
-                torch.mm(logits_grad, weight, out=x_grad[chunk])
-            if training and weight.requires_grad:
-                of_chunk = logits_grad.T @ x[chunk]
-                weight_grad = of_chunk.float() if weight_grad is None else weight_grad.add_(of_chunk)
-                del of_chunk
-            del logits_grad  # before the next chunk's is made
-        if len(x) == 0 and training:
-            weight_grad = torch.zeros_like(weight)
-        ctx.grads, ctx.weight_dtype = (x_grad, weight_grad), weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        x_grad, weight_grad = ctx.grads
-        if weight_grad is not None:
-            weight_grad = torch.mul(weight_grad, scale, out=torch.empty_like(weight_grad, dtype=ctx.weight_dtype))
-        return x_grad * scale, weight_grad, None, None, None, None
-
-
-class ChunkedLogProbs(torch.autograd.Function):
-    """The log-probabilities (n,) of targets (n,) under the logits x @ weight.T, also LOSS_CHUNK tokens at a time.
-
-    What each of them counts is known only in the backward pass, so it computes the logits again.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, of_logits: Callable) -> Tensor:
-        ctx.save_for_backward(x, weight, targets)
-        ctx.of_logits = of_logits
-        parts = zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK))
-        return -torch.cat([F.cross_entropy(F.linear(a, weight).float(), b, reduction="none") for a, b in parts])
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        x, weight, targets = ctx.saved_tensors
-        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for begin in range(0, len(x), LOSS_CHUNK):
-            chunk = slice(begin, begin + LOSS_CHUNK)
-            _, logits_grad = ctx.of_logits(F.linear(x[chunk], weight), targets[chunk])
-            logits_grad = (logits_grad * -scale[chunk, None]).to(x.dtype)
-            torch.mm(logits_grad, weight, out=x_grad[chunk])
-            if ctx.needs_input_grad[1]:
-                weight_grad += logits_grad.T @ x[chunk]
-        return x_grad, weight_grad.to(weight.dtype), None, None
-
-
 class Unembedding(nn.Linear):
-    """Turns the residual stream into logits; with targets into their loss, or into the log-probability of each."""
+    """Turns the residual stream (B, T, D) into logits, or into what is made of them."""
 
-    loss_of_logits = staticmethod(loss_of_logits)
-    terms = (0.0, 0.0)  # its smoothing and z_loss, in training
+    cross_entropy = CrossEntropy()  # train.py sets one that is compiled, smoothed or regularised
 
     def forward(self, x: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
+        """Logits (B, T, V); with targets the sum of their losses, with `each` their log-probabilities."""
         if targets is None:
             return super().forward(x)
-        shape, x, targets = targets.shape, x.flatten(0, 1), targets.flatten()
-        kept = targets != IGNORE  # on the host where the targets are there: then nothing waits for the device
-        if each or not kept.all():
-            kept = kept.nonzero().squeeze(1)
-            x, targets = x[places := kept.to(x.device, non_blocking=True)], targets[kept]
-        targets = targets.to(x.device, non_blocking=True)
-        if each:
-            log_probs = ChunkedLogProbs.apply(x, self.weight, targets, self.loss_of_logits)
-            return log_probs.new_zeros(shape).index_put((places // shape[1], places % shape[1]), log_probs)
-        training = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return ChunkedLoss.apply(x, self.weight, targets, training, self.loss_of_logits, self.terms)
-
-
-TARGETS = {  # the matrices of a block that adapters may go on, by the last word of their names
-    "query": "attention", "key": "attention", "value": "attention", "out": "attention",
-    "gate": "feed_forward", "up": "feed_forward", "down": "feed_forward",
-}  # fmt: skip
-
-
-NF4_BLOCK, NF4_GROUP = 64, 256  # weights with a common scale, and scales with a common constant
-
-
-class FrozenLinear(nn.Module):
-    """A matrix W (out, in) that stays as it is, with an adapter if rank > 0: y = x W^T + (alpha / rank) (x A^T) B^T,
-    A (rank, in), B (out, rank) (LoRA, Hu et al. 2021, section 4.1).
-
-    A starts random and B at zero, so training starts from the base model. W has the type that it came with, or is kept
-    in NF4 (QLoRA, Dettmers et al. 2023, section 3); A and B are fp32.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, nf4: bool):
-        super().__init__()
-        num_out, num_in = base.weight.shape
-        self.nf4, self.scale = nf4, alpha / rank if rank else 0.0
-        if nf4:
-            if num_in % NF4_BLOCK:
-                raise ValueError(f"--quantize nf4 takes blocks of {NF4_BLOCK}, which do not divide a width of {num_in}")
-            groups = -(-num_out * num_in // NF4_BLOCK // NF4_GROUP)
-            shapes = {"codes": num_in // 2, "scales": num_in // NF4_BLOCK}
-            shapes = {name: (num_out, width) for name, width in shapes.items()} | {"constants": (groups + 1, 4)}
-            for name, shape in shapes.items():
-                empty = torch.empty(shape, dtype=torch.uint8, device=base.weight.device)
-                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        else:
-            self.weight = base.weight.requires_grad_(False)
-        if rank:
-            like = dict(dtype=torch.float32, device=base.weight.device)
-            self.lora_A = nn.Parameter(torch.zeros(rank, num_in, **like))
-            self.lora_B = nn.Parameter(torch.zeros(num_out, rank, **like))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.nf4:
-            y = nf4_product(x, self.codes, self.scales, self.constants, False)
-        else:
-            y = F.linear(x, self.weight)
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.scale else y
-
-
-def to_nf4(weight: Tensor) -> dict[str, Tensor]:
-    """A matrix in NF4 with double quantisation, by bitsandbytes, as bytes in rows: two weights a byte; one scale a
-    block; an fp32 constant (4 bytes) a group of scales, and at the end the mean of all scales.
-
-    Raises ValueError where bitsandbytes is not installed.
-    """
-    try:
-        from bitsandbytes.functional import quantize_4bit
-    except ImportError:
-        raise ValueError("NF4 is made by bitsandbytes; pip install bitsandbytes") from None
-
-    codes, state = quantize_4bit(weight.float().contiguous(), None, None, NF4_BLOCK, True, "nf4")
-    constants = torch.cat((state.state2.absmax, state.offset[None]))[:, None].view(torch.uint8)
-    rows = len(weight)
-    return {"codes": codes.view(rows, -1), "scales": state.absmax.view(rows, -1), "constants": constants}
-
-
-def from_nf4(codes: Tensor, scales: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) that `to_nf4` packed."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    constants = constants.view(torch.float32).squeeze(1)
-    group = QuantState(constants[:-1], code=_scale_values(codes.device), blocksize=NF4_GROUP, dtype=torch.float32)
-    shape = torch.Size((len(codes), 2 * codes.size(1)))
-    state = QuantState(scales.flatten(), shape, None, NF4_BLOCK, "nf4", dtype, constants[-1], group)
-    return dequantize_4bit(codes.view(-1, 1), state)
-
-
-@functools.cache
-def _scale_values(device: torch.device) -> Tensor:
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map().to(device)
-
-
-@torch.library.custom_op("plainllama::nf4_product", mutates_args=())
-def nf4_product(x: Tensor, codes: Tensor, scales: Tensor, constants: Tensor, backwards: bool) -> Tensor:
-    """x W^T for W in NF4, or x W. An operator of its own, so that neither autograd nor the compiler keeps the whole of
-    W for the backward pass, which makes it again."""
-    weight = from_nf4(codes, scales, constants, x.dtype)
-    return F.linear(x, weight.T if backwards else weight)
-
-
-@nf4_product.register_fake
-def _(x, codes, scales, constants, backwards):
-    return x.new_empty(*x.shape[:-1], 2 * codes.size(1) if backwards else codes.size(0))
-
-
-nf4_product.register_autograd(
-    lambda ctx, grad: (nf4_product(grad.contiguous(), *ctx.saved_tensors, True), None, None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:4]),
-)
-
-
-def add_adapters(model: "Transformer", rank: int, alpha: float, targets: list[str], nf4: bool) -> "Transformer":
-    """Freeze the model and give the target matrices of every block an adapter; with nf4, all matrices of the blocks
-    are kept in NF4. Raises ValueError for a width that NF4's blocks do not divide."""
-    model.requires_grad_(False)
-    for block in model.blocks:
-        for name, parent in ((name, getattr(block, part)) for name, part in TARGETS.items()):
-            setattr(parent, name, FrozenLinear(getattr(parent, name), rank if name in targets else 0, alpha, nf4))
-    return model
-
-
-@contextlib.contextmanager
-def without_adapters(model: nn.Module):
-    """Inside, the model computes as if it had no adapters."""
-    modules = [(part, part.scale) for part in model.modules() if isinstance(part, FrozenLinear)]
-    try:
-        for part, _ in modules:
-            part.scale = 0.0
-        yield
-    finally:
-        for part, scale in modules:
-            part.scale = scale
-
-
-def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by name, none for a model without."""
-    return {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+        loss = self.cross_entropy.log_probs if each else self.cross_entropy
+        return loss(x, self.weight, targets)
 
 
 class Transformer(nn.Module):
@@ -547,52 +260,38 @@ class Transformer(nn.Module):
             self.unembedding.weight = self.embedding.weight
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0, rows: "Rows | None" = None):
+    def init_weights(self, seed: int = 0):
         """Normal(0, 0.02); the two matrices that write to the residual stream get 0.02 / sqrt(2 * layers).
 
-        Every INIT_ROWS rows of a matrix are drawn from a seed of their own, so that any number of processes, each
-        drawing the rows that it holds, makes the same model. Where there are adapters, they alone are set.
+        Any number of processes, each drawing the rows that it holds, makes the same model.
         """
-        for name, weight in (adapters(self) or dict(self.named_parameters())).items():
-            first, mine = (rows or all_rows)(weight)
-            if weight.dim() == 1 or name.endswith("lora_B"):
-                mine.fill_(weight.dim() == 1)
-                continue
-            writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-            std = 0.02 / (2 * len(self.blocks)) ** 0.5 if writes else 0.02
-            if name.endswith("lora_A"):
-                std = (3 * weight.size(1)) ** -0.5  # that of PEFT's uniform numbers
-            for begin in range(first - first % INIT_ROWS, first + len(mine), INIT_ROWS):
-                digest = hashlib.sha256(f"{seed} {name} {begin}".encode()).digest()
-                generator = torch.Generator(mine.device).manual_seed(int.from_bytes(digest[:7]))
-                shape = (min(INIT_ROWS, weight.size(0) - begin), weight.size(1))
-                drawn = torch.normal(0.0, std, shape, generator=generator, device=mine.device)
-                target = mine[max(0, begin - first) : begin - first + INIT_ROWS]
-                target.copy_(drawn[max(0, first - begin) :][: len(target)])
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                local_rows(weight)[1].fill_(1)
+            elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
+                fill_normal(weight, 0.02 / (2 * len(self.blocks)) ** 0.5, f"{seed} {name}")
+            else:
+                fill_normal(weight, 0.02, f"{seed} {name}")
 
     def hidden(
-        self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        documents: Documents | None = None,
-        noise: Tensor | None = None,
+        self, tokens: Tensor, cache: KVCache | None = None, documents: Documents | None = None
     ) -> Tensor:
         """The normalised residual stream (B, T, D), which `unembedding` turns into logits.
 
-        noise (B, T, D) is added to the embeddings. Raises ValueError when the tokens do not fit in the context window
-        or in the cache.
+        Raises ValueError when the tokens do not fit in the context window or in the cache.
         """
         num_tokens = tokens.size(1)
         if num_tokens > self.config.max_seq_len:
-            raise ValueError(f"{num_tokens} tokens exceed the context window of {self.config.max_seq_len}")
+            window = self.config.max_seq_len
+            raise ValueError(f"{num_tokens} tokens exceed the context window of {window}")
         if documents is not None:
             positions = documents.positions
+        elif cache is not None:
+            positions = cache.begin(num_tokens)
         else:
-            positions = torch.arange(num_tokens, device=tokens.device) if cache is None else cache.begin(num_tokens)
+            positions = torch.arange(num_tokens, device=tokens.device)
         rope = rope_table(self.config, positions)
         x = self.embedding(tokens)                            # (B, T, D)
-        if noise is not None:
-            x = x + noise.to(x.dtype)
         for block in self.blocks:
             x = block(x, rope, cache, documents)
         if cache is not None:
@@ -600,42 +299,29 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        num_targets: Tensor | float | None = None,
-        cache: KVCache | None = None,
-        documents: Documents | None = None,
-        noise: Tensor | None = None,
-        each: bool = False,
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """fp32 logits (B, T, V) of the token after each of tokens (B, T); with targets (B, T), the loss in nats.
+        """fp32 logits (B, T, V) of the token after each of tokens (B, T); with targets, nats a target.
 
-        Targets are the tokens one later; `IGNORE` marks those that do not count and cost nothing. The loss is the
-        sum over the targets divided by num_targets: the number of targets given, unless the caller counts over more
-        than this batch (train.py divides by those of the whole step). No targets at all is a loss of 0.
-        With `each`, instead of the loss, the log-probability of each target (B, T), 0 where there is none.
+        Targets (B, T) are the tokens one later; `IGNORE` marks those that do not count and cost
+        nothing. No targets at all is a loss of 0.
         """
-        x = self.hidden(tokens, cache, documents, noise)
         if targets is None:
-            return self.unembedding(x).float()
-        if each:
-            return self.unembedding(x, targets, each)
-        if num_targets is None:
-            num_targets = max(1, int((targets != IGNORE).sum()))
-        return self.unembedding(x, targets) / num_targets
+            return self.unembedding(self.hidden(tokens, cache)).float()
+        return self.loss(tokens, targets) / max(1, int((targets != IGNORE).sum()))
+
+    def loss(self, tokens: Tensor, targets: Tensor, documents: Documents | None = None) -> Tensor:
+        """Nats of all targets together; train.py divides by the targets of the whole step."""
+        return self.unembedding(self.hidden(tokens, None, documents), targets)
+
+    def log_probs(
+        self, tokens: Tensor, targets: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """The log-probability of each target (B, T), 0 where there is none."""
+        return self.unembedding(self.hidden(tokens, None, documents), targets, each=True)
 
 
 # ---- weights on disk ----
-
-# Where a parameter's weights are in this process: the first row, and the rows from there on as a plain tensor. A model
-# spread over several processes (train.py) has only some rows of each parameter in each.
-Rows = Callable[[nn.Parameter], tuple[int, Tensor]]
-
-
-def all_rows(weight: nn.Parameter) -> tuple[int, Tensor]:
-    return 0, weight.data
-
 
 HF_NAMES = {  # this project's name of a module -> Hugging Face's
     "embedding": "model.embed_tokens",
@@ -808,11 +494,11 @@ def read_config(path: str | Path) -> ModelConfig:
         return _open(path)[0]
 
 
-def load_weights(model: Transformer, path: str | Path, rows: Rows = all_rows):
-    """Fill a model of the right shape from path, as `load` does; of a Hugging Face folder only the rows are read."""
+def load_weights(model: Transformer, path: str | Path):
+    """Fill a model of the right shape from path, as `load` does, only the rows that this process holds."""
     path = checkpoint_folder(Path(path))
     with readable(path):
-        _fill(model, _open(path)[1], path, rows)
+        _fill(model, _open(path)[1], path)
 
 
 @contextlib.contextmanager
@@ -844,7 +530,7 @@ def _open(path: Path) -> tuple[ModelConfig, Named]:
 
 
 @torch.no_grad()
-def _fill(model: Transformer, tensors: Named, path: Path, rows: Rows):
+def _fill(model: Transformer, tensors: Named, path: Path):
     missing = dict(model.named_parameters())
     for name in adapters(model):
         del missing[name]
@@ -854,8 +540,8 @@ def _fill(model: Transformer, tensors: Named, path: Path, rows: Rows):
         target = missing.pop(name)
         if target.shape != tensor.shape:
             raise ValueError(f"{path}: tensor {name} should be {tuple(target.shape)} and is {tuple(tensor.shape)}")
-        first, mine = rows(target)
-        mine.copy_(tensor[first : first + len(mine)])
+        first, local = local_rows(target)
+        local.copy_(tensor[first : first + len(local)])
     if missing:
         name, target = next(iter(missing.items()))
         raise ValueError(f"{path}: tensor {name} {tuple(target.shape)} is missing")

@@ -14,7 +14,6 @@ is a pure function of (dataset, seed, step); processes and micro-batches only di
 import contextlib
 import ctypes
 import dataclasses
-import fnmatch
 import functools
 import gc
 import hashlib
@@ -44,27 +43,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import get_total_norm
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from data import Batch, Mixture, Tokenizer, find_tokenizer, mixture_weights, read_meta
+from lib import kernels, lora
 from lib.cli import git_commit, run_command
 from lib.files import sync, write_whole
+from lib.kernels import IGNORE, LOSS_CHUNK, Documents
+from lib.lora import TARGETS, adapters, without_adapters
 from lib.records import read_json
 from model import (
-    IGNORE,
-    LOSS_CHUNK,
     SIZES,
-    TARGETS,
-    Documents,
     ModelConfig,
     Transformer,
     adapter_settings,
-    adapters,
-    add_adapters,
     check_checkpoint,
     checkpoint_folder,
     config_to_hugging_face,
@@ -73,7 +67,6 @@ from model import (
     load_weights,
     read_config,
     readable,
-    without_adapters,
 )
 
 HERE = Path(__file__).parent
@@ -329,7 +322,7 @@ def build(
     A frozen one is never trained, so its weights need no more digits than the arithmetic.
     """
     with torch.device("meta"):
-        model = set_trainable(Transformer(shape), config, dtype)
+        model = lora.prepare(Transformer(shape), config, dtype)
     if frozen:
         model.to(dtype).requires_grad_(False)
     model = shard(model, config, make_mesh(config, device), dtype, compiled).to_empty(device=device)
@@ -338,29 +331,6 @@ def build(
     if shape.tie_embeddings:
         model.unembedding.weight = model.embedding.weight
     return model
-
-
-def set_trainable(model: Transformer, config: Config, dtype: torch.dtype) -> Transformer:
-    """Give the model adapters, if --lora_rank asks for them, and freeze what --freeze names.
-
-    Beside adapters, frozen weights need no more digits than the arithmetic.
-    """
-    if config.lora_rank:
-        targets, nf4 = config.lora_targets.split(","), config.quantize == "nf4"
-        add_adapters(model.to(dtype), config.lora_rank, config.lora_alpha, targets, nf4)
-    freeze(model, config.freeze)
-    return model
-
-
-def freeze(model: Transformer, patterns: tuple[str, ...]):
-    """Take the parameters whose names fit a pattern out of training. Raises ValueError where none does, or all do."""
-    for pattern in patterns:
-        if not (names := fnmatch.filter(dict(model.named_parameters()), pattern)):
-            raise ValueError(f"--freeze {pattern} fits no parameter such as blocks.0.attention.out.weight")
-        for name in names:
-            model.get_parameter(name).requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"--freeze {' '.join(patterns)} leaves nothing to train")
 
 
 def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
@@ -383,49 +353,29 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh, dtype: torch.dty
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointed(block.forward, config.checkpointing, layer)
         if compiled:
+            if mesh.device_type == "cpu":
+                block.attention.attend = kernels.attend_on_cpu
             # the loop over documents that stands in for the GPU's kernel cannot be compiled
             block.forward = torch.compile(block.forward, fullgraph=not config.pack or mesh.device_type == "cuda")
         unit(block, reshard_after_forward=config.reshard_after_forward)
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
-        model.unembedding.loss_of_logits = torch.compile(model.unembedding.loss_of_logits, fullgraph=True)
-    model.unembedding.terms = (config.label_smoothing, config.z_loss)
+    model.unembedding.cross_entropy = kernels.cross_entropy(config, compiled)
     if not model.config.tie_embeddings:
         unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
         unit([model.norm, model.unembedding], reshard_after_forward=False)
-    return unit(model)
+    unit(model)
+    for name in ("loss", "log_probs"):
+        register_fsdp_forward_method(model, name)
+    return model
 
 
 def checkpointed(forward: Callable, mode: str, layer: int) -> Callable:
     """forward, but keeping less for the backward pass, which computes the rest again. The gradients are the same."""
     if mode == "none" or mode.isdigit() and layer % int(mode):
         return forward
-    contexts = {"context_fn": keep_the_costly} if mode == "selective" else {}
+    contexts = {"context_fn": kernels.keep_the_costly} if mode == "selective" else {}
     return lambda *inputs: torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False, **contexts)
-
-
-ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "varlen_attn")  # in the names of kernels
-
-
-def keep_the_costly():
-    """For selective checkpointing: keep the outputs of attention and of every second matrix product."""
-    products = {False: 0, True: 0}  # seen in the forward pass, and when computing again
-
-    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-        if op is torch.ops.aten.mm.default:
-            products[context.is_recompute] += 1
-            keep = products[context.is_recompute] % 2 == 1
-        else:
-            keep = any(name in str(op) for name in ATTENTION)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def local_rows(weight: DTensor) -> tuple[int, Tensor]:
-    """The rows of a sharded parameter that this rank holds: the number of the first, and the rows."""
-    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return offset[0], weight.detach().to_local()
 
 
 def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
@@ -500,6 +450,19 @@ def neftune(batch: MicroBatch, dim: int, config: Config) -> Tensor | None:
     return noise.mul_(config.neftune / math.sqrt(noise[0].numel()))
 
 
+@contextlib.contextmanager
+def added_noise(model: Transformer, noise: Tensor | None):
+    """Inside, noise (B, T, D) is added to the embeddings."""
+    if noise is None:
+        yield
+        return
+    hook = model.embedding.register_forward_hook(lambda module, inputs, x: x + noise.to(x.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def prefetch(make: Callable[[int], list[MicroBatch]], steps: range, device: torch.device) -> Iterator[list[MicroBatch]]:
     """make(step) for each step, one ahead of its use, in a thread beside the training."""
     set_device = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
@@ -558,7 +521,7 @@ class Pairs(NamedTuple):
 def reference_log_probs(reference: Transformer, batch: MicroBatch) -> Tensor:
     """The log-probability of each target (B, T) under the model as it was before training; with LoRA, its base."""
     with torch.no_grad(), without_adapters(reference):
-        return reference(batch.tokens, batch.targets, documents=batch.documents, each=True)
+        return reference.log_probs(batch.tokens, batch.targets, batch.documents)
 
 
 def compare(model: Transformer, reference: Transformer, batch: MicroBatch, beta: float) -> Pairs:
@@ -567,7 +530,7 @@ def compare(model: Transformer, reference: Transformer, batch: MicroBatch, beta:
     A reward is beta times the log-probability of an answer's targets, less that under the reference.
     """
     before = reference_log_probs(reference, batch)
-    drifts = (model(batch.tokens, batch.targets, documents=batch.documents, each=True) - before).sum(1)
+    drifts = (model.log_probs(batch.tokens, batch.targets, batch.documents) - before).sum(1)
     chosen, rejected = drifts.unflatten(0, (-1, 2)).unbind(1)
     margin = beta * (chosen - rejected)
     counts = (batch.targets[::2] != IGNORE).sum(1).to(margin.device, non_blocking=True)
@@ -617,8 +580,9 @@ def train_step(
             loss = sums[0] * (world / num_pairs)
             pairs += sums.detach()
         else:
-            num_targets, noise = counts[0].clamp(min=1) / world, neftune(batch, model.config.dim, config)
-            loss = model(batch.tokens, batch.targets, num_targets, documents=batch.documents, noise=noise)
+            num_targets = counts[0].clamp(min=1) / world
+            with added_noise(model, neftune(batch, model.config.dim, config)):
+                loss = model.loss(batch.tokens, batch.targets, batch.documents) / num_targets
         loss.backward()
         losses[rank, i] = loss.detach() / world
     dist.all_reduce(losses)
@@ -656,7 +620,7 @@ def evaluate(
         return evaluate_pairs(model, val, config, device, reference)
     sums = torch.zeros(len(val.parts), 2, dtype=torch.float64, device=device)  # nats, targets
     for source, batch, _ in validation_batches(val, config, device):
-        loss = model(batch.tokens, batch.targets, num_targets=1, documents=batch.documents)
+        loss = model.loss(batch.tokens, batch.targets, batch.documents)
         sums[source] += torch.stack((loss, (batch.targets != IGNORE).sum().to(device)))
     dist.all_reduce(sums)
     sums = sums.cpu()
@@ -938,7 +902,7 @@ def forecast(
     """
     size = 4 if config.dtype == "fp32" else 2
     with torch.device("meta"):
-        model = set_trainable(Transformer(shape), config, torch.float32 if size == 4 else torch.bfloat16)
+        model = lora.prepare(Transformer(shape), config, torch.float32 if size == 4 else torch.bfloat16)
     whole, block = (Tally.of(part, size) for part in (model, model.blocks[0]))
     of_ends = shape.vocab_size * shape.dim
     share = config.batch_size // world
@@ -949,10 +913,10 @@ def forecast(
     modes = [config.checkpointing] * shape.num_layers
     if config.checkpointing.isdigit():
         modes = ["none" if layer % int(config.checkpointing) else "full" for layer in range(shape.num_layers)]
-    lora = (config.lora_rank, config.lora_targets)
-    kept = tokens * sum(kept_bytes(shape, mode, compiled, size, *lora) for mode in modes)
+    adapted = (config.lora_rank, config.lora_targets)
+    kept = tokens * sum(kept_bytes(shape, mode, compiled, size, *adapted) for mode in modes)
     # a block whose forward pass is computed again then has all it keeps, and gradients of it
-    again = kept_bytes(shape, "none", compiled, size, *lora) + size * (2 * shape.ffn_dim + shape.dim)
+    again = kept_bytes(shape, "none", compiled, size, *adapted) + size * (2 * shape.ffn_dim + shape.dim)
     again = tokens * again if set(modes) != {"none"} else 0
     of_logit = {(2, False): 6, (4, False): 4, (2, True): 4, (4, True): 12}[size, compiled]
     chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
@@ -1433,7 +1397,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
     if adapter:
-        load_weights(model, find_base(adapter, folder), local_rows)
+        load_weights(model, find_base(adapter, folder))
     reference = None
     if data.kind == "preference":
         reference = model
@@ -1461,9 +1425,11 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
 def first_weights(model: Transformer, config: Config, path: str):
     """The weights that a run begins with: those at path, or if it is empty random ones."""
     if path:
-        load_weights(model, path, local_rows)
+        load_weights(model, path)
+    elif lora.adapters(model):
+        lora.init_adapters(model, config.seed)
     else:
-        model.init_weights(config.seed, local_rows)
+        model.init_weights(config.seed)
 
 
 def prepare_folder(config: Config, record: dict):

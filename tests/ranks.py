@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import IGNORE, ModelConfig
-from train import Config, Guard, MicroBatch, build, join_world, leave, local_rows, train_step
+from train import Config, Guard, MicroBatch, build, join_world, leave, train_step
 
 CONFIG = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=50, max_seq_len=64)
 
@@ -21,7 +21,7 @@ def one_step(micro_batch: int) -> dict:
     device = join_world()
     try:
         model = build(CONFIG, Config(), device, torch.float32, compiled=False)
-        model.init_weights(0, local_rows)
+        model.init_weights(0)
         rows = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(1))
         tokens, targets = rows[:, :-1], rows[:, 1:].clone()
         for row, count in enumerate((16, 1, 0, 9, 2, 16, 1, 0)):

@@ -106,7 +106,7 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
             model = Transformer(shape)
             torch.set_default_dtype(torch.float32)
             model.to = lambda dtype: model  # fake weights cannot be converted, and have this type already
-            model = train.set_trainable(model, config, dtype)
+            model = lora.prepare(model, config, dtype)
             model = train.shard(model, config, mesh, dtype, compiled=config.compile == "on")
             optimizers, guard = train.make_optimizers(model, config), train.Guard(config.spike, device)
             tokens = torch.ones(config.micro_batch, config.seq_len, dtype=torch.long)

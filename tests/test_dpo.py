@@ -64,8 +64,8 @@ def models() -> tuple:
     """A model, and its reference with weights of its own so that all margins differ."""
     model = train.build(CONFIG, Config(), CPU, torch.float32, compiled=False)
     reference = train.build(CONFIG, Config(), CPU, torch.float32, compiled=False, frozen=True)
-    model.init_weights(0, train.local_rows)
-    reference.init_weights(1, train.local_rows)
+    model.init_weights(0)
+    reference.init_weights(1)
     with torch.no_grad():
         for weight in (*model.parameters(), *reference.parameters()):
             weight.mul_(5 if weight.dim() > 1 else 1)
@@ -134,7 +134,7 @@ def test_dpo_is_the_formula_of_the_paper_however_it_is_divided(ranks, micro_batc
 
 def test_log_probabilities_in_chunks_are_those_of_whole_logits(monkeypatch):
     """Also their gradients, where every target counts differently."""
-    monkeypatch.setattr("model.LOSS_CHUNK", 3)
+    monkeypatch.setattr("lib.kernels.LOSS_CHUNK", 3)
     torch.manual_seed(0)
     model, (tokens, targets) = train.Transformer(CONFIG), rows()
     counts = torch.randn(targets.shape)
@@ -142,7 +142,7 @@ def test_log_probabilities_in_chunks_are_those_of_whole_logits(monkeypatch):
     (whole * counts).sum().backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    each = model(tokens, targets, each=True)
+    each = model.log_probs(tokens, targets)
     (each * counts).sum().backward()
     torch.testing.assert_close(each, whole)
     for name, p in model.named_parameters():

@@ -302,7 +302,7 @@ def test_perplexity_of_text_files_is_that_of_plain_scoring(model, saved, tmp_pat
     for text in ("Grüße " * 30, "short"):
         ids = torch.tensor([Tokenizer("bytes").encode(text, bos=True)])
         with torch.no_grad():
-            nats += model(ids[:, :-1], ids[:, 1:], num_targets=1).item()
+            nats += model.loss(ids[:, :-1], ids[:, 1:]).item()
     count = len(("Grüße " * 30 + "short").encode())
     assert (got["tokens"], got["bytes"], got["documents"]) == (count, count, 2)
     assert got["nats_per_token"] == pytest.approx(nats / count, rel=1e-5)

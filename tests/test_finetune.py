@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import train
 from conftest import byte_data, command
 from data import TokenDataset
-from model import IGNORE, Transformer, load, loss_of_logits
+from lib.kernels import cross_entropy
+from model import IGNORE, Transformer, load
 from ranks import CONFIG
 from test_train import log, read_checkpoint, same_bits
 from train import Config, learning_rate
@@ -86,11 +87,9 @@ def written_out(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.003)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_smoothing_and_z_loss_are_in_the_gradient_and_not_in_the_loss(smoothing, z_loss, compiled, monkeypatch):
-    monkeypatch.setattr("model.LOSS_CHUNK", 5)
+    monkeypatch.setattr("lib.kernels.LOSS_CHUNK", 5)
     torch.manual_seed(0)
     model = Transformer(CONFIG)
-    if compiled:
-        model.unembedding.loss_of_logits = torch.compile(loss_of_logits, fullgraph=True)
     model.unembedding.weight.data.mul_(40)
     tokens, targets = torch.randint(50, (2, 2, 16))
     targets[0, :7] = IGNORE
@@ -98,8 +97,9 @@ def test_smoothing_and_z_loss_are_in_the_gradient_and_not_in_the_loss(smoothing,
     written_out(logits[kept], targets[kept], smoothing, z_loss).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    model.unembedding.terms = (smoothing, z_loss)
-    loss = model(tokens, targets, num_targets=1)
+    flags = train.Config(label_smoothing=smoothing, z_loss=z_loss)
+    model.unembedding.cross_entropy = cross_entropy(flags, compiled)
+    loss = model.loss(tokens, targets)
     loss.backward()
     assert loss.item() == pytest.approx(F.cross_entropy(logits[kept], targets[kept], reduction="sum").item(), rel=1e-5)
     for name, p in model.named_parameters():

@@ -12,7 +12,9 @@ import sample
 import simulate
 import train
 from conftest import TINY_RUN, random_model, run_ranks
-from model import SIZES, TARGETS, FrozenLinear, ModelConfig, Transformer, adapters, load, save
+from lib import lora
+from lib.lora import TARGETS, FrozenLinear, adapters
+from model import SIZES, ModelConfig, Transformer, load, save
 from test_train import log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
 from train import Config
 
@@ -48,7 +50,7 @@ def base(tiny_data, tmp_path):
 
 def beside(base, run=None, rank=4, alpha=8.0, targets=tuple(TARGETS), nf4=False) -> Transformer:
     """The base with adapters beside it as in training: zero, or those of a run."""
-    model = module.add_adapters(module._empty(SHAPE, "cpu", torch.float32), rank, alpha, targets, nf4)
+    model = lora.add_adapters(module._empty(SHAPE, "cpu", torch.float32), rank, alpha, targets, nf4)
     module.load_weights(model, base)
     learned = module.read_adapter(run).tensors if run else {}
     assert not run or learned.keys() == adapters(model).keys()
@@ -65,8 +67,8 @@ def logits(model) -> torch.Tensor:
 def build(base, quantize="none", **flags) -> Transformer:
     """What train.py trains, spread over the ranks of the world."""
     model = train.build(SHAPE, Config(quantize=quantize, **LORA | flags), CPU, torch.float32, False)
-    module.load_weights(model, base, train.local_rows)
-    model.init_weights(0, train.local_rows)
+    module.load_weights(model, base)
+    lora.init_adapters(model, 0)
     return model
 
 
@@ -99,16 +101,16 @@ def test_nf4_is_the_papers_and_bitsandbytes_own():
     from bitsandbytes import functional
 
     weight = torch.randn(96, 192, generator=torch.Generator().manual_seed(0)) * 0.02
-    parts = module.to_nf4(weight)
+    parts = lora.to_nf4(weight)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    assert torch.equal(module.from_nf4(**parts, dtype=torch.float32), functional.dequantize_4bit(packed, state))
+    assert torch.equal(lora.from_nf4(**parts, dtype=torch.float32), functional.dequantize_4bit(packed, state))
 
     values, largest = torch.tensor([float(v) for v in NF4.split()]), weight.unflatten(1, (-1, 64)).abs().amax(-1)
     nearest = ((weight.unflatten(1, (-1, 64)) / largest[..., None])[..., None] - values).abs().argmin(-1).flatten(1)
     codes = torch.stack((parts["codes"] >> 4, parts["codes"] & 15), -1).flatten(1)
     assert torch.equal(codes.long(), nearest)
     exact = (values[nearest].unflatten(1, (-1, 64)) * largest[..., None]).flatten(1)
-    torch.testing.assert_close(module.from_nf4(**parts, dtype=torch.float32), exact, atol=1e-3, rtol=0)
+    torch.testing.assert_close(lora.from_nf4(**parts, dtype=torch.float32), exact, atol=1e-3, rtol=0)
     assert sum(part.nbytes for part in parts.values()) / weight.numel() == pytest.approx(0.5 + 1 / 64, abs=3e-3)
 
 
@@ -119,11 +121,11 @@ def test_a_missing_bitsandbytes_is_said_in_a_sentence(tiny_run, base, monkeypatc
 
 
 def test_the_product_with_an_nf4_matrix_has_the_gradient_of_one_with_the_unpacked_matrix():
-    parts = module.to_nf4(torch.randn(48, 128))
+    parts = lora.to_nf4(torch.randn(48, 128))
     x = torch.randn(2, 5, 128, requires_grad=True)
-    module.nf4_product(x, *parts.values(), False).square().sum().backward()
+    lora.nf4_product(x, *parts.values(), False).square().sum().backward()
     other = x.detach().clone().requires_grad_()
-    (other @ module.from_nf4(**parts, dtype=torch.float32).T).square().sum().backward()
+    (other @ lora.from_nf4(**parts, dtype=torch.float32).T).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
 
 
@@ -149,7 +151,7 @@ def test_only_adapters_have_gradients_and_moments_and_the_base_keeps_every_bit(q
     for name, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad == (name in names)
         assert torch.equal(p.full_tensor(), before[name]) == (name not in names)
-    with module.without_adapters(model):
+    with lora.without_adapters(model):
         assert torch.equal(logits(model), expected)
     assert not torch.equal(logits(model), expected)
 
@@ -203,7 +205,7 @@ def test_qlora_keeps_less_than_a_quarter_of_what_training_all_weights_does_in_nf
     def kept(**flags) -> int:
         config = Config(dtype="fp32", **flags)
         model = train.build(shape, config, CPU, torch.float32, False)
-        module.load_weights(model, tmp_path / "large", train.local_rows)
+        module.load_weights(model, tmp_path / "large")
         optimizers, batch = train.make_optimizers(model, config), micro_batch(rows(length=32))
         model(batch.tokens, batch.targets).backward()
         state = [t for optimizer in optimizers for moments in optimizer.state.values() for t in moments.values()]
@@ -218,7 +220,7 @@ def test_matrices_are_packed_as_they_are_read_and_never_all_unpacked_in_nf4(tmp_
     shape = ModelConfig(256, 12, 4, 4, 704, vocab_size=512, max_seq_len=32)
     save(gentle_model(shape), tmp_path / "large")
     with torch.device("meta"):
-        model = module.add_adapters(Transformer(shape), 4, 8.0, list(TARGETS), True)
+        model = lora.add_adapters(Transformer(shape), 4, 8.0, list(TARGETS), True)
     with simulate.Allocated() as allocated:
         model.to_empty(device="cpu")
         held = allocated.now
@@ -257,8 +259,8 @@ def test_the_forecast_knows_what_a_block_keeps_and_no_unpacked_matrix_is_kept(ta
 
 
 def beside_random(targets: list[str], nf4: bool) -> Transformer:
-    model = module.add_adapters(module._empty(SHAPE, "cpu", torch.float32), 4, 8.0, targets, nf4)
-    module._fill(model, iter(gentle_model().state_dict().items()), None, module.all_rows)
+    model = lora.add_adapters(module._empty(SHAPE, "cpu", torch.float32), 4, 8.0, targets, nf4)
+    module._fill(model, iter(gentle_model().state_dict().items()), None)
     return model
 
 
@@ -388,4 +390,4 @@ def test_flags_that_do_not_fit_together_are_refused(flags, message, tiny_run):
 
 def test_a_width_that_blocks_do_not_divide_is_refused():
     with torch.device("meta"), pytest.raises(ValueError, match="blocks of 64, which do not divide a width of 172"):
-        module.add_adapters(Transformer(SIZES["260K"]), 4, 8.0, list(TARGETS), True)
+        lora.add_adapters(Transformer(SIZES["260K"]), 4, 8.0, list(TARGETS), True)

@@ -15,16 +15,14 @@ import torch
 import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from conftest import ROOT, random_model
+from lib.kernels import CompiledOnCPU, Documents, attend_within
 from model import (
     IGNORE,
     SIZES,
-    CompiledOnCPU,
-    Documents,
     KVCache,
     ModelConfig,
     Transformer,
     Unembedding,
-    attend_within,
     load,
     rope_table,
     rotate,
@@ -125,7 +123,7 @@ def test_the_loss_is_the_sum_over_targets_by_their_number():
     logprobs = model(tokens).log_softmax(-1)
     picked = [-logprobs[b, t, targets[b, t]] for b in range(3) for t in range(9) if targets[b, t] != IGNORE]
     torch.testing.assert_close(model(tokens, targets), torch.stack(picked).mean())
-    torch.testing.assert_close(model(tokens, targets, num_targets=100), torch.stack(picked).sum() / 100)
+    torch.testing.assert_close(model.loss(tokens, targets), torch.stack(picked).sum())
     assert model(tokens, torch.full_like(targets, IGNORE)) == 0
 
 
@@ -489,7 +487,7 @@ def test_the_trained_checkpoint_has_its_known_loss(shared):
     with torch.no_grad():
         for story in stories:
             ids = torch.tensor([tokenizer.encode(story.strip(), bos=True)[:512]])
-            total += model(ids[:, :-1], ids[:, 1:], num_targets=1).item()
+            total += model.loss(ids[:, :-1], ids[:, 1:]).item()
             count += ids.size(1) - 1
     assert count == 22_501
     assert abs(total / count - 1.3008) < 0.0005
@@ -517,6 +515,10 @@ def packed(lengths: list[int], row_len: int) -> Documents:
 LENGTHS = [7, 20, 5, 1, 31, 32]  # three rows of 32
 
 
+def packed_logits(model, tokens: torch.Tensor, documents: Documents) -> torch.Tensor:
+    return model.unembedding(model.hidden(tokens, documents=documents)).flatten(0, 1)
+
+
 def test_documents_in_a_row_do_not_see_each_other():
     """Trap 10: with other tokens in document 1 the logits of all others stay the same to the last bit."""
     model = make()
@@ -524,7 +526,7 @@ def test_documents_in_a_row_do_not_see_each_other():
     other = tokens.clone()
     other[0, 7:27] = (other[0, 7:27] + 1) % 50
     documents = packed(LENGTHS, 32)
-    before, after = (model(t, documents=documents).flatten(0, 1) for t in (tokens, other))
+    before, after = (packed_logits(model, t, documents) for t in (tokens, other))
     same = (before == after).all(-1)
     assert same.tolist() == [True] * 7 + [False] * 20 + [True] * 69
     assert not torch.equal(model(tokens)[0, 27:], model(other)[0, 27:])  # without the bounds they do
@@ -533,11 +535,11 @@ def test_documents_in_a_row_do_not_see_each_other():
 def test_a_packed_document_is_the_same_as_alone():
     model = make()
     tokens = some_tokens(3, 32)
-    together = model(tokens, documents=packed(LENGTHS, 32)).flatten(0, 1).split(LENGTHS)
+    together = packed_logits(model, tokens, packed(LENGTHS, 32)).split(LENGTHS)
     for logits, alone in zip(together, tokens.flatten().split(LENGTHS)):
         torch.testing.assert_close(logits, model(alone[None])[0], atol=1e-5, rtol=1e-5)
     stretched = packed(LENGTHS, 32)._replace(positions=packed(LENGTHS, 32).positions * 3)
-    assert not torch.allclose(model(tokens, documents=stretched).flatten(0, 1), torch.cat(together), atol=1e-3)
+    assert not torch.allclose(packed_logits(model, tokens, stretched), torch.cat(together), atol=1e-3)
     q, k, v = (torch.randn(3, 32, heads, 8) for heads in (4, 2, 2))
     y = attend_within(q, k, v, packed(LENGTHS, 32)).flatten(0, 1).split(LENGTHS)
     begin = 0
@@ -551,9 +553,9 @@ def test_a_packed_document_is_the_same_as_alone():
 def test_the_loss_of_packed_documents_is_that_of_each_alone():
     model = make()
     tokens = some_tokens(3, 33)
-    loss = model(tokens[:, :-1], tokens[:, 1:], documents=packed(LENGTHS, 32))
+    loss = model.loss(tokens[:, :-1], tokens[:, 1:], packed(LENGTHS, 32))
     parts = zip(tokens[:, :-1].flatten().split(LENGTHS), tokens[:, 1:].flatten().split(LENGTHS))
-    alone = sum(model(inputs[None], targets[None], num_targets=96) for inputs, targets in parts)
+    alone = sum(model.loss(inputs[None], targets[None]) for inputs, targets in parts)
     torch.testing.assert_close(loss, alone)
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters()]
@@ -583,7 +585,7 @@ def test_the_written_out_gradients_of_attention_are_those_of_pytorch(num_tokens)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_the_loss_in_chunks_is_cross_entropy_with_its_gradients(dtype, tolerance, monkeypatch):
     """Also in bf16, where the value of PyTorch's own (10.125 for 10.437) is wrong."""
-    monkeypatch.setattr("model.LOSS_CHUNK", 16)
+    monkeypatch.setattr("lib.kernels.LOSS_CHUNK", 16)
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(3, 21, 24, generator=generator) * 2).to(dtype).requires_grad_()
     output = Unembedding(24, 300, bias=False).to(dtype)
@@ -604,7 +606,7 @@ def test_the_loss_in_chunks_is_cross_entropy_with_its_gradients(dtype, tolerance
 def test_ignored_targets_cost_nothing(monkeypatch):
     seen = []
     original = torch.nn.functional.linear
-    monkeypatch.setattr("model.F.linear", lambda x, weight: seen.append(len(x)) or original(x, weight))
+    monkeypatch.setattr("torch.nn.functional.linear", lambda x, weight: seen.append(len(x)) or original(x, weight))
     output, x = Unembedding(8, 30, bias=False), torch.randn(4, 600, 8)
     targets = torch.full((4, 600), IGNORE)
     targets[2, :100] = 3

@@ -128,10 +128,9 @@ def test_gradients_do_not_depend_on_how_a_step_is_divided(tmp_path):
     model.init_weights()
     counts = (16, 1, 0, 9, 2, 16, 1, 0)
     losses = [
-        model(
+        model.loss(
             targets[i : i + 1, :-1],
             targets[i : i + 1, 1:].clone().index_fill_(1, torch.arange(n, 16), IGNORE),
-            num_targets=1,
         )
         for i, n in enumerate(counts)
     ]
@@ -175,7 +174,7 @@ CPU = torch.device("cpu")
 
 def build(dtype=torch.float32, compiled=False, **flags) -> Transformer:
     model = train.build(CONFIG, Config(**flags), CPU, dtype, compiled)
-    model.init_weights(0, train.local_rows)
+    model.init_weights(0)
     return model
 
 

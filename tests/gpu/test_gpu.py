@@ -52,7 +52,7 @@ def build(device, dtype=torch.bfloat16, compiled=False, shape=SHAPE, **options) 
     """The arguments of train_step without batches: model, optimizers, guard and flags."""
     config = train.Config(**options)
     model = train.build(shape, config, device, dtype, compiled)
-    model.init_weights(0, train.local_rows)
+    model.init_weights(0)
     return model, train.make_optimizers(model, config), train.Guard(config.spike, device), config
 
 
@@ -72,7 +72,7 @@ def random_batch(device, rows=4, seq_len=256, pack=False, shape=SHAPE) -> train.
 
 
 def gradients(model, batch: train.MicroBatch) -> dict[str, torch.Tensor]:
-    model(batch.tokens, batch.targets, documents=batch.documents).backward()
+    model.loss(batch.tokens, batch.targets, batch.documents).backward()
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 

@@ -1,0 +1,35 @@
+"""The rows of a parameter that this process holds."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
+
+
+def local_rows(weight: Tensor) -> tuple[int, Tensor]:
+    """The number of the first row that this process holds of a parameter, sharded or whole, and the rows."""
+    if not isinstance(weight, DTensor):
+        return 0, weight.data
+    _, offset = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    return offset[0], weight.detach().to_local()
+
+
+def fill_normal(weight: Tensor, std: float, key: str):
+    """Draw a matrix from normal(0, std), every INIT_ROWS rows from a seed of their own, made of key.
+
+    So any number of processes, each drawing the rows that it holds, makes the same matrix.
+    """
+    first, local = local_rows(weight)
+    for begin in range(first - first % INIT_ROWS, first + len(local), INIT_ROWS):
+        digest = hashlib.sha256(f"{key} {begin}".encode()).digest()
+        generator = torch.Generator(local.device).manual_seed(int.from_bytes(digest[:7]))
+        shape = (min(INIT_ROWS, weight.size(0) - begin), weight.size(1))
+        drawn = torch.normal(0.0, std, shape, generator=generator, device=local.device)
+        target = local[max(0, begin - first) : begin - first + INIT_ROWS]
+        target.copy_(drawn[max(0, first - begin) :][: len(target)])
