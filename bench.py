@@ -37,6 +37,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import train
 from data import Batch
+from lib import forecast
 from lib.cli import git_commit, run_command
 from model import SIZES, ModelConfig, config_to_hugging_face
 
@@ -290,8 +291,8 @@ class Bench:
         config = self.config
         tokens = row["micro_batch"] * config.accumulate * self.world * config.seq_len * config.steps
         speed = tokens / median(row["seconds"])
-        flops = train.flops_per_token(self.shape, config.seq_len) * speed / self.world
-        peak = train.gpu_peak(self.device) if row["dtype"] == "bf16" else None
+        flops = forecast.flops_per_token(self.shape, config.seq_len) * speed / self.world
+        peak = forecast.gpu_peak(self.device) if row["dtype"] == "bf16" else None
         row |= {"tokens_per_round": tokens, "tokens_per_s": speed, "tokens_per_s_per_device": speed / self.world}
         row |= {"mfu": peak and flops / peak, "share_of_product": flops / matrix_product(row["dtype"], self.device)}
         row["peak_over_forecast"] = row["forecast_bytes"] and row["peak_bytes"] / row["forecast_bytes"]
@@ -420,7 +421,7 @@ def describe(config: Config, shape: ModelConfig, device: torch.device) -> dict:
         "git_commit": git_commit(),
         "command": " ".join(sys.argv),
         "settings": dataclasses.asdict(config),
-        "parameters": train.count_parameters(shape),
+        "parameters": forecast.count_parameters(shape),
     }
 
 

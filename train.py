@@ -48,10 +48,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from data import Batch, Mixture, Tokenizer, find_tokenizer, mixture_weights, read_meta
+from lib import forecast as forecasts
 from lib import kernels, lora
 from lib.cli import git_commit, run_command
 from lib.files import sync, write_whole
-from lib.kernels import IGNORE, LOSS_CHUNK, Documents
+from lib.forecast import GPUS, count_parameters, flops_per_token, gpu_peak
+from lib.kernels import IGNORE, Documents
 from lib.lora import TARGETS, adapters, without_adapters
 from lib.records import read_json
 from model import (
@@ -148,7 +150,7 @@ class Config:
     # forecast
     plan: bool = False                  # only say what the run would need, on this hardware:
     gpus: int = 8                       # how many
-    gpu: str = "A100-80GB"              # a name in train.GPUS
+    gpu: str = "A100-80GB"              # a name in lib.forecast.GPUS
 
 
 # flags that may differ when a run is continued: but for rounding they do not change what is computed, and of --data
@@ -847,136 +849,33 @@ def _read_checkpoint(checkpoint: Path, shape: ModelConfig, tensors: dict):
 
 # ---- forecast ----
 
-GPUS = {  # bf16 FLOP/s without sparsity, GiB of memory, share of the FLOP/s that training is taken to reach
-    "A100-40GB": (312e12, 39.5, 0.55),
-    "A100-80GB": (312e12, 79.2, 0.55),
-    "H100-80GB": (989e12, 79.1, 0.40),
-    "H200": (989e12, 139.8, 0.40),
-    "A6000-48GB": (154.8e12, 47.5, 0.55),
-}
-
-
-def kept_bytes(shape: ModelConfig, mode: str, compiled: bool, size: int, rank: int = 0, targets: str = "") -> int:
-    """Bytes that one block keeps of a token for its backward pass; size is that of a number in the arithmetic, rank and
-    targets are LoRA's."""
-    dim, kv_dim, ffn_dim = shape.dim, shape.num_kv_heads * shape.head_dim, shape.ffn_dim
-    attention = 4 * shape.num_heads  # its fp32 normalizers
-    if mode == "full":
-        return size * dim  # the input
-    if mode == "selective":  # input, attention's output, and of the seven products query, value, gate and down
-        return size * (4 * dim + kv_dim + ffn_dim) + attention
-    of_adapters = 0
-    if rank:  # x A^T; but frozen matrices need no inputs, and frozen norms no normed ones, which eager code keeps
-        unneeded = dim * (not {"query", "key", "value"} & {*targets.split(",")})
-        unneeded += dim * (not {"gate", "up"} & {*targets.split(",")}) + ffn_dim * ("down" not in targets)
-        of_adapters = size * (rank * len(targets.split(",")) - unneeded - 2 * dim * (not compiled))
-    if compiled:  # input, two normed inputs, query, key, value, attention's output, out, gate, up, their product
-        return size * (6 * dim + 2 * kv_dim + 3 * ffn_dim) + attention + 8 + of_adapters
-    # the norms keep an fp32 copy, the normed and the scaled input; SiLU keeps its input, the product its factors
-    return 2 * (4 + 2 * size) * dim + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8 + of_adapters
-
-
-class Tally(NamedTuple):
-    """What the parameters of a model or a block come to, before sharding."""
-
-    stored: int    # bytes
-    gathered: int  # bytes as the arithmetic takes them
-    trained: int   # numbers that have a gradient
-
-    @classmethod
-    def of(cls, part: torch.nn.Module, size: int) -> "Tally":
-        parameters = list(part.parameters())
-        gathered = sum(p.numel() * (size if p.is_floating_point() else 1) for p in parameters)
-        return cls(sum(p.nbytes for p in parameters), gathered, sum(p.numel() for p in parameters if p.requires_grad))
-
 
 def forecast(
-    shape: ModelConfig, config: Config, world: int, compiled: bool, of_pairs: bool = False
+    shape: ModelConfig, config: Config, world: int, compiled: bool, pairs: bool = False
 ) -> dict[str, int]:
-    """Bytes on each rank at the peak of a step, by what they are for. What the allocator and NCCL add is not in it.
+    """Bytes on each rank at the peak of a step, by what they are for (lib/forecast.py)."""
+    return forecasts.forecast(on_meta(shape, config), config, world, compiled, pairs)
 
-    Pairs have two rows each, here of full length, and a frozen reference.
 
-    The peak is at one of three moments: in the loss, when all activations are kept; in the backward pass of the last
-    block, the same; or in that of the first, when the gradients of all others are there instead.
-    """
-    size = 4 if config.dtype == "fp32" else 2
+def on_meta(shape: ModelConfig, config: Config) -> Transformer:
+    """The model that a run trains, without memory."""
     with torch.device("meta"):
-        model = lora.prepare(Transformer(shape), config, torch.float32 if size == 4 else torch.bfloat16)
-    whole, block = (Tally.of(part, size) for part in (model, model.blocks[0]))
-    of_ends = shape.vocab_size * shape.dim
-    share = config.batch_size // world
-    tokens = (config.micro_batch or share) * config.seq_len * (2 if of_pairs else 1)
-    ranks = config.shard_over or world
-    shard = whole.trained // ranks
-
-    modes = [config.checkpointing] * shape.num_layers
-    if config.checkpointing.isdigit():
-        modes = ["none" if layer % int(config.checkpointing) else "full" for layer in range(shape.num_layers)]
-    adapted = (config.lora_rank, config.lora_targets)
-    kept = tokens * sum(kept_bytes(shape, mode, compiled, size, *adapted) for mode in modes)
-    # a block whose forward pass is computed again then has all it keeps, and gradients of it
-    again = kept_bytes(shape, "none", compiled, size, *adapted) + size * (2 * shape.ffn_dim + shape.dim)
-    again = tokens * again if set(modes) != {"none"} else 0
-    of_logit = {(2, False): 6, (4, False): 4, (2, True): 4, (4, True): 12}[size, compiled]
-    chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
-    in_chunk = min(tokens, chunk) * shape.vocab_size
-    of_product = 4 if size == 4 and tokens <= chunk else 4 + size  # the weight's gradient, and a chunk's beside it
-    trained_ends = of_ends if model.unembedding.weight.requires_grad else 0
-    logits = max(of_logit * in_chunk + 4 * trained_ends * (tokens > chunk), size * in_chunk + of_product * trained_ends)
-    of_gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
-    # of earlier micro-batches: whole until the last one reduces them
-    earlier = 0 if config.micro_batch in (0, share) else 4 * (shard if config.reduce_each else whole.trained)
-    gathered = 2 * block.gathered + size * of_ends if config.reshard_after_forward else whole.gathered
-    if config.quantize == "nf4":  # the largest matrix, unpacked
-        gathered += size * shape.dim * max(shape.dim, shape.ffn_dim)
-    moments = [
-        dict(gradients=earlier, activations=kept, logits=logits),
-        dict(gradients=earlier + of_gradients, activations=kept + again, logits=0),
-        dict(gradients=max(earlier, 4 * shard) + of_gradients, activations=again, logits=0),
-    ]
-    peak = max(moments, key=lambda parts: sum(parts.values()))
-    of_moments = 8 * shard
-    if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
-        matrices = sum(p.numel() for p in model.blocks.parameters() if p.requires_grad and p.dim() >= 2)
-        of_moments -= 4 * matrices // ranks
-    reference = {"reference": whole.gathered // ranks} if of_pairs and not config.lora_rank else {}
-    return {"weights": whole.stored // ranks, "moments": of_moments, "gathered": gathered} | reference | peak
+        dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+        return lora.prepare(Transformer(shape), config, dtype)
 
 
 def plan(config: Config) -> str:
-    """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time; nothing is run."""
+    """What a run would need on --gpus of --gpu; nothing is run."""
     shape = read_config(config.init_from) if config.init_from else model_config(config)
-    peak_flops, capacity, efficiency = GPUS[config.gpu]
     length = f"{config.batch_size} × {config.seq_len}"
-    found = [source for source in mixture_weights(config.data)[0] if (Path(source) / "meta.json").exists()]
-    of_pairs = any(read_meta(source).get("kind") == "preference" for source in found)
+    sources = mixture_weights(config.data)[0]
+    found = [source for source in sources if (Path(source) / "meta.json").exists()]
+    pairs = any(read_meta(source).get("kind") == "preference" for source in found)
     if config.epochs:
         data = Mixture(config.data, "train", config.seq_len, config.pack)
         config = in_steps(config, len(data) / config.batch_size)
         length += f", {config.epochs:g} epochs of {len(data):,} sequences"
-    compiled = config.compile != "off"
-    needs = forecast(shape, config, config.gpus, compiled, of_pairs)
-    parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
-    need, reserve = sum(parts.values()), 2.0  # GiB; the reserve is for CUDA, NCCL and gaps in the allocator
-    verdict = "fits" if need + reserve <= capacity else "does not fit"
-    share = config.batch_size // config.gpus
-    tokens = config.steps * config.batch_size * config.seq_len
-    flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
-    again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}.get(config.checkpointing)
-    again = 1 / 3 / int(config.checkpointing) if again is None else again
-    speed = efficiency * peak_flops / (flops + again * flops_per_token(shape, config.seq_len))
-    hours = tokens / (speed * config.gpus) / 3600
-    name = config.init_from or config.size
-    setting = f"{config.micro_batch or share} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
-    lines = [
-        f"{name}: {count_parameters(shape):,} parameters on {config.gpus} × {config.gpu}, {setting}",
-        "GiB a GPU: " + ", ".join(f"{name} {amount:.1f}" for name, amount in parts.items()),
-        f"together {need:.1f} of {capacity} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)",
-        f"about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak_flops / 1e12:.0f} TFLOP/s are reached, "
-        f"{hours:,.1f} hours for {config.steps:,} steps of {length} ({tokens:,} tokens)",
-    ]
-    return "\n".join(lines)
+    return forecasts.plan(on_meta(shape, config), config, length, pairs)
 
 
 # ---- reporting ----
@@ -1016,10 +915,8 @@ class Report:
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
         self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
-        needs = forecast(shape, config, world, compiled, of_pairs=self.unit == "pairs")
-        parts = {name: num_bytes / 2**30 for name, num_bytes in needs.items()}
-        most = ", ".join(f"{name} {amount:.2g}" for name, amount in parts.items())
-        self.say(f"forecast: {sum(parts.values()):.2g} GiB in each process at the peak of a step ({most})")
+        needs = forecast(shape, config, world, compiled, pairs=self.unit == "pairs")
+        self.say(forecasts.describe(needs))
 
     def read(self, pending: list[tuple[int, float, int, Outcome]], last: int, log_now: bool) -> int | None:
         """Read the outcomes of the steps since the last reading, on every rank: log the last, and each that went wrong.
@@ -1157,26 +1054,6 @@ class Report:
     def close(self):
         if self.wandb:
             self.wandb.finish()
-
-
-@functools.cache
-def count_parameters(shape: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(shape).parameters())
-
-
-def flops_per_token(shape: ModelConfig, seq_len: int, frozen: bool = False) -> float:
-    """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B).
-
-    Frozen weights need no gradients, a third of 6 N; what adapters cost in their place is not counted.
-    """
-    return (4 if frozen else 6) * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
-
-
-def gpu_peak(device: torch.device) -> float | None:
-    """bf16 FLOP/s of this GPU, where it is known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for gpu, (peak, *_) in GPUS.items() if gpu.split("-")[0] in name), None)
 
 
 def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: torch.device) -> dict:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
+from lib import lora
 from model import SIZES, ModelConfig, Transformer
 
 

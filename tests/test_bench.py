@@ -14,6 +14,7 @@ import model
 import train
 from bench import Config, Setting
 from conftest import command, flags, torchrun
+from lib import forecast
 from lib.cli import git_commit
 
 TINY = dict(size="260K", seq_len=32, micro_batch=2, steps=2, warmup=1, repeats=2, compile="off", dtype="fp32")
@@ -39,7 +40,7 @@ def check_numbers(results: dict, processes: int, tokens_per_round: int):
         assert row["tokens_per_round"] == tokens_per_round and len(row["seconds"]) == 2 and seconds > 0
         assert row["tokens_per_s"] * seconds == pytest.approx(tokens_per_round)
         assert row["tokens_per_s_per_device"] == pytest.approx(row["tokens_per_s"] / processes)
-        flops = train.flops_per_token(model.SIZES["260K"], 32) * row["tokens_per_s_per_device"]
+        flops = forecast.flops_per_token(model.SIZES["260K"], 32) * row["tokens_per_s_per_device"]
         assert row["share_of_product"] * results["product_flops"][row["dtype"]] == pytest.approx(flops)
         assert row["mfu"] is None  # nobody knows the peak of a CPU
 

@@ -250,6 +250,6 @@ def test_the_mixture_gives_pairs_row_by_row(pairs):
 
 def test_the_forecast_of_pairs_has_two_rows_each_and_the_reference():
     config = Config(seq_len=4096, batch_size=16, micro_batch=2, dtype="bf16", checkpointing="full")
-    text, of_pairs = (train.forecast(train.SIZES["7B"], config, 8, True, of_pairs=flag) for flag in (False, True))
+    text, of_pairs = (train.forecast(train.SIZES["7B"], config, 8, True, pairs=flag) for flag in (False, True))
     assert of_pairs["reference"] == text["weights"] // 2
     assert sum(of_pairs.values()) > sum(text.values()) + of_pairs["reference"] + 2 * 4096 * 4096 * 2 * 32

@@ -12,7 +12,7 @@ import sample
 import simulate
 import train
 from conftest import TINY_RUN, random_model, run_ranks
-from lib import lora
+from lib import forecast, lora
 from lib.lora import TARGETS, FrozenLinear, adapters
 from model import SIZES, ModelConfig, Transformer, load, save
 from test_train import log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
@@ -225,7 +225,7 @@ def test_matrices_are_packed_as_they_are_read_and_never_all_unpacked_in_nf4(tmp_
         model.to_empty(device="cpu")
         held = allocated.now
         module.load_weights(model, tmp_path / "large")
-    whole = 4 * train.count_parameters(shape)
+    whole = 4 * forecast.count_parameters(shape)
     assert held < whole / 3 and allocated.peak < held + whole / 8
 
 
@@ -255,7 +255,7 @@ def test_the_forecast_knows_what_a_block_keeps_and_no_unpacked_matrix_is_kept(ta
     forward = torch.compile(block.forward, **how) if compiled else block.forward
     x = torch.randn(1, 32, 64, requires_grad=True) * 1.0
     kept = simulate.kept_for_backward(lambda: forward(x, rope, None, None), (*block.parameters(), *rope))
-    assert kept / 32 == train.kept_bytes(SHAPE, "none", compiled, 4, 4, targets)
+    assert kept / 32 == forecast.kept_bytes(SHAPE, "none", compiled, 4, 4, targets)
 
 
 def beside_random(targets: list[str], nf4: bool) -> Transformer:
@@ -266,8 +266,8 @@ def beside_random(targets: list[str], nf4: bool) -> Transformer:
 
 def test_a_plan_counts_frozen_weights_once_and_no_gradients_of_them():
     shape, tokens = SIZES["7B"], 512
-    full, frozen = (train.flops_per_token(shape, tokens, frozen) for frozen in (False, True))
-    assert full - frozen == 2 * train.count_parameters(shape)
+    full, frozen = (forecast.flops_per_token(shape, tokens, frozen) for frozen in (False, True))
+    assert full - frozen == 2 * forecast.count_parameters(shape)
     config = Config(size="7B", seq_len=tokens, batch_size=8, micro_batch=1, lora_rank=8, dtype="bf16", gpus=8)
     assert train.forecast(shape, config, 8, True)["weights"] == pytest.approx(2 * 6.74e9 / 8, rel=0.02)
 

@@ -21,6 +21,7 @@ import test_train
 import train
 from conftest import ROOT, TINY_RUN, command, flags, run_ranks, start_ranks
 from data import Batch, Mixture
+from lib import forecast
 from model import IGNORE, SIZES, Transformer, load, save
 from ranks import CONFIG
 from test_train import CPU, build, log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
@@ -152,7 +153,7 @@ def test_the_forecast_knows_what_a_block_keeps_for_its_backward_pass(compiled, d
     forward = torch.compile(block.forward, backend="aot_eager_decomp_partition") if compiled else block.forward
     x = torch.randn(1, 64, 64, dtype=dtype, requires_grad=True) * 1.0
     kept = simulate.kept_for_backward(lambda: forward(x, rope, None, None), (*block.parameters(), *rope))
-    assert kept / 64 == train.kept_bytes(shape, "none", compiled, dtype.itemsize)
+    assert kept / 64 == forecast.kept_bytes(shape, "none", compiled, dtype.itemsize)
 
 
 def test_a_plan_needs_no_data_and_says_whether_it_fits(tmp_path):
