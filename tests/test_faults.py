@@ -327,21 +327,23 @@ def test_bounds_that_do_not_rise_from_0_to_the_end_are_refused(tmp_path):
 def test_a_data_file_that_is_cut_while_it_is_read_is_one_sentence(tiny_data, tmp_path):
     """Read in a process of its own, which the system would end."""
     shutil.copytree(tiny_data, tmp_path / "ds")
+    shutil.move(chat_set(tmp_path, [talk(i, 10) for i in range(60)], 64, val_fraction=0.2), tmp_path / "chats")
     code = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from data import TokenDataset
-data = TokenDataset("ds", "train", 32)
-data.batch([0])
-os.truncate("ds/train_00000.bin", 5000)
-try:
-    data.batch([len(data) - 1])
-except ValueError as error:
-    print(error)
+from data import ChatDataset, TokenDataset
+for data, suffix in (TokenDataset("ds", "train", 32), ".bin"), (ChatDataset("chats", "train", 64), ".mask"):
+    data.batch([0])
+    os.truncate(data.folder + "/train_00000" + suffix, 10)
+    try:
+        data.batch([len(data) - 1])
+    except ValueError as error:
+        print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     size = (tiny_data / "train_00000.bin").stat().st_size
     assert done.returncode == 0, done.returncode
-    assert f"train_00000.bin has 5000 bytes, {size} when it was opened; it was cut" in done.stdout
+    assert f"train_00000.bin has 10 bytes, {size} when it was opened; it was cut" in done.stdout
+    assert "train_00000.mask has 10 bytes" in done.stdout
 
 
 def test_the_same_folder_twice_and_no_folder_are_refused(tiny_run, tiny_data, tmp_path):
