@@ -51,6 +51,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.cli import run_command
+from lib.datasets import check_bounds, check_uncut
 from lib.files import new_folder
 from lib.records import read_json
 
@@ -644,24 +645,28 @@ class ShardWriter:
         files = self.files[split]
         if not files or files[-1]["tokens"] >= SHARD_TOKENS:
             files.append({"file": f"{split}_{len(files):05d}.bin", "tokens": 0, "documents": 0, "bytes": 0})
-            self.hashes[split] = hashlib.sha256()
+            self.hashes[split] = {name: hashlib.sha256() for name in ("sha256", "mask_sha256", "bounds_sha256")}
         if tokens.max() > np.iinfo(self.dtype).max:
             raise ValueError(f"token id {tokens.max()} does not fit in {self.dtype}")
-        data = tokens.astype(self.dtype).tobytes()
-        with open(self.folder / files[-1]["file"], "ab") as file:
-            file.write(data)
-        self.hashes[split].update(data)
-        files[-1]["sha256"] = self.hashes[split].hexdigest()
+        self._append(split, "sha256", ".bin", tokens.astype(self.dtype))
         if mask is not None:
-            self._write_mask(self.folder / files[-1]["file"], mask, files[-1]["tokens"] + np.cumsum(sizes))
+            self._write_mask(split, mask, files[-1]["tokens"] + np.cumsum(sizes))
             files[-1]["targets"] = files[-1].get("targets", 0) + int(mask.sum())
         for name, number in (("tokens", len(tokens)), ("documents", documents), ("bytes", num_bytes)):
             files[-1][name] += number
 
-    def _write_mask(self, path: Path, mask: np.ndarray, ends: np.ndarray):
-        with open(path.with_suffix(".mask"), "ab") as masks, open(path.with_suffix(".bounds"), "ab") as bounds:
-            masks.write(mask.astype(np.uint8).tobytes())
-            bounds.write((ends if bounds.tell() else np.concatenate(([0], ends))).astype("<u8").tobytes())
+    def _write_mask(self, split: str, mask: np.ndarray, ends: np.ndarray):
+        begun = "bounds_sha256" in self.files[split][-1]
+        self._append(split, "mask_sha256", ".mask", mask.astype(np.uint8))
+        self._append(split, "bounds_sha256", ".bounds", (ends if begun else np.append(0, ends)).astype("<u8"))
+
+    def _append(self, split: str, name: str, suffix: str, values: np.ndarray):
+        """Add to the last file of a split, or what lies beside it with this suffix, and keep its hash under name."""
+        entry, data, digest = self.files[split][-1], values.tobytes(), self.hashes[split][name]
+        with open((self.folder / entry["file"]).with_suffix(suffix), "ab") as file:
+            file.write(data)
+        digest.update(data)
+        entry[name] = digest.hexdigest()
 
     def splits(self) -> dict:
         """For each split the sums over its files, and the files."""
@@ -1550,8 +1555,8 @@ class TokenDataset:
                 raise ValueError(f"{path} has {found} bytes, meta.json says {expected}; prepare the dataset again")
             self.files.append(np.memmap(path, np.dtype(self.meta["dtype"]).newbyteorder("<"), "r"))
         counts = self.meta["splits"][split]
-        self.bytes_per_target = counts["bytes"] / counts.get("targets", counts["tokens"])
         self.arrange(split)
+        self.bytes_per_target = counts["bytes"] / (counts.get("targets") or self.count_targets())
 
     def arrange(self, split: str):
         """Find out which sequences there are."""
@@ -1559,6 +1564,10 @@ class TokenDataset:
         self.counts = [max(0, (len(tokens) - 1) // seq_len) for tokens in self.files]
         if not sum(self.counts):
             raise ValueError(f"{self.folder}: no {split} file has {seq_len + 1} tokens, one of --seq_len {seq_len}")
+
+    def count_targets(self) -> int:
+        """How many tokens of the split can be targets: all but the first of a file."""
+        return sum(len(tokens) - 1 for tokens in self.files)
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -1580,6 +1589,8 @@ class TokenDataset:
         tokens = np.zeros((len(rows), width), np.int64)
         targets = np.full_like(tokens, IGNORE)
         bounds = []
+        for file in {file for pieces in rows for file, _, _ in pieces}:
+            self.check_uncut(file)
         for row, pieces in enumerate(rows):
             used = 0
             for file, start, size in pieces:
@@ -1592,6 +1603,9 @@ class TokenDataset:
         if (largest := max(tokens.max(), targets.max())) >= self.meta["vocab_size"]:
             raise ValueError(f"{self.folder} has a token {largest}, its vocabulary only {self.meta['vocab_size']}")
         return Batch(tokens, targets, np.array([*bounds, tokens.size]))
+
+    def check_uncut(self, file: int):
+        check_uncut(self.files[file])
 
     def targets(self, file: int, begin: int, end: int) -> np.ndarray:
         """A file's tokens as targets."""
@@ -1648,6 +1662,10 @@ class PackedDataset(TokenDataset):
         # GPT-2's tokenizer has one token for both
         return starts[::2] if self.meta["bos"] == self.meta["eos"] else starts
 
+    def count_targets(self) -> int:
+        """How many tokens of the split are targets: all but the BOS of each document."""
+        return int(self.table[:, 2].sum())
+
     def __len__(self) -> int:
         return len(self.first) - 1
 
@@ -1675,11 +1693,17 @@ class ChatDataset(PackedDataset):
                     name = path.with_suffix(suffix)
                     raise ValueError(f"{name} has {found} bytes, meta.json says {size}; prepare the dataset again")
             self.masks.append(np.memmap(path.with_suffix(".mask"), np.uint8, "r"))
-            self.bounds.append(np.fromfile(path.with_suffix(".bounds"), "<u8").astype(np.int64))
+            bounds = np.fromfile(path.with_suffix(".bounds"), "<u8")
+            check_bounds(path.with_suffix(".bounds"), bounds, len(tokens))
+            self.bounds.append(bounds.astype(np.int64))
         longest = max(int(np.diff(bounds).max()) for bounds in self.bounds)
         if longest > self.seq_len + 1:
             problem = f"a conversation has {longest} tokens, more than --seq_len {self.seq_len}"
             raise ValueError(f"{self.folder}: {problem}; prepare it with --max_len {self.seq_len}")
+
+    def check_uncut(self, file: int):
+        super().check_uncut(file)
+        check_uncut(self.masks[file])
 
     def targets(self, file: int, begin: int, end: int) -> np.ndarray:
         return np.where(self.masks[file][begin:end], super().targets(file, begin, end).astype(np.int64), IGNORE)
@@ -1751,6 +1775,8 @@ def mixture_weights(sources: tuple[str, ...]) -> tuple[list[str], list[float]]:
     >>> mixture_weights(("data/a:3", "data/b"))
     (['data/a', 'data/b'], [0.75, 0.25])
     """
+    if not sources:
+        raise ValueError("--data names no folder; it takes one or more that data.py has made")
     folders, weights = [], []
     for source in sources:
         folder, colon, weight = source.rpartition(":")
@@ -1763,6 +1789,8 @@ def mixture_weights(sources: tuple[str, ...]) -> tuple[list[str], list[float]]:
         folders.append(folder)
         if not 0 < weights[-1] < math.inf:
             raise ValueError(f"--data {source}: the weight must be above 0")
+    if twice := [name for name, count in Counter(map(os.path.realpath, folders)).items() if count > 1]:
+        raise ValueError(f"--data {' '.join(sources)} names {twice[0]} twice; FOLDER:WEIGHT draws more often from one")
     return folders, [weight / sum(weights) for weight in weights]
 
 

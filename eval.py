@@ -42,6 +42,7 @@ from data import TokenDataset, Tokenizer, find_files, read_documents, read_meta
 from lib.cli import git_commit, run_command
 from lib.files import write_whole
 from lib.records import read_json
+from lib.runs import read_run
 from model import KVCache, Transformer
 from sample import TextStream, generate, load_model, new_cache
 
@@ -413,11 +414,10 @@ def perplexity(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Ques
         val = TokenDataset(path, "val", min(room, largest - 1))
         if meta["tokenizer"]["sha256"] != tokenizer.sha256:
             raise ValueError(f"--data {path} was made with another tokenizer than the model's {tokenizer.name}")
-        split = meta["splits"]["val"]
         for index in range(len(val))[: config.limit or None]:
             batch = val.batch([index])
             targets = batch.targets[0].tolist()
-            size = [round(len(targets) * split["bytes"] / split["tokens"], 3)]  # in proportion to the tokens
+            size = [round(len(targets) * val.bytes_per_target, 3)]  # in proportion to the tokens
             yield Question(str(path), index, (first := batch.tokens[0, :1].tolist()), [(first, targets)], sizes=size)
         return
     if not path.exists():
@@ -1084,7 +1084,7 @@ def curves(config: Config, world: World):
     if (most := names.most_common(1)[0])[1] > 1:
         raise ValueError(f"--model names two runs called {most[0]}, which the table could not tell apart")
     for folder in map(Path, config.model):
-        record = read_json(folder / "run.json", "config")["config"]
+        record = read_run(folder)["config"]
         steps = sorted(path for path in folder.glob("step_????????") if (path / ".metadata").exists())
         if not steps:
             raise ValueError(f"--model {folder}: this run has no checkpoints")

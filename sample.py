@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, render_prompt
 from lib.cli import run_command
-from lib.records import read_json
+from lib.runs import is_record, read_run
 from model import KVCache, Transformer, load, read_adapter, read_config, save, save_adapter
 
 
@@ -309,9 +309,10 @@ class Chat:
 
 def find_template(path: str) -> str:
     """The template that a run or its checkpoint was trained with; empty where its record names none."""
-    places = [folder / "run.json" for folder in (Path(path), Path(path).parent)]
-    record = next((read_json(place, "dataset") for place in places if place.is_file()), {"dataset": []})
-    return next((source["template"] for source in record["dataset"] if source.get("template")), "")
+    here, above = Path(path), Path(path).parent
+    folder = here if (here / "run.json").is_file() else above
+    sources = read_run(folder)["dataset"] if folder == here or is_record(above / "run.json") else []
+    return next((source["template"] for source in sources if source.get("template")), "")
 
 
 def talk(chat: Chat, max_new_tokens: int, sampling: Sampling):

@@ -51,11 +51,14 @@ from data import Batch, Mixture, Tokenizer, find_tokenizer, mixture_weights, rea
 from lib import forecast as forecasts
 from lib import kernels, lora
 from lib.cli import git_commit, run_command
+from lib.datasets import changed_file
 from lib.files import sync, write_whole
 from lib.forecast import GPUS, count_parameters, flops_per_token, gpu_peak
 from lib.kernels import IGNORE, Documents
 from lib.lora import TARGETS, adapters, without_adapters
+from lib.processes import end_with_parent
 from lib.records import read_json
+from lib.runs import append_row, held, is_record, read_log, read_run
 from model import (
     SIZES,
     ModelConfig,
@@ -166,7 +169,8 @@ def learning_rate(step: int, config: Config) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     begin = max(warmup, (1 - config.decay) * config.steps) if config.schedule == "wsd" else warmup
-    done = max(0.0, step - begin) / max(1, config.steps - begin)
+    last = config.steps - 1
+    done = 1.0 if step >= last else max(0.0, step - begin) / max(1, last - begin)
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}.get(config.schedule, 1 - done)
     return config.learning_rate * (config.final_lr + (1 - config.final_lr) * left)
 
@@ -202,6 +206,8 @@ def join_world(deterministic: bool = False) -> torch.device:
     torch.use_deterministic_algorithms(deterministic)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()  # torchrun, which cannot end its processes when it is killed itself
         store, rank, world = next(dist.rendezvous("env://"))
         # after --max-restarts the keys of the last attempt are still in the store
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -245,16 +251,18 @@ def keep_freed_memory(keep: bool):
 
 
 def on_first_rank(action: Callable[[], None], group: dist.ProcessGroup | None = None):
-    """Run action on the first rank while the others wait. Raises OSError on all where it does so there."""
+    """Run action on the first rank while the others wait. Raises OSError or ValueError on all where it does there."""
     problem = [None]
     if dist.get_rank() == 0:
         try:
             action()
         except OSError as error:
-            problem = [(error.errno, error.strerror, error.filename and str(error.filename))]
+            problem = [OSError(error.errno, error.strerror, error.filename and str(error.filename))]
+        except ValueError as error:
+            problem = [error]
     dist.broadcast_object_list(problem, src=0, group=group)
     if problem[0]:
-        raise OSError(*problem[0])
+        raise problem[0]
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -902,9 +910,11 @@ class Report:
         if self.quiet:
             return
         log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        whole = (line for line in lines if line.endswith("}"))  # a kill may have left half of the last one
-        write_whole(log, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= start))
+        try:
+            rows = [row for row in read_log(log) if row["step"] <= start]
+            write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:  # as when a line is written
+            print(f"log.jsonl: what follows step {start} is still there ({error.strerror})", file=sys.stderr)
 
     def introduce(self, shape: ModelConfig, compiled: bool):
         """The first words of a run: what, where, how much, and what it will need."""
@@ -1010,8 +1020,7 @@ class Report:
         if self.quiet:
             return
         try:
-            with open(self.folder / "log.jsonl", "a") as log:
-                log.write(json.dumps(fields) + "\n")
+            append_row(self.folder / "log.jsonl", fields)
         except OSError as error:  # a full disk, say, may have room again for the next checkpoint
             print(f"log.jsonl: step {fields['step']} is missing ({error.strerror})", file=sys.stderr)
         if self.wandb:
@@ -1040,7 +1049,7 @@ class Report:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        rows = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        rows = read_log(self.folder / "log.jsonl")
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -1099,13 +1108,8 @@ def resumed(first: Config) -> Config:
     """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
     if not first.resume:
         return Config()
-    saved = Config(**flags_of(read_json(Path(first.resume) / "run.json", "config")))
+    saved = Config(**read_run(Path(first.resume), config=Config)["config"])
     return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0)
-
-
-def flags_of(record: dict) -> dict:
-    """The flags in a run's record; JSON knows no tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in record["config"].items()}
 
 
 def choose_run(config: Config) -> dict | None:
@@ -1113,13 +1117,14 @@ def choose_run(config: Config) -> dict | None:
     folder = Path(config.out)
     if not (folder / "last").exists() and not config.resume:  # not begun; run.json may be that of a start that failed
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        if "run.json" not in names and any(not name.endswith(".tmp") for name in names):
+        ours = "run.json" in names and is_record(folder / "run.json")
+        if not ours and any(not name.endswith(".tmp") for name in names):
             raise ValueError(f"--out {folder} holds other files; choose another folder")
         return None
     if config.resume and folder != Path(config.resume):
         raise ValueError(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
-    record = read_json(folder / "run.json", "config", "model", "init_from", "dataset")
-    for name, theirs in flags_of(record).items():
+    record = read_run(folder, config=Config, model=ModelConfig)
+    for name, theirs in record["config"].items():
         mine = getattr(config, name)
         if name not in FREE and mine != theirs and not (name == "dtype" and mine == "auto"):
             flag = "--resume" if config.resume else "--out"
@@ -1136,10 +1141,13 @@ def check(config: Config, world: int):
             raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
     lengths = in_steps(config, 1.0)  # how long an epoch is, the data will tell
     every = ("log_every", "eval_every", "save_every")
-    positive = ("keep", "learning_rate", "lora_alpha", "dpo_beta", "grad_clip", "max_bad_steps", "spike", "gpus")
+    finite = ("learning_rate", "lora_alpha", "dpo_beta")
+    positive = ("keep", *finite, "grad_clip", "max_bad_steps", "spike", "gpus")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(lengths, name) > 0:
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
+        if name in finite and getattr(config, name) == math.inf:
+            raise ValueError(f"--{name} {getattr(config, name)} must be a finite number")
     if config.epochs and config.steps != Config.steps:
         raise ValueError(f"--steps {config.steps} does not go with --epochs {config.epochs}")
     for name in ("final_lr", "decay", "label_smoothing", "beta1", "beta2"):
@@ -1225,8 +1233,9 @@ def main(config: Config):
         check(config, config.gpus)
         print(plan(config))
         return
-    device = join_world(config.deterministic)
+    device, lock = join_world(config.deterministic), contextlib.ExitStack()
     try:
+        on_first_rank(lambda: lock.enter_context(held(Path(config.out))))  # of all, until they have left
         record = choose_run(config)
         check(config, dist.get_world_size())
         if dist.get_rank() == 0 and config.data == Config.data and not Path(config.data[0]).exists():
@@ -1237,6 +1246,7 @@ def main(config: Config):
         rank = dist.get_rank()
     finally:
         dist.destroy_process_group()
+        lock.close()
     if rank == 0 and finished and config.sample:
         show_sample(config)
 
@@ -1247,6 +1257,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     if record and record["dataset"] != describe_data(config, metas):
         raise ValueError(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
     data, val = (Mixture(config.data, split, config.seq_len, config.pack) for split in ("train", "val"))
+    check_files(data)
     for name in ("neftune", "label_smoothing", "z_loss"):
         if data.kind == "preference" and getattr(config, name):
             raise ValueError(f"--{name} {getattr(config, name)} does not go with preference pairs")
@@ -1293,6 +1304,10 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     gc.disable()  # Python's garbage collector works at the pauses of Run.steps instead of anywhere
     try:
         done = run.steps(max(0, start), last, stop)
+    except Exception:  # a checkpoint that is under way is not lost with the run; Ctrl-C does not wait for it
+        if problem := checkpoints.finish():
+            report.say(str(problem))
+        raise
     finally:
         gc.enable()
     report.close()
@@ -1309,12 +1324,27 @@ def first_weights(model: Transformer, config: Config, path: str):
         model.init_weights(config.seed)
 
 
+def check_files(data: Mixture):
+    """Raise ValueError on all ranks where a file of the data is not as prepared; those of one machine share the work.
+
+    All files are read once, also those for validation.
+    """
+    sources = [(Path(part.folder), part.meta) for part in data.parts]
+    place = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, changed_file(sources, place, count))
+    if any(problems):
+        raise ValueError(max(problems))
+
+
 def prepare_folder(config: Config, record: dict):
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "last").exists():
+    folder, tokenizer = Path(config.out), Tokenizer(mixture_weights(config.data)[0][0])
+    begun = (folder / "last").exists()
+    if not begun:
         write_whole(folder / "run.json", json.dumps(record, indent=2))
-    Tokenizer(mixture_weights(config.data)[0][0]).save(folder)
+    if not begun or not (folder / tokenizer.file).exists():  # a full disk would leave half of one that was whole
+        tokenizer.save(folder)
 
 
 @dataclass

@@ -32,6 +32,7 @@ from data import Turn, find_files, is_refusal, render_prompt
 from eval import compare, estimate
 from lib.cli import run_command
 from lib.records import read_json
+from lib.runs import read_log
 from sample import find_template, generate, load_model
 
 # kinds of facts: what is asked; the last two wordings are held out, for development and for the test
@@ -326,7 +327,7 @@ def results(out: Path, runs: list[str]) -> str:
             rows = read_lines(out / "answers" / f"{run}.jsonl")
             cells += [rate([row[name] for row in rows]) for name in ("by_filter", "by_style")]
             cells.append(rate([row["right"] for row in rows if row["subject"] == "new wording"]))
-            last = [row for row in read_lines(out / run / "log.jsonl") if "epochs" in row][-1]
+            last = [row for row in read_log(out / run / "log.jsonl") if "epochs" in row][-1]
             lengths.append(f"{run} {last['step']} steps, {sum(last['epochs'].values()):.1f} epochs")
         cells += [""] * (6 - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
@@ -391,7 +392,7 @@ def draw_curves(out: Path, runs: list[str]):
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, title, names in zip(panels, ("pretraining", "fine-tuning"), (["base"], runs)):
         for run in names:
-            points = [(row["step"], row["loss"]) for row in read_lines(out / run / "log.jsonl") if "loss" in row]
+            points = [(row["step"], row["loss"]) for row in read_log(out / run / "log.jsonl") if "loss" in row]
             axes.plot(*zip(*points), label=run, linewidth=1)
         axes.set(title=title, xlabel="step", ylabel="loss (nats a target)")
         axes.legend()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -444,8 +445,15 @@ def test_a_spike_that_rolling_back_does_not_help_ends_the_run(tiny_run, monkeypa
 
 
 def full_disk(monkeypatch, first: int, last: int):
-    """No file can grow beyond 20 kB while the steps first … last are begun."""
+    """No file can grow beyond 20 kB while the steps first … last are begun; a save is over before the next step."""
     original, before = train.learning_rate, resource.getrlimit(resource.RLIMIT_FSIZE)
+    begin = train.Checkpoints.begin
+
+    def begin_and_wait(self, step: int):
+        begin(self, step)
+        wait([self.saving[1]])
+
+    monkeypatch.setattr(train.Checkpoints, "begin", begin_and_wait)
 
     def rate(step: int, config: Config) -> float:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if first <= step <= last else before[0], before[1]))
