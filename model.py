@@ -702,7 +702,8 @@ def check_shapes(config: ModelConfig, found: dict[str, tuple[int, ...]], path: P
 
     Done before anything is allocated: a config may ask for a million layers.
     """
-    expected = dict(islice(shapes(config), len(found) + 1))  # of one more than found, one is missing
+    # of one more than there are, one is missing
+    expected = dict(islice(shapes(config), len(found) + 1))
     for name, shape in found.items():
         if name not in expected and len(expected) <= len(found):
             raise ValueError(f"{path}: tensor {name} {shape} has no place in this model")

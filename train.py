@@ -815,8 +815,10 @@ def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> di
     return {"model": adapters(model) or dict(model.named_parameters()), "optimizer": state, "guard": judged}
 
 
-def transfer(action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None, **how):
-    """dcp.save or dcp.load, of this rank's shards; how to load is the storage_reader, which runs no code.
+def transfer(
+    action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None, **how
+):
+    """dcp.save of this rank's shards, or dcp.load with a Reader as its storage_reader.
 
     A single process is told that it is one: through gloo, the list of tensors would wake a second team of OpenMP
     threads, after which all training on a CPU is slower by 40 %.
@@ -851,7 +853,7 @@ def my_share() -> slice:
 
 
 def on_all(action: Callable, group: dist.ProcessGroup | None = None) -> list:
-    """What action returns on each process. Raises ValueError on all where it, or an OSError, is raised on one."""
+    """What action returns on each process. ValueError or OSError on one is a ValueError on all."""
     value = problem = None
     try:
         value = action()
@@ -1299,7 +1301,8 @@ def flags_of(record: dict) -> dict:
 def choose_run(config: Config) -> dict | None:
     """The record of the run that config continues, None for a new one. Raises ValueError where the two differ."""
     folder = Path(config.out)
-    if not has_checkpoint(folder) and not config.resume:  # not begun; run.json may be that of a start that failed
+    # not begun; run.json may be that of a start that failed
+    if not has_checkpoint(folder) and not config.resume:
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         if "run.json" not in names and any(not name.endswith(".tmp") for name in names):
             raise ValueError(f"--out {folder} holds other files; choose another folder")

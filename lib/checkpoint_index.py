@@ -171,7 +171,7 @@ def _check_room(stored: dict, folder: Path):
 
 
 def _check_parts(name: str, size: torch.Size, dtype: torch.dtype, parts: list, stored: dict):
-    """Raise ValueError unless the parts of a tensor, rows of it, are stored and make up the whole."""
+    """Raise ValueError unless the parts of a tensor, rows of it, are stored and are the whole."""
     end = 0
     for offsets, sizes in sorted(parts):
         same_dims = len(offsets) == len(sizes) == len(size)

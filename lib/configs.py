@@ -1,4 +1,4 @@
-"""What a model depends on in config.json, in Meta's params.json and in PEFT's adapter_config.json."""
+"""What models depend on in config.json, in Meta's params.json and PEFT's adapter_config.json."""
 
 import sys
 from pathlib import Path
