@@ -25,8 +25,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lib.files import file_in
-
 METADATA, FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 STAND_INS = {  # what an index may name, by module, for which it gets a stand-in
     METADATA: """Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex
@@ -119,7 +117,8 @@ def _built(described, folder: Path) -> Metadata:
         file, start, length = _fields(value, "_StorageInfo", **place)
         if value.state.get("transform_descriptors"):
             raise ValueError(f"its index says that {name} is compressed or encrypted")
-        file_in(folder, file)
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ValueError(f"its index names {file}, which is no file in there")
         stored[MetadataIndex(name, offset)] = _StorageInfo(file, start, length)
     _check_room(stored, folder)
 

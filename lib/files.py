@@ -43,7 +43,7 @@ def sha256(path: Path) -> str:
 def file_in(folder: Path, name: str) -> Path:
     """The file of this name in a folder. Raises ValueError where there is none, as for `../x`."""
     if Path(name).name != name or not (folder / name).is_file():
-        raise ValueError(f"{folder}: {name} is missing or is no file in this folder")
+        raise ValueError(f"{folder} cannot be read: {name} is missing, or is no file in there")
     return folder / name
 
 
