@@ -15,11 +15,11 @@ import contextlib
 import hashlib
 import json
 import math
-import pickle
 import struct
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.files import new_folder
+from lib.checkpoints import check_hashes, last_checkpoint
+from lib.configs import HuggingFace, read_adapter_config, read_params
+from lib.files import file_in, new_folder
 from lib.kernels import IGNORE, CrossEntropy, Documents, attend_within
 from lib.lora import TARGETS, adapters, from_nf4, to_nf4
+from lib.records import checked, read_json
 from lib.rows import fill_normal, local_rows
 
 
@@ -358,6 +361,59 @@ META_NAMES = {  # the same for Meta's release; the number is the dimension that 
 Named = Iterator[tuple[str, Tensor]]
 
 
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a block's weights by name, in llama2.c's order."""
+    dim, ffn_dim, kv_dim = config.dim, config.ffn_dim, config.num_kv_heads * config.head_dim
+    return {
+        "attention_norm": (dim,), "attention.query": (dim, dim), "attention.key": (kv_dim, dim),
+        "attention.value": (kv_dim, dim), "attention.out": (dim, dim), "feed_forward_norm": (dim,),
+        "feed_forward.gate": (ffn_dim, dim), "feed_forward.down": (dim, ffn_dim),
+        "feed_forward.up": (ffn_dim, dim),
+    }  # fmt: skip
+
+
+def shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every weight of a model."""
+    yield "embedding.weight", (config.vocab_size, config.dim)
+    yield "norm.weight", (config.dim,)
+    if not config.tie_embeddings:
+        yield "unembedding.weight", (config.vocab_size, config.dim)
+    for layer in range(config.num_layers):
+        for name, shape in block_shapes(config).items():
+            yield f"blocks.{layer}.{name}.weight", shape
+
+
+def check_shapes(config: ModelConfig, found: dict[str, tuple[int, ...]], path: Path):
+    """Raise ValueError naming the tensor where a config and the files at path differ.
+
+    Done before anything is allocated: a config may ask for a million layers.
+    """
+    # of one more than there are, one is missing
+    expected = dict(islice(shapes(config), len(found) + 1))
+    for name, shape in found.items():
+        if name not in expected and len(expected) <= len(found):
+            raise ValueError(f"{path}: tensor {name} {shape} has no place in this model")
+        if expected.get(name, shape) != shape:
+            raise ValueError(f"{path}: tensor {name} should be {expected[name]} and is {shape}")
+    for name in expected:
+        if name not in found:
+            raise ValueError(f"{path}: tensor {name} {expected[name]} is missing")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity.
+
+    Either is among the extremes of a tensor, which are found in less time than copying it takes.
+    """
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def check_finite(tensor: Tensor, name: str, path: Path):
+    """Raise ValueError for NaN and infinity."""
+    if not is_finite(tensor):
+        raise ValueError(f"{path}: tensor {name} holds NaN or infinity, which no model can use")
+
+
 def _translate(name: str, table: dict[str, str]) -> str:
     """`blocks.3.attention.out.weight` -> `model.layers.3.self_attn.o_proj.weight`, or back with the table reversed."""
     for ours, theirs in table.items():
@@ -376,39 +432,42 @@ def _halves(weight: Tensor, num_heads: int) -> Tensor:
 
 
 def _read_hugging_face(folder: Path) -> tuple[ModelConfig, Named]:
-    config = config_from_hugging_face(json.loads((folder / "config.json").read_text()), folder)
+    from safetensors import safe_open
+
+    config = config_from_hugging_face(read_json(folder / "config.json"), folder)
     table = {theirs: ours for ours, theirs in HF_NAMES.items()}
 
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        if not (folder / name).exists():
-            raise ValueError(f"{folder}: {name} is missing")
-
-    def tensors() -> Named:
-        from safetensors import safe_open
-
-        for path in (folder / name for name in names):
-            with safe_open(path, "pt") as file:
-                inside = list(file.keys())
-            for name in inside:
+        weight_map = checked(read_json(index, "weight_map")["weight_map"], dict[str, str], index)
+        names = sorted(set(weight_map.values()))
+    inside, found = [], {}
+    for path in [file_in(folder, name) for name in names]:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
                 # older conversions store the rotary wavelengths, and some the output of a tied model twice
                 if name.endswith("rotary_emb.inv_freq") or config.tie_embeddings and name == "lm_head.weight":
                     continue
-                with safe_open(path, "pt") as file:  # opened anew, so that what was read does not stay mapped
-                    yield _translate(name, table), file.get_tensor(name)
+                inside.append((path, name))
+                found[_translate(name, table)] = tuple(file.get_slice(name).get_shape())
+    check_shapes(config, found, folder)
+
+    def tensors() -> Named:
+        for path, name in inside:
+            # opened anew, so that what was read does not stay mapped
+            with safe_open(path, "pt") as file:
+                yield _translate(name, table), file.get_tensor(name)
 
     return config, tensors()
 
 
 def _read_meta(folder: Path) -> tuple[ModelConfig, Named]:
     """Meta's release: params.json and one consolidated.NN.pth for each model-parallel rank."""
-    params = json.loads((folder / "params.json").read_text())
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
         raise ValueError(f"{folder} has params.json but no consolidated.*.pth")
+    params = read_params(folder / "params.json")
     parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
     config = ModelConfig(
         dim=params["dim"],
@@ -417,19 +476,31 @@ def _read_meta(folder: Path) -> tuple[ModelConfig, Named]:
         num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
         ffn_dim=sum(part["layers.0.feed_forward.w1.weight"].size(0) for part in parts),
         vocab_size=sum(part["output.weight"].size(0) for part in parts),
-        rope_theta=params.get("rope_theta", 10_000.0),
+        rope_theta=params.get("rope_theta") or 10_000.0,
         norm_eps=params["norm_eps"],
     )
     names = {theirs: ours for ours, (theirs, _) in META_NAMES.items()}
     split_dims = dict(META_NAMES.values())
 
+    def pieces_of(name: str) -> tuple[str, int | None, list[Tensor]]:
+        words = name.split(".")
+        kind = ".".join(words[2:-1] if name.startswith("layers.") else words[:-1])
+        return kind, split_dims.get(kind), [part[name] for part in parts]
+
+    found = {}
+    for name in filter("rope.freqs".__ne__, parts[0]):
+        _, dim, pieces = pieces_of(name)
+        shape = list(pieces[0].shape)
+        if dim is not None:
+            shape[dim] = sum(piece.size(dim) for piece in pieces)
+        found[_translate(name, names)] = tuple(shape)
+    check_shapes(config, found, folder)
+
     def tensors() -> Named:
         for name in parts[0]:
             if name == "rope.freqs":
                 continue
-            kind = ".".join(name.split(".")[2:-1] if name.startswith("layers.") else name.split(".")[:-1])
-            dim = split_dims.get(kind)
-            pieces = [part[name] for part in parts]
+            kind, dim, pieces = pieces_of(name)
             whole = pieces[0] if dim is None else torch.cat(pieces, dim)
             if kind in ("attention.wq", "attention.wk"):
                 whole = _halves(whole, config.num_heads if kind == "attention.wq" else config.num_kv_heads)
@@ -446,20 +517,18 @@ def _read_llama2c(path: Path) -> tuple[ModelConfig, Named]:
         config = ModelConfig(dim, layers, heads, kv_heads, ffn_dim, abs(vocab), seq_len, tie_embeddings=vocab > 0)
     except ValueError as error:
         raise ValueError(f"{path} is no llama2.c version 0 file ({error})") from None
-    kv_dim, rope_pairs = kv_heads * config.head_dim, config.head_dim // 2
-    stacks = [
-        ("attention_norm", (dim,)), ("attention.query", (dim, dim)), ("attention.key", (kv_dim, dim)),
-        ("attention.value", (kv_dim, dim)), ("attention.out", (dim, dim)), ("feed_forward_norm", (dim,)),
-        ("feed_forward.gate", (ffn_dim, dim)), ("feed_forward.down", (dim, ffn_dim)),
-        ("feed_forward.up", (ffn_dim, dim)),
-    ]  # fmt: skip
-    layout = [("embedding.weight", (abs(vocab), dim))]
-    layout += [(f"blocks.{i}.{name}.weight", shape) for name, shape in stacks for i in range(layers)]
-    layout += [("norm.weight", (dim,)), ("", (2 * seq_len * rope_pairs,))]  # llama2.c stores its rotary tables too
-    layout += [] if config.tie_embeddings else [("unembedding.weight", (abs(vocab), dim))]
-    expected, found = 28 + 4 * sum(int(np.prod(shape)) for _, shape in layout), path.stat().st_size
+    stacks, rope_pairs = block_shapes(config), config.head_dim // 2
+    ends = [("norm.weight", (dim,)), ("", (2 * seq_len * rope_pairs,))]  # its rotary tables too
+    ends += [] if config.tie_embeddings else [("unembedding.weight", (abs(vocab), dim))]
+    of_layers = layers * sum(map(math.prod, stacks.values()))
+    expected = abs(vocab) * dim + of_layers + sum(math.prod(shape) for _, shape in ends)
+    expected, found = 28 + 4 * expected, path.stat().st_size
     if expected != found:
         raise ValueError(f"{path}: {found} bytes, but its header asks for {expected}; is it a llama2.c version 0 file?")
+    layout = [("embedding.weight", (abs(vocab), dim))]
+    for name, shape in stacks.items():
+        layout += [(f"blocks.{i}.{name}.weight", shape) for i in range(layers)]
+    layout += ends
 
     def tensors() -> Named:
         data, start = np.memmap(path, "<f4", "r", offset=28), 0
@@ -521,7 +590,7 @@ def _open(path: Path) -> tuple[ModelConfig, Named]:
     if (path / "adapter_config.json").exists():
         return _read_adapted(path)
     if (path / ".metadata").exists():
-        return config_from_hugging_face(json.loads((path / "config.json").read_text()), path), _read_checkpoint(path)
+        return _read_run(path)
     if (path / "params.json").exists():
         return _read_meta(path)
     if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
@@ -534,20 +603,23 @@ def _fill(model: Transformer, tensors: Named, path: Path):
     missing = dict(model.named_parameters())
     for name in adapters(model):
         del missing[name]
-    for name, tensor in _quantized(model, tensors):
+    for name, tensor in _quantized(model, tensors, path):
         if name not in missing:
             raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")
         target = missing.pop(name)
         if target.shape != tensor.shape:
             raise ValueError(f"{path}: tensor {name} should be {tuple(target.shape)} and is {tuple(tensor.shape)}")
         first, local = local_rows(target)
-        local.copy_(tensor[first : first + len(local)])
+        here = tensor[first : first + len(local)]
+        if here.is_floating_point():  # the codes of NF4 are none
+            check_finite(here, name, path)
+        local.copy_(here)
     if missing:
         name, target = next(iter(missing.items()))
         raise ValueError(f"{path}: tensor {name} {tuple(target.shape)} is missing")
 
 
-def _quantized(model: Transformer, tensors: Named) -> Named:
+def _quantized(model: Transformer, tensors: Named, path: Path) -> Named:
     """The tensors, but of matrices that the model keeps in NF4 the three parts; on its device, which is faster."""
     devices = {name: module.codes.device for name, module in model.named_modules() if getattr(module, "nf4", False)}
     for name, tensor in tensors:
@@ -555,6 +627,7 @@ def _quantized(model: Transformer, tensors: Named) -> Named:
         if module not in devices:
             yield name, tensor
         else:
+            check_finite(tensor, name, path)
             yield from ((f"{module}.{part}", t) for part, t in to_nf4(tensor.to(devices[module])).items())
 
 
@@ -573,46 +646,30 @@ def checkpoint_folder(path: Path) -> Path:
         raise ValueError(f"{path}: no such file or folder")
     if not (path / "run.json").exists():
         return path
-    if not (path / "last").exists():
-        raise ValueError(f"{path}: this run has no complete checkpoint yet")
-    folder = path / (path / "last").read_text().strip()
-    if not (folder / ".metadata").exists():
-        raise ValueError(f"{folder}: no checkpoint there, though {path / 'last'} names it")
-    return folder
+    return last_checkpoint(path)
 
 
-class _Metadata(pickle.Unpickler):
-    """Reads the index of a sharded checkpoint, a pickle, letting it name nothing but descriptions of tensors."""
+def _read_run(folder: Path) -> tuple[ModelConfig, Named]:
+    """A checkpoint of train.py that holds a whole model."""
+    from lib.checkpoint_index import read_index
 
-    DESCRIPTIONS = """Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex StorageMeta
-        _MEM_FORMAT_ENCODING""".split()
-
-    def find_class(self, module: str, name: str):
-        known = {
-            "torch.distributed.checkpoint.metadata": self.DESCRIPTIONS,
-            "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
-            "torch.serialization": ["_get_layout"],
-            "torch": ["Size", "float32", "bfloat16", "int64"],
-            "pathlib": ["PosixPath", "WindowsPath"],
-            "pathlib._local": ["PosixPath", "WindowsPath"],
-        }
-        if name not in known.get(module, ()):
-            raise ValueError(f"its index names {module}.{name}, which does not describe tensors")
-        return super().find_class(module, name)
-
-
-def check_checkpoint(folder: Path):
-    """Raise ValueError unless it holds tensors alone: from other entries PyTorch's reader would run code."""
-    with readable(folder), open(folder / ".metadata", "rb") as file:
-        _Metadata(file).load()
+    config = config_from_hugging_face(read_json(folder / "config.json"), folder)
+    entries = read_index(folder).state_dict_metadata
+    weights = {name: entry for name, entry in entries.items() if name.startswith("model.")}
+    found = {name.removeprefix("model."): tuple(entry.size) for name, entry in weights.items()}
+    check_shapes(config, found, folder)
+    return config, _read_checkpoint(folder)
 
 
 def _read_checkpoint(folder: Path) -> Named:
     """The weights in a checkpoint of train.py, read a gigabyte at a time; its moments stay unread."""
     import torch.distributed.checkpoint as dcp
 
-    check_checkpoint(folder)
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    from lib.checkpoint_index import Reader
+
+    check_hashes(folder)
+    reader = Reader(folder)
+    entries = reader.index.state_dict_metadata
     names = [name for name in entries if name.startswith("model.")]
     while names:
         part, used = {}, 0
@@ -621,7 +678,7 @@ def _read_checkpoint(folder: Path) -> Named:
             part[name] = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
             used += part[name].nbytes
         with warnings.catch_warnings(action="ignore"):  # that each process reads for itself, as it should
-            dcp.load(part, checkpoint_id=folder, no_dist=True)
+            dcp.load(part, storage_reader=reader, no_dist=True)
         for name, tensor in part.items():
             yield name.removeprefix("model."), tensor
 
@@ -674,14 +731,14 @@ def read_adapter(path: str | Path) -> Adapter:
     with readable(path):
         if not (path / "adapter_config.json").exists():
             raise ValueError(f"{path}: no adapter here (looked for adapter_config.json)")
-        settings = json.loads((path / "adapter_config.json").read_text())
-        plain = {"peft_type": "LORA", "bias": "none"}
-        other = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
-        for name in (*plain, *other):
-            if settings.get(name) and settings[name] != plain.get(name):
-                raise ValueError(f"{path}: an adapter with {name} {settings[name]} cannot be read")
+        settings = read_adapter_config(path / "adapter_config.json")
         named = _read_checkpoint(path) if (path / ".metadata").exists() else _read_peft(path)
-        return Adapter(find_base(settings, path), settings, dict(named))
+        tensors = dict(named)
+        if not tensors:
+            raise ValueError(f"{path}: an adapter without a tensor")
+        for name, tensor in tensors.items():
+            check_finite(tensor, name, path)
+        return Adapter(find_base(settings, path), settings, tensors)
 
 
 PEFT_PREFIX = "base_model.model."
@@ -703,11 +760,16 @@ def _read_adapted(path: Path) -> tuple[ModelConfig, Named]:
     base, settings, learned = read_adapter(path)
     config, tensors = _open(base)
     if (path / "config.json").exists():  # a run may have changed its context window
-        config = config_from_hugging_face(json.loads((path / "config.json").read_text()), path)
+        own = config_from_hugging_face(read_json(path / "config.json"), path)
+        window = dict(max_seq_len=config.max_seq_len, rope_scale=config.rope_scale)
+        if replace(own, **window) != config:
+            raise ValueError(f"{path}: config.json is of another model than the base, {base}")
+        config = own
     in_nf4 = settings.get("quantize") == "nf4"
 
     def merged() -> Named:
         for name, tensor in tensors:
+            check_finite(tensor, name, base)
             module = name.removesuffix(".weight")
             if in_nf4 and module.rpartition(".")[2] in TARGETS:
                 tensor = from_nf4(**to_nf4(tensor), dtype=torch.float32)
@@ -746,12 +808,13 @@ def save_adapter(adapter: Adapter, folder: str | Path, tokenizer=None):
 
 def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:
     """A ModelConfig from config.json, as written by transformers 4 or 5. Raises ValueError for what is not LLaMA."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     required = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
     for name in (*required, "max_position_embeddings", "rms_norm_eps"):
         if not isinstance(values.get(name), (int, float)):
             raise ValueError(f"{path}: config.json has no number {name}")
+    values = checked(values, HuggingFace, path / "config.json")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
     unfit = {
         "quantization_config": values.get("quantization_config"),
         "model_type": values.get("model_type", "llama") != "llama",
@@ -764,7 +827,9 @@ def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:
         raise ValueError(f"{path}: {name} {values[name]} is not LLaMA-2's")
     if rope_type not in ("default", "linear"):
         raise ValueError(f"{path}: rope_type {rope_type} is not supported (default and linear are)")
-    return ModelConfig(
+    if rope_type == "linear" and not rope.get("factor"):
+        raise ValueError(f"{path}: config.json has rope_type linear, but no factor")
+    shape = dict(
         dim=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
         num_heads=values["num_attention_heads"],
@@ -775,8 +840,12 @@ def config_from_hugging_face(values: dict, path: Path) -> ModelConfig:
         rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10_000.0,
         rope_scale=rope["factor"] if rope_type == "linear" else 1.0,
         norm_eps=values["rms_norm_eps"],
-        tie_embeddings=values.get("tie_word_embeddings", False),
+        tie_embeddings=values.get("tie_word_embeddings") or False,
     )
+    try:
+        return ModelConfig(**shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: config.json does not fit together ({error})") from None
 
 
 def config_to_hugging_face(config: ModelConfig) -> dict:
@@ -803,7 +872,7 @@ def config_to_hugging_face(config: ModelConfig) -> dict:
 def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes: int = 5_000_000_000):
     """Write the model in the Hugging Face layout, for `load`, transformers and vLLM; tokenizer is a data.Tokenizer.
 
-    Written beside the folder and renamed when complete. Raises ValueError if the folder exists.
+    Written beside the folder and renamed when complete. Raises ValueError if it holds something.
     """
     from safetensors.torch import save_file
 

@@ -50,6 +50,17 @@ from torch.nn.utils import get_total_norm
 from data import Batch, Mixture, Tokenizer, find_tokenizer, mixture_weights, read_meta
 from lib import forecast as forecasts
 from lib import kernels, lora
+from lib.checkpoint_index import Reader
+from lib.checkpoints import (
+    HASHES,
+    check_hashes,
+    has_checkpoint,
+    hashes,
+    named_by_last,
+    newest_first,
+    remove,
+    remove_old,
+)
 from lib.cli import git_commit, run_command
 from lib.datasets import changed_file
 from lib.files import sync, write_whole
@@ -64,11 +75,11 @@ from model import (
     ModelConfig,
     Transformer,
     adapter_settings,
-    check_checkpoint,
     checkpoint_folder,
     config_to_hugging_face,
     find_base,
     fingerprint,
+    is_finite,
     load_weights,
     read_config,
     readable,
@@ -726,11 +737,14 @@ class Checkpoints:
         try:
             on_first_rank(functools.partial(self._begin, aside, self.folder / name), self.group)
             transfer(dcp.save, staged, aside, self.group)
-            transfer(dcp.load, staged, aside, self.group)  # raises for a missing or misshapen tensor
-            finite = all(bool(local(t).isfinite().all()) for t in flat(staged))
+            # raises for a missing or misshapen tensor
+            transfer(dcp.load, staged, aside, self.group, storage_reader=Reader(aside))
+            finite = all(is_finite(local(t)) for t in flat(staged))
             if not all_agree(finite, self.group):
                 raise ValueError("it holds numbers that are not finite")
-            on_first_rank(functools.partial(self._finish, aside, name), self.group)
+            parts = on_all(functools.partial(hashes, aside, my_share()), self.group)
+            written = {name: digest for part in parts for name, digest in part.items()}
+            on_first_rank(functools.partial(self._finish, aside, name, written), self.group)
         except BaseException:
             if dist.get_rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)  # room for the next one
@@ -738,24 +752,19 @@ class Checkpoints:
 
     def _begin(self, aside: Path, final: Path):
         for old in (aside, final):  # left by a kill, the second one before `last` pointed to it
-            _remove(old)
+            remove(old)
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(self.model.config), indent=2))
         if self.adapter:
             (aside / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2))
 
-    def _finish(self, aside: Path, name: str):
+    def _finish(self, aside: Path, name: str, written: dict[str, str]):
+        (aside / HASHES).write_text(json.dumps(written, indent=2))
         for path in aside.iterdir():
             sync(path)
         os.rename(aside, self.folder / name)
         write_whole(self.folder / "last", name)
-        steps = sorted(path.name for path in self.folder.glob("step_????????") if path.name <= name)
-        kept = steps[-self.config.keep :]
-        if self.config.keep_every:
-            kept += [other for other in steps if int(other[5:]) % self.config.keep_every == 0]
-        for old in self.folder.glob("step_*"):
-            if old.name not in kept:
-                _remove(old)
+        remove_old(self.folder, name, self.config.keep, self.config.keep_every)
 
 
 def reason(error: BaseException) -> str:
@@ -780,14 +789,17 @@ def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> di
     return {"model": adapters(model) or dict(model.named_parameters()), "optimizer": state, "guard": judged}
 
 
-def transfer(action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None):
-    """dcp.save or dcp.load, of this rank's shards.
+def transfer(
+    action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None, **how
+):
+    """dcp.save of this rank's shards, or dcp.load with a Reader as its storage_reader.
 
     A single process is told that it is one: through gloo, the list of tensors would wake a second team of OpenMP
     threads, after which all training on a CPU is slower by 40 %.
     """
     with warnings.catch_warnings(action="ignore"):  # that it is a single process
-        action(tensors, checkpoint_id=folder, process_group=group, no_dist=dist.get_world_size() == 1)
+        alone = dist.get_world_size() == 1
+        action(tensors, checkpoint_id=folder, process_group=group, no_dist=alone, **how)
 
 
 def detached(tensors: dict) -> dict:
@@ -809,14 +821,24 @@ def all_agree(mine: bool, group: dist.ProcessGroup | None = None) -> bool:
     return bool(flag)
 
 
-def _remove(folder: Path):
-    """Delete a checkpoint, which loses its name first, so that a kill leaves no half of it behind."""
-    if folder.exists():
-        nameless = folder.with_suffix(".tmp")
-        if folder != nameless:
-            shutil.rmtree(nameless, ignore_errors=True)
-            os.rename(folder, nameless)
-        shutil.rmtree(nameless)
+def my_share() -> slice:
+    """Every so manieth of a list that the processes divide among them."""
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def on_all(action: Callable, group: dist.ProcessGroup | None = None) -> list:
+    """What action returns on each process. ValueError or OSError on one is a ValueError on all."""
+    value = problem = None
+    try:
+        value = action()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    everybodys = [None] * dist.get_world_size()
+    dist.all_gather_object(everybodys, (value, problem), group=group)
+    for _, problem in everybodys:
+        if problem:
+            raise ValueError(problem)
+    return [value for value, _ in everybodys]
 
 
 def restore(folder: Path, shape: ModelConfig, tensors: dict) -> int:
@@ -825,34 +847,43 @@ def restore(folder: Path, shape: ModelConfig, tensors: dict) -> int:
     One that is damaged is passed over, with a word about it, for the one before. Raises ValueError when none is whole,
     and for a checkpoint of another size.
     """
-    if not (folder / "last").exists():
+    if not has_checkpoint(folder):
         return -1
-    last = (folder / "last").read_text().strip()
-    names = {path.name for path in folder.glob("step_????????") if path.name <= last} | {last}
     problem = None
-    for name in sorted(names, reverse=True):
+    if not named_by_last(folder):
+        problem = ValueError(f"{folder / 'last'} is missing or names no checkpoint")
+    for checkpoint in newest_first(folder):
         if problem and dist.get_rank() == 0:
-            print(f"{problem}; going back to {folder / name}", file=sys.stderr)
+            print(f"{problem}; going back to {checkpoint}", file=sys.stderr)
         problem = None
         try:
-            _read_checkpoint(folder / name, shape, tensors)
+            _read_checkpoint(checkpoint, shape, tensors)
         except ValueError as error:
             problem = error
         if all_agree(problem is None):
-            return int(name.removeprefix("step_"))
-        problem = problem or ValueError(f"{folder / name} cannot be read by another process")
+            return int(checkpoint.name.removeprefix("step_"))
+        problem = problem or ValueError(f"{checkpoint} cannot be read by another process")
     raise problem
 
 
 def _read_checkpoint(checkpoint: Path, shape: ModelConfig, tensors: dict):
-    found, expected = read_json(checkpoint / "config.json"), config_to_hugging_face(shape)
-    for name in expected:
-        if found.get(name) != expected[name]:
-            sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
-            raise ValueError(f"{checkpoint} is of another size: {sizes}")
-    check_checkpoint(checkpoint)
+    reader = Reader(checkpoint)
+
+    def check():
+        with readable(checkpoint):
+            found, expected = read_json(checkpoint / "config.json"), config_to_hugging_face(shape)
+            for name in expected:
+                if found.get(name) != expected[name]:
+                    sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
+                    raise ValueError(f"{checkpoint} is of another size: {sizes}")
+            check_hashes(checkpoint, my_share())
+            reader.read_metadata()
+
+    on_all(check)  # before they read it together, and wait for each other
     with readable(checkpoint), torch.no_grad():
-        transfer(dcp.load, tensors, checkpoint)
+        transfer(dcp.load, tensors, checkpoint, storage_reader=reader)
+        if not all(is_finite(local(t)) for t in flat(tensors)):
+            raise ValueError(f"{checkpoint} holds numbers that are not finite")
 
 
 # ---- forecast ----
@@ -1115,7 +1146,8 @@ def resumed(first: Config) -> Config:
 def choose_run(config: Config) -> dict | None:
     """The record of the run that config continues, None for a new one. Raises ValueError where the two differ."""
     folder = Path(config.out)
-    if not (folder / "last").exists() and not config.resume:  # not begun; run.json may be that of a start that failed
+    # not begun; run.json may be that of a start that failed
+    if not has_checkpoint(folder) and not config.resume:
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         ours = "run.json" in names and is_record(folder / "run.json")
         if not ours and any(not name.endswith(".tmp") for name in names):
@@ -1285,7 +1317,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
     if adapter:
-        load_weights(model, find_base(adapter, folder))
+        first_weights(model, config, str(find_base(adapter, folder)))
     reference = None
     if data.kind == "preference":
         reference = model
@@ -1317,7 +1349,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
 def first_weights(model: Transformer, config: Config, path: str):
     """The weights that a run begins with: those at path, or if it is empty random ones."""
     if path:
-        load_weights(model, path)
+        on_all(functools.partial(load_weights, model, path))
     elif lora.adapters(model):
         lora.init_adapters(model, config.seed)
     else:
@@ -1340,7 +1372,7 @@ def check_files(data: Mixture):
 
 def prepare_folder(config: Config, record: dict):
     folder, tokenizer = Path(config.out), Tokenizer(mixture_weights(config.data)[0][0])
-    begun = (folder / "last").exists()
+    begun = has_checkpoint(folder)
     if not begun:
         write_whole(folder / "run.json", json.dumps(record, indent=2))
     if not begun or not (folder / tokenizer.file).exists():  # a full disk would leave half of one that was whole

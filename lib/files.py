@@ -40,6 +40,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_in(folder: Path, name: str) -> Path:
+    """The file of this name in a folder. Raises ValueError where there is none, as for `../x`."""
+    if Path(name).name != name or not (folder / name).is_file():
+        raise ValueError(f"{folder} cannot be read: {name} is missing, or is no file in there")
+    return folder / name
+
+
 def lock(path: Path) -> int | None:
     """Take the lock of a file or folder: a handle that holds it until it is closed or the process ends.
 
