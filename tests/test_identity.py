@@ -15,14 +15,14 @@ import eval
 import model as module
 import sample
 import train
-from conftest import ROOT, random_model, run_ranks
+from conftest import ROOT, random_model
 from data import Tokenizer
 from model import SIZES, FeedForward, ModelConfig, RMSNorm, Transformer, load, save
 from sample import Sampling, choose, generate, load_model
 from test_dpo import OPTIONS as DPO
 from test_dpo import pairs  # noqa: F401
 
-SHAPE = ModelConfig(32, 2, 4, 2, 64, vocab_size=258, max_seq_len=32)
+SHAPE = ModelConfig(32, 2, 4, 2, 64, vocab_size=258, max_seq_len=64)
 LORA = dict(lora_rank=2, steps=4, save_every=2)
 
 
@@ -93,7 +93,7 @@ def test_a_run_of_before_is_known_by_the_first_rows_that_it_wrote_down(tiny_run,
 
 
 def test_the_reference_of_pairs_is_the_same_in_every_row(tiny_run, base, pairs):  # noqa: F811
-    options = DPO | dict(data=str(pairs), init_from=str(base), seq_len=32, eval_tokens=1000, steps=4)
+    options = DPO | dict(data=str(pairs), init_from=str(base), steps=4)
     run = tiny_run("dpo", stop_at=2, **options)
     assert json.loads((run / "run.json").read_text())["init_sha256"] == module.fingerprint(base)
     change_last_row(base)
@@ -125,21 +125,32 @@ def test_a_base_is_hashed_once_in_a_process(tiny_run, base):
     assert module._fingerprint.cache_info().misses == 1 and module._fingerprint.cache_info().hits > 0
 
 
-def ask_the_first_rank(folder):
-    train.join_world()
-    rank = torch.distributed.get_rank()
-    assert train.from_first_rank(lambda: (folder / f"asked_{rank}").touch() or "the same") == "the same"
+def test_one_process_hashes_a_model_for_all(monkeypatch):
+    """Two ranks, one after the other."""
+    asked = []
 
-    def fail():
-        raise ValueError("the base is not there")
+    def find(problem: str) -> str:
+        asked.append(train.dist.get_rank())
+        if problem:
+            raise ValueError(problem)
+        return "known"
 
-    with pytest.raises(ValueError, match="the base is not there"):
-        train.from_first_rank(fail)
+    for problem in ("", "the base is not there"):
+        sent = []
 
+        def broadcast(answer: list, src: int):
+            sent.extend([] if sent else answer)
+            answer[:] = sent
 
-def test_one_process_hashes_a_model_for_all(tmp_path):
-    run_ranks(2, ask_the_first_rank, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["asked_0"]
+        monkeypatch.setattr(train.dist, "broadcast_object_list", broadcast)
+        for rank in (0, 1):
+            monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
+            if problem:
+                with pytest.raises(ValueError, match=problem):
+                    train.from_first_rank(lambda: find(problem))
+            else:
+                assert train.from_first_rank(lambda: find(problem)) == "known"
+    assert asked == [0, 0]
 
 
 # ---- the code belongs to the run ----
@@ -182,9 +193,9 @@ def test_a_run_of_other_code_is_not_scored_sampled_exported_or_trained_further(
     for use in (
         lambda **flags: sample.main(sample.Config(run, max_new_tokens=2, **flags)),
         lambda **flags: sample.main(sample.Config(step, max_new_tokens=2, **flags)),
-        lambda **flags: sample.main(sample.Config(run, export=str(tmp_path / "export"), **flags)),
         lambda **flags: eval.main(eval.Config((run,), "perplexity", data, **flags)),
         lambda **flags: tiny_run("more", init_from=run, steps=1, **flags),
+        lambda **flags: sample.main(sample.Config(run, export=str(tmp_path / "export"), **flags)),
     ):
         with pytest.raises(ValueError, match="step_00000002 was trained by other code .*--anyway"):
             use()
