@@ -10,6 +10,8 @@ two are compared their rounds take turns, each with a model of its own that is g
 then need no more memory than one, and what else the machine does meets both.
 """
 
+from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+
 import contextlib
 import dataclasses
 import datetime
@@ -38,7 +40,6 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from data import Batch
 from lib import forecast
-from lib.cli import git_commit, run_command
 from model import SIZES, ModelConfig, config_to_hugging_face
 
 

@@ -19,6 +19,8 @@ A dataset is read by `TokenDataset` as windows of its text, by `PackedDataset` a
 sequences a step trains on is a pure function of (seed, step).
 """
 
+from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+
 import base64
 import bisect
 import contextlib
@@ -50,7 +52,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.cli import run_command
 from lib.datasets import check_bounds, check_uncut
 from lib.files import new_folder
 from lib.records import read_json

@@ -13,6 +13,8 @@ A score here is that of the protocol's reference code, and depends neither on th
 your own task, write lines {"context": ..., "choices": [...], "answer": 0} for --task choices, or a function like `arc`.
 """
 
+from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+
 import contextlib
 import copy
 import csv
@@ -39,8 +41,9 @@ import torch
 import torch.distributed as dist
 
 from data import TokenDataset, Tokenizer, find_files, read_documents, read_meta
-from lib.cli import git_commit, run_command
+from lib import probe
 from lib.files import write_whole
+from lib.identity import weights_sha256
 from lib.records import read_json
 from lib.runs import read_run
 from model import KVCache, Transformer
@@ -141,6 +144,7 @@ class Config:
     batch_tokens: int = 0
     """tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a GPU, 2,048 on a CPU"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    anyway: bool = False                # also measure a run of code that computes something else than this
 
 
 # ---- questions ----
@@ -765,12 +769,6 @@ class World:
 # ---- an evaluation ----
 
 
-def fingerprint(model: Transformer) -> str:
-    """A hash of the first row of every weight: two checkpoints differ in it."""
-    rows = (p.detach().reshape(-1)[: p.size(-1)].float().cpu().numpy().tobytes() for p in model.parameters())
-    return hashlib.sha256(b"".join(rows)).hexdigest()
-
-
 def digest(question: Question) -> bytes:
     ids = [question.context, *(part for pair in question.choices for part in pair if part is not question.context)]
     return hashlib.sha256(b"".join(np.array([len(part), *part], "<u4").tobytes() for part in ids)).digest()
@@ -814,7 +812,7 @@ def run_questions(reader: Reader, tokenizer: Tokenizer, config: Config, world: W
     if not questions:
         raise ValueError(f"--data {config.data} has no questions")
     digests = [digest(question) for question in questions]
-    model_hash = fingerprint(reader.model)
+    model_hash = world.agree(weights_sha256(reader.model.named_parameters()) if world.rank == 0 else None)
     about = f"{model_hash} {reader.model.norm.weight.dtype} {config.protocol}".encode()
     keys = [hashlib.sha256(about + digest).hexdigest()[:16] for digest in digests]
     lines = Path(config.out).with_suffix(".jsonl") if config.out else Path(os.devnull)
@@ -980,7 +978,7 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
     """Measure one model and write what --out asks for; the result, on the first process."""
     if world.agree(bool(config.out) and Path(config.out).exists()):
         raise ValueError(f"--out: {config.out} exists; choose another name")
-    model, tokenizer = load_model(path, config.tokenizer, config.dtype)
+    model, tokenizer = load_model(path, config.tokenizer, config.dtype, config.anyway)
     if world.rank == 0 and config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -1079,7 +1077,7 @@ def say_difference(found: dict, paths: tuple[str, ...]):
 
 def curves(config: Config, world: World):
     """Every checkpoint of every run, measured: a table, and a picture of the main score against step and tokens."""
-    out, points = Path(config.out), []
+    out, points, codes = Path(config.out), [], []
     names = Counter(Path(folder).name for folder in config.model)
     if (most := names.most_common(1)[0])[1] > 1:
         raise ValueError(f"--model names two runs called {most[0]}, which the table could not tell apart")
@@ -1088,7 +1086,8 @@ def curves(config: Config, world: World):
         steps = sorted(path for path in folder.glob("step_????????") if (path / ".metadata").exists())
         if not steps:
             raise ValueError(f"--model {folder}: this run has no checkpoints")
-        setting = json.dumps({key: value for key, value in record.items() if key not in ("seed", "out", "resume")})
+        flags = {key: value for key, value in record.items() if key not in ("seed", "out", "resume")}
+        setting = json.dumps([flags, probe.number(probe.read(steps[-1]), codes)])
         for path in steps:
             file = out.with_suffix("") / f"{folder.name}_{path.name}.json"
             known = world.agree(file.exists() and world.rank == 0)

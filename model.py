@@ -12,7 +12,6 @@ and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files 
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import struct
@@ -28,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib import probe
 from lib.checkpoints import check_hashes, last_checkpoint
 from lib.configs import HuggingFace, read_adapter_config, read_params
 from lib.files import file_in, new_folder
+from lib.identity import first_rows_sha256, weights_sha256
 from lib.kernels import IGNORE, CrossEntropy, Documents, attend_within
 from lib.lora import TARGETS, adapters, from_nf4, to_nf4
 from lib.records import checked, read_json
@@ -705,13 +706,43 @@ def adapter_settings(base: str | Path, rank: int, alpha: float, targets: list[st
     }
 
 
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of the name, shape and first row of every tensor of the model at path, to know it again by."""
-    digest = hashlib.sha256()
-    for name, tensor in _open(checkpoint_folder(Path(path)))[1]:
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor[:1].float().numpy().tobytes())
-    return digest.hexdigest()
+def fingerprint(path: str | Path, of: Callable[[Named], str] = weights_sha256) -> str:
+    """The SHA-256 of all weights of the model at path, to know it again by, or what else `of` makes of its tensors.
+
+    It is computed once as long as the files stay the same, for it reads all of them. Raises ValueError like `load`.
+    """
+    path = checkpoint_folder(Path(path))
+    with readable(path):
+        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+        states = ((file.name, file.stat()) for file in files)
+        return _fingerprint(path.resolve(), of, tuple((name, s.st_size, s.st_mtime_ns) for name, s in states))
+
+
+@functools.cache
+def _fingerprint(path: Path, of: Callable[[Named], str], files: tuple) -> str:
+    return of(_open(path)[1])
+
+
+def is_known(path: str | Path, known: str) -> bool:
+    """Whether the model at path has the weights that a run wrote down, or an older run: of its first rows alone."""
+    return known == fingerprint(path) or known == fingerprint(path, first_rows_sha256)
+
+
+def code_probe(config: ModelConfig) -> list[float]:
+    """What this code computes for models of this kind, see lib/probe.py."""
+    return probe.probe(Transformer, config, functools.partial(_translate, table=HF_NAMES))
+
+
+def check_code(path: str | Path, anyway: bool):
+    """Raise ValueError where path is a run or checkpoint that was trained by code that computes something else.
+
+    With anyway that is only said, on stderr. Other models do not say by what code they were trained.
+    """
+    folder = checkpoint_folder(Path(path))
+    if (folder / probe.FILE).exists():
+        with readable(folder):
+            config = config_from_hugging_face(read_json(folder / "config.json"), folder)
+        probe.check(folder, code_probe(config), anyway)
 
 
 def find_base(settings: dict, path: Path) -> Path:
@@ -720,7 +751,7 @@ def find_base(settings: dict, path: Path) -> Path:
     where = f"{path}: its base model {base}"
     if not base.exists():
         raise ValueError(f"{where} is not there; base_model_name_or_path in its adapter_config.json says where it is")
-    if settings.get("base_sha256", "") not in ("", fingerprint(base)):
+    if (known := settings.get("base_sha256")) and not is_known(base, known):
         raise ValueError(f"{where} holds other weights than those it was trained on")
     return checkpoint_folder(base)
 

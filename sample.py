@@ -8,6 +8,9 @@
 `generate` works on token ids, a batch of prompts of any lengths at once; `complete` puts text around it, `Chat` turns.
 """
 
+from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -18,9 +21,11 @@ import torch
 from torch import Tensor
 
 from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, render_prompt
-from lib.cli import run_command
 from lib.runs import is_record, read_run
-from model import KVCache, Transformer, load, read_adapter, read_config, save, save_adapter
+from model import KVCache, Transformer, check_code, load, read_adapter, read_config, save, save_adapter
+
+DRAWN = 256  # random numbers that a row has in advance
+MOST = {"num": 10_000, "max_new_tokens": 1_000_000}  # samples of a prompt, and their tokens
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and self.top_k >= 0):
-            raise ValueError(f"--temperature {self.temperature} and --top_k {self.top_k} must not be negative")
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0):
+            wrong = f"--temperature {self.temperature} and --top_k {self.top_k}"
+            raise ValueError(f"{wrong} must be numbers that are not negative")
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise ValueError(f"--top_p {self.top_p} and --min_p {self.min_p} must lie between 0 and 1, top_p above 0")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"--repetition_penalty {self.repetition_penalty} must be above 0")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"--repetition_penalty {self.repetition_penalty} must be a number above 0")
 
 
 def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -53,10 +59,10 @@ def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, unifor
     if sampling.temperature < 1e-5:  # dividing by less would overflow
         return logits.argmax(-1)
     logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    p = (logits / sampling.temperature).softmax(-1)
-    keep = torch.ones_like(p, dtype=torch.bool)
+    keep = torch.ones_like(logits, dtype=torch.bool)
     if sampling.top_k:
         keep[:, sampling.top_k :] = False  # by rank, so that equal logits do not let more than k through
+    p = (logits / sampling.temperature).masked_fill(~keep, -math.inf).softmax(-1)  # top_p counts what top_k leaves
     keep &= p.cumsum(-1) - p < sampling.top_p
     keep &= p >= sampling.min_p * p[:, :1]
     mass = (p * keep).cumsum(-1)
@@ -122,8 +128,7 @@ def generate(
     check_prompts(model, prompts)
     window, device = model.config.max_seq_len, model.norm.weight.device
     seeds = [(sampling.seed * 1_000_003 + row) % 2**63 for row in range(len(prompts))]
-    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniform = torch.stack(draws).to(device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     contexts = [list(prompt) for prompt in prompts]  # what the model sees of each row
     new: list[list[int]] = [[] for _ in prompts]
     running, told = [True] * len(prompts), False
@@ -133,7 +138,9 @@ def generate(
     unread = [context[cache.longest :] for context in contexts]
     for step in range(max_new_tokens):
         logits = read(model, cache, unread)
-        tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step])
+        if step % DRAWN == 0:
+            uniform = torch.stack([torch.rand(DRAWN, generator=generator) for generator in generators]).to(device)
+        tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step % DRAWN])
         for row, token in zip(rows, tokens.tolist()):
             if not running[row]:
                 continue
@@ -335,11 +342,15 @@ def talk(chat: Chat, max_new_tokens: int, sampling: Sampling):
         print()
 
 
-def load_model(path: str, tokenizer: str = "", dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
+def load_model(
+    path: str, tokenizer: str = "", dtype: str = "auto", anyway: bool = False
+) -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer, from its folder unless named.
 
-    dtype is fp32, bf16 or auto: bf16 on a GPU, else fp32. Raises ValueError when either is missing or they do not fit.
+    dtype is fp32, bf16 or auto: bf16 on a GPU, else fp32. Raises ValueError when either is missing or they do not fit,
+    and without anyway for a run of code that computes something else.
     """
+    check_code(path, anyway)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(False)
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
@@ -374,18 +385,21 @@ class Config:
     chat: bool = False                  # talk on the terminal, with lines from it or from a pipe
     template: str = ""                  # of a chat; where the model's run does not name it
     system: str = ""                    # an instruction before a chat
+    anyway: bool = False                # also take a run of code that computes something else than this
     export: str = ""                    # instead write the model there as a Hugging Face folder, auto being fp32
     export_adapter: str = ""            # instead write the adapter of a LoRA run there, as PEFT does
 
 
 def main(config: Config):
     sampling = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
-    for name in ("num", "max_new_tokens"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    for name, most in MOST.items():
+        if not 1 <= (number := getattr(config, name)) <= most:
+            bound = "at least 1" if number < 1 else f"at most {most:,}"
+            raise ValueError(f"--{name} {number} must be {bound}")
     if not config.prompt or "" in config.stop:
         raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
     if config.export_adapter:
+        check_code(config.model, config.anyway)
         tokenizer = config.tokenizer or find_tokenizer(config.model)
         adapter = read_adapter(config.model)
         if read_config(config.model) != read_config(adapter.base):
@@ -394,7 +408,7 @@ def main(config: Config):
         print(f"wrote {config.export_adapter}")
         return
     dtype = "fp32" if config.export and config.dtype == "auto" else config.dtype  # the same folder on any machine
-    model, tokenizer = load_model(config.model, config.tokenizer, dtype)
+    model, tokenizer = load_model(config.model, config.tokenizer, dtype, config.anyway)
     if config.export:
         save(model, config.export, tokenizer)
         print(f"wrote {config.export}")

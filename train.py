@@ -11,6 +11,8 @@ Every run joins a process group and shards its model over it, also a run of one 
 is a pure function of (dataset, seed, step); processes and micro-batches only divide the work.
 """
 
+from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+
 import contextlib
 import ctypes
 import dataclasses
@@ -49,7 +51,7 @@ from torch.nn.utils import get_total_norm
 
 from data import Batch, Mixture, Tokenizer, find_tokenizer, mixture_weights, read_meta
 from lib import forecast as forecasts
-from lib import kernels, lora
+from lib import kernels, lora, probe
 from lib.checkpoint_index import Reader
 from lib.checkpoints import (
     HASHES,
@@ -61,7 +63,6 @@ from lib.checkpoints import (
     remove,
     remove_old,
 )
-from lib.cli import git_commit, run_command
 from lib.datasets import changed_file
 from lib.files import sync, write_whole
 from lib.forecast import GPUS, count_parameters, flops_per_token, gpu_peak
@@ -75,11 +76,14 @@ from model import (
     ModelConfig,
     Transformer,
     adapter_settings,
+    check_code,
     checkpoint_folder,
+    code_probe,
     config_to_hugging_face,
     find_base,
     fingerprint,
     is_finite,
+    is_known,
     load_weights,
     read_config,
     readable,
@@ -97,6 +101,7 @@ class Config:
     out: str = "out/stdlib"             # the run's folder: checkpoints, log.jsonl, loss.png
     resume: str = ""                    # folder of a run to continue; its own flags are taken
     init_from: str = ""                 # model to start from: anything that model.load reads
+    anyway: bool = False                # also go on with a run of code that computes something else than this
     # what
     size: str = "laptop"                # a name in model.SIZES; the vocabulary is always the dataset's
     dim: int = 0                        # width; 0 here and in the next four takes the number of --size
@@ -171,7 +176,7 @@ class Config:
 # the run's record knows the contents
 FREE = {"resume", "out", "data", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample"}
 FREE |= {"wandb", "compile", "checkpointing", "shard_over", "reshard_after_forward", "deterministic", "keep_every"}
-FREE |= {"max_bad_steps", "reduce_each", "plan", "gpus", "gpu"}
+FREE |= {"max_bad_steps", "reduce_each", "plan", "gpus", "gpu", "anyway"}
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -276,6 +281,21 @@ def on_first_rank(action: Callable[[], None], group: dist.ProcessGroup | None = 
         raise problem[0]
 
 
+def from_first_rank(find: Callable[[], str]) -> str:
+    """What `find` returns on the first rank, on all of them. Raises ValueError on all where it does so there."""
+    found, problem = "", ""
+    if dist.get_rank() == 0:
+        try:
+            found = find()
+        except ValueError as error:
+            problem = str(error)
+    answer = [found, problem]
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
     if choice == "auto":
         if device.type == "cuda":
@@ -320,6 +340,7 @@ def first_config(config: Config, meta: dict) -> ModelConfig:
             raise ValueError(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
     if config.size != Config.size:
         raise ValueError(f"--size {config.size} does not go with --init_from, which brings its shape")
+    check_code(config.init_from, config.anyway)
     shape = read_config(config.init_from)
     theirs = find_tokenizer(config.init_from)
     if theirs and Tokenizer(theirs).sha256 != meta["tokenizer"]["sha256"]:
@@ -702,6 +723,7 @@ class Checkpoints:
         self.folder, self.config, self.model, self.adapter = folder, config, model, adapter
         # found now, for while FSDP has a layer's weights gathered, the model names others than the optimizer
         self.tensors = checkpoint_tensors(model, optimizers, guard)
+        self.probe = code_probe(model.config)
         cuda = device.type == "cuda"
         how = dict(use_pinned_memory=cuda, use_non_blocking_copy=cuda, use_shared_memory=False, use_async_staging=False)
         self.stager = DefaultStager(StagingOptions(**how))
@@ -755,6 +777,7 @@ class Checkpoints:
             remove(old)
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(self.model.config), indent=2))
+        probe.write(aside, self.probe)
         if self.adapter:
             (aside / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2))
 
@@ -1099,11 +1122,13 @@ class Report:
 def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: torch.device) -> dict:
     """run.json: everything needed to know later what was run."""
     first = str(checkpoint_folder(Path(config.init_from)).resolve()) if config.init_from else ""
+    of_pairs = any(meta.get("kind") == "preference" for meta in metas)
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
+        "probe": code_probe(shape),
         "init_from": first,
-        "init_sha256": fingerprint(first) if first and any(meta.get("kind") == "preference" for meta in metas) else "",
+        "init_sha256": from_first_rank(functools.partial(fingerprint, first)) if first and of_pairs else "",
         "dataset": describe_data(config, metas),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
@@ -1116,7 +1141,8 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
 def describe_adapter(config: Config) -> dict:
     """The adapter_config.json of every checkpoint, by which the base model is found again."""
     settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
-    return settings | {"base_sha256": fingerprint(config.init_from), "quantize": config.quantize}
+    known = from_first_rank(functools.partial(fingerprint, config.init_from))
+    return settings | {"base_sha256": known, "quantize": config.quantize}
 
 
 def device_name(device: torch.device) -> str:
@@ -1140,7 +1166,7 @@ def resumed(first: Config) -> Config:
     if not first.resume:
         return Config()
     saved = Config(**read_run(Path(first.resume), config=Config)["config"])
-    return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0)
+    return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0, anyway=False)
 
 
 def choose_run(config: Config) -> dict | None:
@@ -1221,6 +1247,7 @@ def prepare_default():
 
 def show_sample(config: Config):
     words = ["sample.py", "--model", config.out, f"--prompt={config.sample}", "--max_new_tokens", "200"]
+    words += ["--anyway"] * config.anyway
     print(f"\npython {shlex.join(words)}\n", flush=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the sample is drawn by a process of its own
@@ -1308,6 +1335,8 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     adapter = record.get("adapter")
     checkpoints = Checkpoints(folder, config, model, optimizers, guard, device, adapter)
     start = restore(folder, shape, checkpoints.tensors)
+    if start >= 0:
+        check_code(folder / f"step_{start:08d}", config.anyway)
 
     report = Report(config, data, max(0, start), step_flops, device)
     report.introduce(shape, compiled)
@@ -1317,13 +1346,12 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
     if adapter:
-        first_weights(model, config, str(find_base(adapter, folder)))
+        first_weights(model, config, from_first_rank(lambda: str(find_base(adapter, folder))))
     reference = None
     if data.kind == "preference":
         reference = model
         if not adapter:
-            if record["init_from"] and fingerprint(record["init_from"]) != record["init_sha256"]:
-                raise ValueError(f"{record['init_from']} holds other weights than when {config.out} began")
+            from_first_rank(lambda: check_reference(record, folder))
             reference = build(shape, dataclasses.replace(config, freeze=()), device, dtype, compiled, frozen=True)
             first_weights(reference, config, record["init_from"])
     run = Run(config, device, data, val, model, optimizers, guard, checkpoints, report, reference)
@@ -1344,6 +1372,14 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         gc.enable()
     report.close()
     return done == config.steps
+
+
+def check_reference(record: dict, folder: Path) -> str:
+    """The model that the run in folder began with and does not move away from; ValueError if it is another by now."""
+    first = record["init_from"]
+    if first and not is_known(first, record["init_sha256"]):
+        raise ValueError(f"{first} holds other weights than when {folder} began")
+    return first
 
 
 def first_weights(model: Transformer, config: Config, path: str):
