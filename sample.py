@@ -117,7 +117,7 @@ def generate(
     the batch. What a row draws depends on the seed and its place, not on the other rows. A row that fills the context
     window goes on with the last half of it, read anew, and stderr says so. prefix, a cache of one row, holds the first
     tokens of every prompt where they all begin alike: these are not read again.
-    Raises ValueError for a prompt that is empty or longer than the context window.
+    Raises ValueError for a prompt that is empty or longer than the context window, and for logits that are not finite.
     """
     check_prompts(model, prompts)
     window, device = model.config.max_seq_len, model.norm.weight.device
@@ -133,10 +133,13 @@ def generate(
     unread = [context[cache.longest :] for context in contexts]
     for step in range(max_new_tokens):
         logits = read(model, cache, unread)
+        finite = logits.isfinite().all(-1)
         tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step])
-        for row, token in zip(rows, tokens.tolist()):
+        for row, token, sound in zip(rows, *torch.stack((tokens, finite.long())).tolist()):  # one wait for both
             if not running[row]:
                 continue
+            if not sound:
+                raise ValueError("the model's logits are not finite; its weights are damaged, or were trained to NaN")
             if token in end_ids:
                 running[row] = False
                 continue
@@ -298,7 +301,11 @@ class Chat:
             return False
 
         most = min(max_new_tokens, self.model.config.max_seq_len - len(ids))
-        generate(self.model, [ids], most, sampling, (self.tokenizer.eos_id, self.tokenizer.bos_id), add, self.cache)
+        try:
+            generate(self.model, [ids], most, sampling, (self.tokenizer.eos_id, self.tokenizer.bos_id), add, self.cache)
+        except ValueError:
+            self.turns.pop()  # a question without an answer is no exchange
+            raise
         hand_out(stream.end())
         if said := "".join(parts).strip():
             self.turns.append(Turn("assistant", said))
