@@ -5,22 +5,26 @@ import math
 import os
 import resource
 import shutil
+import threading
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 import bench
 import eval
-from conftest import flags, random_model, run_ranks
+from conftest import flags, random_model
 from data import TokenDataset, Tokenizer
-from eval import Config, check, compare
+from eval import Config, World, check, compare
 from lib.cli import run_command
-from lib.results import write_all
+from lib.results import read_result, write_all
 from model import ModelConfig, save
 from sample import Chat, Sampling, generate
 
-TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=256)
+TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=512)
 
 
 @pytest.fixture(scope="module")
@@ -172,37 +176,65 @@ def test_of_a_result_that_cannot_be_finished_no_new_file_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.jsonl"]
 
 
-def refused(config: Config, sentence: str):
-    with pytest.raises(ValueError, match=sentence):
-        eval.main(config)
+def together(act) -> list[str]:
+    """What act(world) raises in each of two processes; here they are threads with a store in common."""
+    store, raised = dist.HashStore(), ["", ""]
+
+    def process(rank: int):
+        world = object.__new__(World)
+        world.store, world.rank, world.size, world.calls = store, rank, 2, 0
+        try:
+            act(world)
+        except ValueError as error:
+            raised[rank] = str(error)
+
+    store.set_timeout(timedelta(seconds=60))
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
 
 
 def test_what_the_first_process_refuses_ends_all(ask, saved):
     ask(out="a.json")
     os.remove("a.json")
     write_lines("a.jsonl", [record | {"key": "other"} for record in read_lines("a.jsonl")])
-    data, out = (str(Path(name).resolve()) for name in ("ours.jsonl", "a.json"))
-    config = Config(model=(saved,), task="choices", data=data, out=out)
-    run_ranks(2, refused, config, "a.jsonl:1 is of another evaluation")
+    Path("b.md").write_text("mine")
+    for out, sentence in (
+        ("a.json", "--out: a.jsonl:1 is of another evaluation; choose another name"),
+        ("b.json", "--out: b.md exists and is no unfinished result of this kind; choose another name"),
+        ("b.md/x.json", "b.md: File exists"),
+    ):
+        config = check(Config(model=(saved,), task="choices", data="ours.jsonl", out=out))
+        assert together(lambda world: eval.evaluate(config, saved, world)) == [sentence, sentence]
+
+
+def test_what_another_process_refuses_ends_the_first():
+    def work(batch: int) -> list:
+        if batch == 3:
+            raise ValueError("question 3 is bad")
+        return [batch]
+
+    found = []
+    raised = together(lambda world: found.extend(world.share([0, 1, 2, 3, 4], work)))
+    assert raised == ["question 3 is bad"] * 2 and found == [[0], [1], [2]]
 
 
 # ---- what a result is of ----
 
 
 def test_an_evaluation_is_not_continued_with_other_right_answers(ask):
-    for task, options in (("choices", {}), ("gsm8k", {"limit": 3, "shots": 0})):
-        rows = questions(8) if task == "choices" else [{"question": "1 + 1?", "answer": "#### 2"}] * 3
+    problems = [{"question": "1 + 1?", "answer": "#### 2"}] * 3
+    for task, rows, right, options in (("choices", questions(8), 2, {}), ("gsm8k", problems, "#### 3", {"shots": 0})):
+        options = {"out": f"{task}.json", "task": task, "data": "mine.jsonl"} | options
         write_lines("mine.jsonl", rows)
-        window = {"max_prompt": 0} if task == "choices" else options
-        if task == "gsm8k":
-            save(random_model(ModelConfig(**vars(TINY) | {"max_seq_len": 512})), "wide", Tokenizer("bytes"))
-            window = options | {"model": "wide"}
-        ask(out=f"{task}.json", task=task, data="mine.jsonl", **window)
+        ask(**options)
         os.remove(f"{task}.json")
-        rows[1] = rows[1] | {"answer": 2 if task == "choices" else "#### 3"}
-        write_lines("mine.jsonl", rows)
-        with pytest.raises(ValueError, match=f"{task}.jsonl:2 is of another evaluation; choose another name"):
-            ask(out=f"{task}.json", task=task, data="mine.jsonl", **window)
+        write_lines("mine.jsonl", [*rows[:-1], rows[-1] | {"answer": right}])
+        with pytest.raises(ValueError, match=f"{task}.jsonl:{len(rows)} is of another evaluation; choose another"):
+            ask(**options)
 
 
 @pytest.fixture
@@ -322,9 +354,10 @@ def test_every_wrong_field_of_a_result_is_one_sentence(ask):
         for value in (*WRONG, "absent"):
             changed = {name: v for name, v in (result | {field: value}).items() if v != "absent"}
             Path("b.json").write_text(json.dumps(changed))
-            for act in (lambda: compare(("a.json", "b.json")), lambda: eval.read_result(Path("b.json"), result)):
+            readers = (partial(compare, ("a.json", "b.json"), draws=2), partial(read_result, Path("b.json"), result))
+            for reader in readers:
                 try:
-                    act()
+                    reader()
                 except ValueError as error:
                     refusals += str(error).startswith(("b.json", "--compare", "--out: b.json", "b.jsonl"))
     assert refusals > 13 * 10
