@@ -940,7 +940,7 @@ def run_questions(
                 found = [found[i] for i in range(len(found))] if question.choices else answer
                 if question.choices and not all(map(math.isfinite, found)):
                     place = f"{question.subject} {question.index} has log-probabilities that are not finite"
-                    raise ValueError(f"{place}, {found}; the model is damaged or was trained to NaN")
+                    raise ValueError(f"{place}; the model is damaged, or was trained to NaN")
                 done[number] = {
                     "task": config.task, "subject": question.subject, "index": question.index,
                     "shots": question.shots, "num_tokens": len(question.context), "cut": question.cut,
@@ -1258,8 +1258,9 @@ def check_curve(config: Config):
             if file.name[: -len("_step_00000000.json")] == name:
                 check_same(file, flags)
     if out.exists():
-        read_json(out, "points")
         check_same(out, {name: flags[name] for name in ("task", "protocol")})
+        if "points" not in read_json(out):
+            raise ValueError(f"--out: {out} exists and is no curve; choose another name")
     else:
         check_out(out, md=None, png=None)
 

@@ -17,7 +17,7 @@ from msgspec import Meta
 from lib.files import write_whole
 from lib.records import checked, parse_json, read_json, read_record
 
-Share = Annotated[float, Meta(ge=0, le=1)]
+Share = Annotated[float, Meta(ge=0, le=1.000001)]  # a sum of probabilities may be rounded up
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]  # neither infinite nor NaN
 Interval = Annotated[list[Finite], Meta(min_length=3, max_length=3)]  # value, low, high
 

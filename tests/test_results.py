@@ -96,6 +96,7 @@ def said(monkeypatch, capsys, script, **options) -> str:
     ({"out": "x.json"}, {"x.jsonl": '{"task": "mmlu", "subject": "anatomy"}\n'}),
     ({"out": "c.json", "checkpoints": "all"}, {"c.json": '{"my": "file"}'}),
     ({"out": "c.json", "checkpoints": "all"}, {"c.json": '{"points": [], "task": "mmlu", "protocol": "harness"}'}),
+    ({"out": "c.json", "checkpoints": "all"}, {"c.json": '{"task": "choices", "protocol": "harness"}'}),
     ({"out": "c.json", "checkpoints": "all"}, {"c.md": "Notes"}),
     ({"out": "c.json", "checkpoints": "all"}, {"c.png": "a picture"}),
 ])  # fmt: skip
