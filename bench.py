@@ -19,6 +19,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from data import Batch
 from lib import forecast
+from lib.results import check_out, write_all
 from model import SIZES, ModelConfig, config_to_hugging_face
 
 
@@ -367,6 +369,8 @@ def check(config: Config):
         raise ValueError(f"--warmup {config.warmup} must not be negative")
     if config.out and not config.out.endswith(".json"):
         raise ValueError(f"--out {config.out} must end in .json; the picture goes beside it, in .png")
+    if config.out:
+        check_out(Path(config.out), png=None)
     if config.sweep + config.pack + (config.peer != "none") > 1:
         raise ValueError("only one of --sweep, --pack and --peer can be given")
     if config.peer == "hf":
@@ -426,7 +430,7 @@ def describe(config: Config, shape: ModelConfig, device: torch.device) -> dict:
     }
 
 
-def draw(results: dict, path: Path):
+def draw(results: dict, picture: io.BytesIO):
     """A bar for every row: its tokens a second."""
     import matplotlib
 
@@ -439,7 +443,7 @@ def draw(results: dict, path: Path):
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="tokens a second", title=f"{results['settings']['size']} on {results['device']}")
     axes.margins(x=0.12)
-    figure.savefig(path, dpi=120)
+    figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
@@ -451,8 +455,8 @@ def main(config: Config):
         if config.out and dist.get_rank() == 0:
             out = Path(config.out)
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(results, indent=2))
-            draw(results, out.with_suffix(".png"))
+            draw(results, picture := io.BytesIO())
+            write_all({out: json.dumps(results, indent=2), out.with_suffix(".png"): picture.getvalue()})
     finally:
         dist.destroy_process_group()
 

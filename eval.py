@@ -20,6 +20,7 @@ import copy
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -44,7 +45,17 @@ from data import TokenDataset, Tokenizer, find_files, read_documents, read_meta
 from lib import probe
 from lib.files import write_whole
 from lib.identity import weights_sha256
-from lib.records import read_json
+from lib.records import parse_json, read_json
+from lib.results import (
+    append_lines,
+    check_line,
+    check_out,
+    check_same,
+    question_hash,
+    read_pairs,
+    read_result,
+    write_all,
+)
 from lib.runs import read_run
 from model import KVCache, Transformer
 from sample import TextStream, generate, load_model, new_cache
@@ -165,6 +176,8 @@ class Question:
     shots: int = 0               # examples that the context has kept
     cut: int = 0                 # tokens lost from its left, when even without examples it was too long
     sizes: list[int] = field(default_factory=list)     # characters of the choices; bytes and words of a document
+    sha256: str = ""             # of the question's own text and the right answers, whatever the model and its prompt
+    document: str = ""           # where the question is a window of a document: in which one it starts
 
 
 def encode(config: Config, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -249,7 +262,9 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
         for index, row in enumerate(test[: config.limit or None]):
             fitted = prompts.fit(ask(row)) | ({"shots": config.shots} if harness else {})
             choices = [(fitted["context"], ids) for ids in letters] if config.protocol != "instructeval" else []
-            yield Question(subject, index, choices=choices, gold=["ABCD".index(row[5])], target=row[5], **fitted)
+            gold = ["ABCD".index(row[5])]
+            known = {"target": row[5], "sha256": question_hash(subject, row)}
+            yield Question(subject, index, choices=choices, gold=gold, **known, **fitted)
 
 
 def mmlu_question(row: list[str]) -> str:
@@ -281,15 +296,18 @@ def bbh(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
     for subject in chosen_subjects(config, BBH_TASKS):
         path = Path(config.data) / "bbh" / f"{subject}.json"
         examples = read_json(path, "examples")["examples"]
+        if not isinstance(examples, list):
+            raise ValueError(f"{path}: examples must be a list and is a {type(examples).__name__}")
         for number, example in enumerate(examples):
-            if not all(isinstance(example.get(name), str) for name in ("input", "target")):
+            fields = example if isinstance(example, dict) else {}
+            if not all(isinstance(fields.get(name), str) for name in ("input", "target")):
                 raise ValueError(f"{path}: example {number} must have the texts input and target")
         first, shots, header = 0, [], ""
         if config.protocol == "cot":
             file = Path(config.data) / "cot-prompts" / f"{subject}.txt"
             if not file.exists():
                 raise ValueError(f"{file} is missing; --data must hold bbh/ and cot-prompts/ of BIG-Bench-Hard")
-            header = file.read_text(encoding="utf-8").split("-----\n")[-1]
+            header = read_text(file).split("-----\n")[-1]
             ask = lambda example: f"\n\nQ: {example['input']}\nA: Let's think step by step."
         else:
             first = 3
@@ -298,7 +316,8 @@ def bbh(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
         prompts = Prompts(config, tokenizer, header, shots, room)
         for index, example in list(enumerate(examples))[first:][: config.limit or None]:
             fitted = prompts.fit(ask(example)) | ({"shots": 3} if config.protocol == "cot" else {})
-            yield Question(subject, index, target=example["target"], **fitted)
+            sha256 = question_hash(subject, example["input"], example["target"])
+            yield Question(subject, index, target=example["target"], sha256=sha256, **fitted)
 
 
 def gsm8k(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
@@ -308,24 +327,43 @@ def gsm8k(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]
     rows = list(read_rows(Path(config.data)))[: config.limit or None]
     for index, (place, row) in enumerate(rows):
         with named(place):
-            target = row["answer"].split("####")[-1].strip()
-            yield Question("gsm8k", index, target=target, **prompts.fit(f"Q: {row['question']}\nA:"))
+            target, asked = text_of(row, "answer").split("####")[-1].strip(), text_of(row, "question")
+            sha256 = question_hash("gsm8k", asked, target)
+            yield Question("gsm8k", index, target=target, sha256=sha256, **prompts.fit(f"Q: {asked}\nA:"))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def text_of(row: dict, name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name} must be a text and is a {type(row[name]).__name__}")
+    return row[name]
+
+
+def texts_of(row: dict, name: str) -> list[str]:
+    if not isinstance(row[name], list) or not all(isinstance(part, str) for part in row[name]):
+        raise ValueError(f"{name} must be a list of texts")
+    return row[name]
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(file and line, object) of a .jsonl, or of a .json that holds a list. Raises ValueError naming them."""
     if not path.is_file():
         raise ValueError(f"--data {path} is not a file of questions")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    parts = [text] if path.suffix == ".json" else text.split("\n")
+    whole = read_text(path)
+    parts = [whole] if path.suffix == ".json" else whole.split("\n")
     for number, part in enumerate(parts, 1):
         try:
             rows = json.loads(part) if part.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
+        except (RecursionError, ValueError):  # Python bounds the depth, and the digits of an integer
+            raise ValueError(f"{path}:{number}: nested too deeply, or a number of too many digits") from None
         rows = rows if isinstance(rows, list) else [rows]
         for place, row in enumerate(rows, 1):
             name = f"{path}:{number}" if path.suffix != ".json" else f"{path}: question {place}"
@@ -366,7 +404,8 @@ def by_likelihood(parse: Callable[[dict], Iterator[tuple[str, str, list[str], li
                     same = pairs[0][0]  # one list for all choices where it can be, by which they are put together
                     pairs = [(same if head == same else head, tail) for head, tail in pairs]
                     sizes = [len(choice) for choice in choices]
-                    yield Question(subject, counts[subject], same, pairs, gold, cut=max(cuts), sizes=sizes)
+                    known = {"sizes": sizes, "sha256": question_hash(subject, context, choices, gold)}
+                    yield Question(subject, counts[subject], same, pairs, gold, cut=max(cuts), **known)
                     counts[subject] += 1
 
     return task
@@ -376,7 +415,9 @@ def parse_choices(row: dict):
     answer = row["answer"]
     if type(answer) is not int:
         raise ValueError(f"answer {answer!r} must be the number of a choice, from 0")
-    yield str(row.get("subject", "choices")), row["context"], row["choices"], [answer]
+    if not all(map(str.strip, texts_of(row, "choices"))):
+        raise ValueError("a choice is empty")
+    yield str(row.get("subject", "choices")), text_of(row, "context"), row["choices"], [answer]
 
 
 def parse_arc(row: dict):
@@ -386,14 +427,15 @@ def parse_arc(row: dict):
     if isinstance(choices, list):
         choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
     question = question if isinstance(question, str) else question["stem"]
-    yield "arc", f"Question: {question}\nAnswer:", choices["text"], [choices["label"].index(row["answerKey"])]
+    right = texts_of(choices, "label").index(row["answerKey"])
+    yield "arc", f"Question: {question}\nAnswer:", texts_of(choices, "text"), [right]
 
 
 def parse_hellaswag(row: dict):
     """HellaSwag (Zellers et al. 2019, arXiv:1905.07830), cleaned of WikiHow's brackets as the harness does."""
     clean = lambda text: re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    yield "hellaswag", clean(context), list(map(clean, row["endings"])), [int(row["label"])]
+    yield "hellaswag", clean(context), list(map(clean, texts_of(row, "endings"))), [int(row["label"])]
 
 
 def parse_truthfulqa(row: dict):
@@ -401,7 +443,7 @@ def parse_truthfulqa(row: dict):
     for name in ("mc1", "mc2"):
         targets = row[f"{name}_targets"]
         if "labels" in targets:
-            targets = dict(zip(targets["choices"], targets["labels"]))
+            targets = dict(zip(texts_of(targets, "choices"), targets["labels"], strict=True))
         gold = [i for i, label in enumerate(targets.values()) if label]
         yield name, f"Q: {row['question']}\nA:", list(targets), gold
 
@@ -414,15 +456,20 @@ def perplexity(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Ques
         meta = read_meta(path)
         if "template" in meta:
             raise ValueError(f"--data {path} holds conversations; perplexity is that of text")
-        largest = max(file["tokens"] for file in meta["splits"]["val"]["files"])
-        val = TokenDataset(path, "val", min(room, largest - 1))
+        largest = max((file["tokens"] for file in meta["splits"]["val"]["files"]), default=0)
+        val = TokenDataset(path, "val", max(1, min(room, largest - 1)))
         if meta["tokenizer"]["sha256"] != tokenizer.sha256:
             raise ValueError(f"--data {path} was made with another tokenizer than the model's {tokenizer.name}")
+        begins = [np.flatnonzero(tokens == meta["bos"]) for tokens in val.files]
         for index in range(len(val))[: config.limit or None]:
             batch = val.batch([index])
             targets = batch.targets[0].tolist()
             size = [round(len(targets) * val.bytes_per_target, 3)]  # in proportion to the tokens
-            yield Question(str(path), index, (first := batch.tokens[0, :1].tolist()), [(first, targets)], sizes=size)
+            (file, start, _) = val.pieces(index)[0]
+            document = f"file {file} document {np.searchsorted(begins[file], start, 'right')}"
+            first = batch.tokens[0, :1].tolist()
+            known = {"sizes": size, "sha256": question_hash(first, targets, size), "document": document}
+            yield Question(str(path), index, first, [(first, targets)], **known)
         return
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder")
@@ -433,7 +480,8 @@ def perplexity(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Ques
                 break
             ids = tokenizer.encode(text, bos=True)
             sizes = [len(text.encode()), len(re.split(r"\s+", text))]  # words as lm-evaluation-harness counts them
-            yield Question(str(file), index, ids[:1], list(rolling_windows(ids, room)), sizes=sizes)
+            known = {"sizes": sizes, "sha256": question_hash(text)}
+            yield Question(str(file), index, ids[:1], list(rolling_windows(ids, room)), **known)
             index += 1
 
 
@@ -470,7 +518,7 @@ def passkey(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Questio
             key, before = draw.randint(10_000, 99_999), draw.randint(0, repeats)
             text = begin + (dull * before).strip() + passkey_line(key) + (dull * (repeats - before)).strip()
             ids = encode(config, tokenizer, text + PASSKEY_QUESTION)
-            yield Question(str(length), index, ids, target=str(key))
+            yield Question(str(length), index, ids, target=str(key), sha256=question_hash(length, index, key))
 
 
 PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is"
@@ -508,7 +556,8 @@ def grade_truthfulqa(question: Question, logprobs: list[float]) -> dict:
 def grade_document(question: Question, logprobs: list[float]) -> dict:
     tokens = sum(len(new) for _, new in question.choices)
     sizes = dict(zip(("bytes", "words"), question.sizes))
-    return {"nats": -sum(logprobs), "num_tokens": tokens} | sizes
+    document = {"document": question.document} if question.document else {}
+    return {"nats": -sum(logprobs), "num_tokens": tokens} | sizes | document
 
 
 def grade_beginning(question: Question, text: str) -> dict:
@@ -746,11 +795,18 @@ class World:
         for number, batch in enumerate(batches):
             key, mine = f"{self.calls} {number}", number % self.size == self.rank
             if mine and self.rank:
-                self.store.set(key, json.dumps(work(batch)))
+                try:
+                    self.store.set(key, json.dumps({"found": work(batch)}))
+                except ValueError as error:
+                    self.store.set(key, json.dumps({"error": str(error)}))
+                    raise
             elif mine:
                 yield work(batch)
             elif not self.rank:
-                yield json.loads(self.store.get(key))
+                answer = json.loads(self.store.get(key))
+                if "error" in answer:
+                    raise ValueError(answer["error"])
+                yield answer["found"]
                 self.store.delete_key(key)
         for other in range(1, self.size):  # the first process holds the store, and must not leave before the others
             if self.rank == other:
@@ -765,6 +821,26 @@ class World:
             self.store.set(f"{self.calls} value", json.dumps(value))
         return json.loads(self.store.get(f"{self.calls} value"))
 
+    def first(self, act: Callable, *args, **options):
+        """What act(*args, **options) returns on the first process, on all; bad input that it finds is raised on all."""
+        answer = {}
+        if self.rank == 0:
+            try:
+                answer = {"value": act(*args, **options)}
+            except ValueError as error:
+                answer = {"error": str(error)}
+            except OSError as error:
+                answer = {"error": f"{error.filename}: {error.strerror}"}
+        answer = self.agree(answer)
+        if "error" not in answer:
+            return answer["value"]
+        for other in range(1, self.size):  # as above, the first process leaves last
+            if self.rank == other:
+                self.store.set(f"{self.calls} heard {other}", "")
+            elif self.rank == 0:
+                self.store.get(f"{self.calls} heard {other}")
+        raise ValueError(answer["error"])
+
 
 # ---- an evaluation ----
 
@@ -777,7 +853,7 @@ def digest(question: Question) -> bytes:
 def read_lines(path: Path, questions: list[Question], keys: list[str]) -> dict[int, dict]:
     """The records of an evaluation that was broken off, by question; a last line that is not whole is deleted.
 
-    Raises ValueError naming the line that is not of this model, these prompts and this protocol.
+    Raises ValueError naming the line that is not of this model, these questions, prompts and this protocol.
     """
     if not path.exists():
         return {}
@@ -786,7 +862,8 @@ def read_lines(path: Path, questions: list[Question], keys: list[str]) -> dict[i
     whole = data[: data.rfind(b"\n") + 1]
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, path)
+            check_line(record, record["task"], path)
             place = places[record["subject"], record["index"]]
             if record["key"] != keys[place]:
                 raise KeyError
@@ -798,8 +875,10 @@ def read_lines(path: Path, questions: list[Question], keys: list[str]) -> dict[i
     return done
 
 
-def run_questions(reader: Reader, tokenizer: Tokenizer, config: Config, world: World) -> tuple[dict, list[dict]]:
-    """Ask the questions that are not answered yet; what was asked, and on the first process all records in order."""
+def make_questions(
+    reader: Reader, tokenizer: Tokenizer, config: Config, world: World
+) -> tuple[list[Question], list[str], dict]:
+    """The questions, a key for each, by which its answer is known again, and what the result says of them."""
     from tqdm import tqdm
 
     protocol, window = PROTOCOLS[config.task][config.protocol], reader.model.config.max_seq_len
@@ -814,18 +893,42 @@ def run_questions(reader: Reader, tokenizer: Tokenizer, config: Config, world: W
     digests = [digest(question) for question in questions]
     model_hash = world.agree(weights_sha256(reader.model.named_parameters()) if world.rank == 0 else None)
     about = f"{model_hash} {reader.model.norm.weight.dtype} {config.protocol}".encode()
-    keys = [hashlib.sha256(about + digest).hexdigest()[:16] for digest in digests]
-    lines = Path(config.out).with_suffix(".jsonl") if config.out else Path(os.devnull)
-    done = read_lines(lines, questions, keys) if config.out and world.rank == 0 else {}
-    left_out = set(world.agree(list(done)))
+    sources = [question.sha256.encode() for question in questions]
+    keys = [hashlib.sha256(about + digest + source).hexdigest()[:16] for digest, source in zip(digests, sources)]
+    return questions, keys, {
+        "questions": len(questions),
+        "prompt_tokens": sum(len(question.context) for question in questions),
+        "prompts_sha256": hashlib.sha256(b"".join(digests)).hexdigest(),
+        "questions_sha256": hashlib.sha256(b"".join(sources)).hexdigest(),
+        "weights_sha256": model_hash,
+        "first_prompt": tokenizer.decode(questions[0].context),
+    }  # fmt: skip
+
+
+def run_questions(
+    reader: Reader, tokenizer: Tokenizer, config: Config, world: World, questions: list[Question], keys: list[str]
+) -> list[dict]:
+    """Ask the questions that are not answered yet; on the first process all records in order."""
+    from tqdm import tqdm
+
+    protocol, shown = PROTOCOLS[config.task][config.protocol], partial(tqdm, file=sys.stderr, disable=world.rank > 0)
+    lines, done = Path(config.out or "-").with_suffix(".jsonl"), {}
+
+    def begin() -> list[int]:
+        done.update(read_lines(lines, questions, keys))
+        append_lines(lines, [])
+        return list(done)
+
+    left_out = set(world.first(begin)) if config.out else set()
     rows = [row for row in rows_of(questions) if row.question not in left_out]
     batch_tokens = config.batch_tokens or (16_384 if reader.device.type == "cuda" else 2_048)
     batches = make_batches(questions, rows, batch_tokens, protocol.max_new_tokens)
     work = partial(reader.write, tokenizer=tokenizer, protocol=protocol) if protocol.max_new_tokens else reader.score
     answers: dict[int, dict] = defaultdict(dict)
-    with open(lines, "a") as file, shown(total=len(questions), initial=len(done), desc=config.task) as bar:
+    with shown(total=len(questions), initial=len(done), desc=config.task) as bar:
         right = [score for record in done.values() for score in list(record.get("scores", {}).values())[:1]]
         for results in world.share(batches, work):
+            new = []
             for number, choice, answer in results:
                 question = questions[number]
                 answers[number][choice] = answer
@@ -833,25 +936,22 @@ def run_questions(reader: Reader, tokenizer: Tokenizer, config: Config, world: W
                     continue
                 found = answers.pop(number)
                 found = [found[i] for i in range(len(found))] if question.choices else answer
+                if question.choices and not all(map(math.isfinite, found)):
+                    place = f"{question.subject} {question.index} has log-probabilities that are not finite"
+                    raise ValueError(f"{place}; the model is damaged, or was trained to NaN")
                 done[number] = {
                     "task": config.task, "subject": question.subject, "index": question.index,
                     "shots": question.shots, "num_tokens": len(question.context), "cut": question.cut,
                     "gold": question.gold if len(question.gold) > 1 else (question.gold or [question.target])[0],
-                    "key": keys[number],
+                    "key": keys[number], "question_sha256": question.sha256,
                 } | protocol.grade(question, found)  # fmt: skip
-                print(json.dumps(done[number]), file=file)
+                new.append(done[number])
                 right += list(done[number].get("scores", {}).values())[:1]
                 bar.update()
-            file.flush()
+            if config.out:
+                append_lines(lines, new)
             bar.set_postfix_str(f"{sum(right) / len(right):.1%}" if right else "", refresh=False)
-    asked = {
-        "questions": len(questions),
-        "prompt_tokens": sum(len(question.context) for question in questions),
-        "prompts_sha256": hashlib.sha256(b"".join(digests)).hexdigest(),
-        "weights_sha256": model_hash,
-        "first_prompt": tokenizer.decode(questions[0].context),
-    }
-    return asked, [done[number] for number in sorted(done)]
+    return [done[number] for number in sorted(done)]
 
 
 # ---- results ----
@@ -903,18 +1003,38 @@ def summarize_documents(records: list[dict]) -> dict:
     total = lambda name: sum(record.get(name, 0) for record in records)
     nats, tokens, num_bytes, words = map(total, ("nats", "num_tokens", "bytes", "words"))
     bits = nats / math.log(2) / num_bytes
-    # the error of a ratio of sums, documents being independent of each other
-    squares = sum((record["nats"] / math.log(2) - bits * record["bytes"]) ** 2 for record in records)
+    # the error of a ratio of sums, documents being independent of each other; of a single one, its windows
+    groups = by_document(records, records)
+    groups = groups if len(groups) > 1 else [[record] for record in records]
+    excess = lambda group: sum(record["nats"] / math.log(2) - bits * record["bytes"] for record in group)
+    squares = sum(excess(group) ** 2 for group in groups)
     half = 1.96 * math.sqrt(squares) / num_bytes
     scores = {
         "nats_per_token": nats / tokens,
         "bits_per_byte": [bits, bits - half, bits + half],
-        "perplexity": math.exp(nats / tokens),
+        "perplexity": finite_exp(nats / tokens),
         "tokens": tokens,
         "bytes": round(num_bytes),
         "documents" if words else "windows": len(records),
     }
-    return scores | ({"word_perplexity": math.exp(nats / words)} if words else {})
+    return scores | ({"word_perplexity": finite_exp(nats / words)} if words else {})
+
+
+def by_document(items: list, records: list[dict]) -> list[list]:
+    """Items, each of one of the records of perplexity, in groups by document.
+
+    A window of a dataset belongs to the document in which it starts. Its end may be of others, so neighbouring groups
+    are not quite independent; but a document much longer than a window, whose windows are alike, is drawn as one.
+    """
+    groups = defaultdict(list)
+    for item, record in zip(items, records):
+        groups[record.get("document", (record["subject"], record["index"]))].append(item)
+    return list(groups.values())
+
+
+def finite_exp(nats: float) -> float | None:
+    """exp(nats); None where that is more than a float can hold, as of words in a text that has hardly any blanks."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else None
 
 
 def headline(result: dict) -> tuple[str, list[float]]:
@@ -946,18 +1066,23 @@ def percent(values: list[float]) -> str:
     return f"{values[0]:.1%} ({values[1]:.1%} to {values[2]:.1%})"
 
 
+def heading(task: str, protocol: str) -> str:
+    return f"# {task}, protocol {protocol}"
+
+
 def tables(result: dict) -> str:
     """A result in Markdown: its averages beside published scores of the same protocol, what was kept, the subjects."""
     scores, task, name = result["scores"], result["task"], result["protocol"]
     wrapped = "[INST] … [/INST]" if result["chat"] else "raw"
     prompt = f"{result['shots']} shots, {wrapped} prompts, BOS {'on' if result['bos'] else 'off'}, {result['dtype']}"
-    lines = [f"# {task}, protocol {name}", "", f"{result['model']}: {prompt}", ""]
+    lines = [heading(task, name), "", f"{result['model']}: {prompt}", ""]
     if task == "perplexity":
         bits = scores["bits_per_byte"]
         lines += ["| measure | value |", "| --- | ---: |"]
         lines += [f"| bits_per_byte | {bits[0]:.4f} ({bits[1]:.4f} to {bits[2]:.4f}) |"]
         names = ("nats_per_token", "perplexity", "word_perplexity", "tokens", "bytes", "documents", "windows")
-        return "\n".join(lines + [f"| {key} | {scores[key]:,.6g} |" for key in names if key in scores])
+        shown = lambda value: "more than a number can hold" if value is None else f"{value:,.6g}"
+        return "\n".join(lines + [f"| {key} | {shown(scores[key])} |" for key in names if key in scores])
     metrics = scores["scores"]
     heads = ["score", *metrics]
     table = lambda rows: ["| " + " | ".join(row) + " |" for row in [heads, ["---"] + ["---:"] * len(metrics), *rows]]
@@ -976,25 +1101,36 @@ def tables(result: dict) -> str:
 
 def evaluate(config: Config, path: str, world: World) -> dict | None:
     """Measure one model and write what --out asks for; the result, on the first process."""
-    if world.agree(bool(config.out) and Path(config.out).exists()):
-        raise ValueError(f"--out: {config.out} exists; choose another name")
+    out = Path(config.out)
+    reuse = config.checkpoints == "all" and world.first(out.exists)
+    if config.out and not reuse:
+        lines = json.dumps({"task": config.task, "subject": ""}).removesuffix('"}')
+        world.first(check_out, out, jsonl=lines, md=heading(config.task, config.protocol) + "\n")
     model, tokenizer = load_model(path, config.tokenizer, config.dtype, config.anyway)
-    if world.rank == 0 and config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    asked, records = run_questions(Reader(model), tokenizer, config, world)
+    if config.out:
+        world.first(out.parent.mkdir, parents=True, exist_ok=True)
+    started, reader = time.perf_counter(), Reader(model)
+    questions, keys, asked = make_questions(reader, tokenizer, config, world)
+    result = describe(config, path, model, tokenizer) | asked
+    if reuse:
+        return world.first(read_result, out, {name: result[name] for name in ALIKE})
+    records = run_questions(reader, tokenizer, config, world, questions, keys)
     if world.rank:
         return None
-    result = describe(config, path, model, tokenizer) | asked | {"seconds": round(time.perf_counter() - started, 1)}
+    result["seconds"] = round(time.perf_counter() - started, 1)
     result["scores"] = summarize(records, config.task)
     print(tables(result))
     if config.out:
-        out = Path(config.out)
-        write_whole(out.with_suffix(".jsonl"), "".join(json.dumps(record) + "\n" for record in records))
-        write_whole(out.with_suffix(".md"), tables(result) + "\n")
-        write_whole(out, json.dumps(result, indent=2))
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        files = {out.with_suffix(".jsonl"): lines, out.with_suffix(".md"): tables(result) + "\n"}
+        write_all(files | {out: json.dumps(result, indent=2)})
         print(f"\nwrote {out}, {out.with_suffix('.jsonl')} and {out.with_suffix('.md')}")
     return result
+
+
+FLAGS = ("task", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit")
+ALIKE = (*FLAGS, "max_new_tokens", "stop", "dtype", "context_window", "tokenizer_sha256", "prompts_sha256",
+         "questions_sha256", "weights_sha256")  # what two evaluations share that are the same one  # fmt: skip
 
 
 # ---- two results, many checkpoints ----
@@ -1004,52 +1140,51 @@ def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
     """Second result less the first on the same questions, its 95 % interval from bootstrap, and how likely chance is.
 
     Questions (of perplexity: documents) are drawn with replacement. Where every score is 0 or 1, McNemar's exact test
-    counts who alone is right; else the bootstrap's share beyond 0 is doubled.
+    counts who alone is right; else the bootstrap's share beyond 0 is doubled. Chance is that of the questions: whether
+    another run of the same settings would do alike is not in it. Raises ValueError unless both were asked the same
+    questions in the same way.
     """
     if len(paths) != 2:
         raise ValueError(f"--compare takes two results, not {len(paths)}")
-    results, questions = [], []
-    for path in map(Path, paths):
-        results.append(read_json(path, "task", "protocol", "scores"))
-        lines = path.with_suffix(".jsonl")
-        if not lines.exists():
-            raise ValueError(f"{lines} is missing, the lines of {path}")
-        records = map(json.loads, lines.read_text().splitlines())
-        questions.append({(record["subject"], record["index"], str(record["gold"])): record for record in records})
-    kinds = [f"{result['task']} {result['protocol']}" for result in results]
-    if kinds[0] != kinds[1] or questions[0].keys() != questions[1].keys():
-        sizes = [f"{path} has {len(some)} of {kind}" for path, some, kind in zip(paths, questions, kinds)]
-        raise ValueError(f"--compare needs the same questions: {', '.join(sizes)}")
-    pairs = [(record, questions[1][key]) for key, record in questions[0].items()]
-    name = headline(results[0])[0]
-    if results[0]["task"] == "perplexity":
-        both = np.array([[record["nats"] / math.log(2) for record in pair] for pair in pairs])
-        weights = np.array([first["bytes"] for first, _ in pairs])
+    protocol, pairs = read_pairs((Path(paths[0]), Path(paths[1])))
+    task = protocol["task"]
+    if protocol["protocol"] not in PROTOCOLS.get(task, {}):
+        raise ValueError(f"{paths[0]}: {task} has no protocol {protocol['protocol']} here")
+    if task == "perplexity":
+        name, drawn = "bits a byte", "documents"
+        groups = by_document(pairs, [first for first, _ in pairs])
+        nats = [[sum(pair[side]["nats"] for pair in group) for side in (0, 1)] for group in groups]
+        both = np.array(nats) / math.log(2)
+        weights = np.array([sum(first["bytes"] for first, _ in group) for group in groups])
+        if len(groups) < 2:
+            raise ValueError("--compare draws documents, and of a single one nothing can be drawn")
     else:
-        metric = next(iter(results[0]["scores"]["scores"]))
+        metric, average = next(iter(pairs[0][0]["scores"])), PROTOCOLS[task][protocol["protocol"]].average
+        name, drawn = f"{metric}, {average}", "questions"
         pairs = [pair for pair in pairs if metric in pair[0]["scores"]]
         both = np.array([[record["scores"][metric] for record in pair] for pair in pairs])
         counts = Counter(first["subject"] for first, _ in pairs)
-        weights = np.array([1 / counts[first["subject"]] if name.endswith("macro") else 1.0 for first, _ in pairs])
+        weights = np.array([1 / counts[first["subject"]] if average == "macro" else 1.0 for first, _ in pairs])
         both = both * weights[:, None]
     generator = np.random.default_rng(0)
     difference = both[:, 1] - both[:, 0]
-    drawn = (generator.integers(len(pairs), size=len(pairs)) for _ in range(draws))
-    means = np.array([difference[some].sum() / weights[some].sum() for some in drawn])
+    samples = (generator.integers(len(both), size=len(both)) for _ in range(draws))
+    means = np.array([difference[some].sum() / weights[some].sum() for some in samples])
     low, high = np.percentile(means, (2.5, 97.5))
     found = {
         "score": name,
-        "questions": len(pairs),
+        drawn: len(both),
         "first": both[:, 0].sum() / weights.sum(),
         "second": both[:, 1].sum() / weights.sum(),
         "difference": [difference.sum() / weights.sum(), low, high],
     }
     plain = both / weights[:, None]
-    if results[0]["task"] != "perplexity" and np.isin(plain.round(9), (0, 1)).all():
+    if task != "perplexity" and np.isin(plain.round(9), (0, 1)).all():
         gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
         return found | {"only_first": lost, "only_second": gained, "test": "McNemar", "p": mcnemar(gained, lost)}
-    p = min(1.0, 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (draws + 1))
-    return found | {"test": "bootstrap", "p": float(p)}
+    p = 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (draws + 1)
+    least = 2.0 ** (1 - len(both))  # that two documents both speak for one model is a toss of two coins
+    return found | {"test": "bootstrap", "p": float(min(1.0, max(p, least)))}
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -1067,12 +1202,15 @@ def say_difference(found: dict, paths: tuple[str, ...]):
     scale, unit = (1, "") if found["score"] == "bits a byte" else (100, " points")
     value, low, high = (scale * x for x in found["difference"])
     first, second = scale * found["first"], scale * found["second"]
-    print(f"{found['score']} on {found['questions']:,} questions: {paths[0]} {first:.4g}, {paths[1]} {second:.4g}")
+    drawn = "documents" if "documents" in found else "questions"
+    print(f"{found['score']} on {found[drawn]:,} {drawn}: {paths[0]} {first:.4g}, {paths[1]} {second:.4g}")
     print(f"difference {value:+.3g}{unit}, 95 % interval {low:+.3g} to {high:+.3g}")
     if "only_first" in found:
         print(f"only the first is right {found['only_first']} times, only the second {found['only_second']} times")
-    verdict = "more than chance" if found["p"] < 0.05 else "no more than chance may do"
+    alike, differ = "no more than chance may do: they may be alike", "more than chance: they differ"
+    verdict = f"{differ if found['p'] < 0.05 else alike} on such {drawn}"
     print(f"{found['test']}: p = {found['p']:.2g}, {verdict}")
+    print("This is about these two models; whether their settings differ, only more seeds of each can tell")
 
 
 def curves(config: Config, world: World):
@@ -1081,6 +1219,7 @@ def curves(config: Config, world: World):
     names = Counter(Path(folder).name for folder in config.model)
     if (most := names.most_common(1)[0])[1] > 1:
         raise ValueError(f"--model names two runs called {most[0]}, which the table could not tell apart")
+    world.first(check_curve, config)
     for folder in map(Path, config.model):
         record = read_run(folder)["config"]
         steps = sorted(path for path in folder.glob("step_????????") if (path / ".metadata").exists())
@@ -1090,11 +1229,7 @@ def curves(config: Config, world: World):
         setting = json.dumps([flags, probe.number(probe.read(steps[-1]), codes)])
         for path in steps:
             file = out.with_suffix("") / f"{folder.name}_{path.name}.json"
-            known = world.agree(file.exists() and world.rank == 0)
-            one = dataclasses.replace(config, out=str(file))
-            result = read_json(file, "task", "protocol", "scores") if known else evaluate(one, str(path), world)
-            if result and (result["task"], result["protocol"]) != (config.task, config.protocol):
-                raise ValueError(f"--out: {file} is of another evaluation; choose another name")
+            result = evaluate(dataclasses.replace(config, out=str(file)), str(path), world)
             step, value = int(path.name[5:]), headline(result) if world.rank == 0 else None
             points.append((setting, folder.name, step, step * record["batch_size"] * record["seq_len"], value))
     if world.rank:
@@ -1103,14 +1238,33 @@ def curves(config: Config, world: World):
     lines = [f"| run | step | tokens | {name} | 95 % interval |", "| --- | ---: | ---: | ---: | --- |"]
     lines += [f"| {run} | {step} | {tokens:,} | {value[0]:.4f} | {value[1]:.4f} to {value[2]:.4f} |"
               for _, run, step, tokens, (_, value) in points]  # fmt: skip
-    write_whole(out.with_suffix(".md"), "\n".join(lines) + "\n")
     rows = [dict(zip(("run", "step", "tokens", "score"), point[1:4] + (point[4][1],))) for point in points]
-    draw(points, name, out.with_suffix(".png"))
-    write_whole(out, json.dumps({"task": config.task, "protocol": config.protocol, "score": name, "points": rows}))
+    draw(points, name, picture := io.BytesIO())
+    table = json.dumps({"task": config.task, "protocol": config.protocol, "score": name, "points": rows})
+    write_all({
+        out: table,  # first, since by it the others are known as its own
+        out.with_suffix(".md"): "\n".join(lines) + "\n",
+        out.with_suffix(".png"): picture.getvalue(),
+    })  # fmt: skip
     print("\n".join(lines) + f"\n\nwrote {out}, {out.with_suffix('.md')} and {out.with_suffix('.png')}")
 
 
-def draw(points: list[tuple], name: str, path: Path):
+def check_curve(config: Config):
+    """Raise ValueError where --out, or a checkpoint's result that it would use, is of something else."""
+    out, flags = Path(config.out), {name: getattr(config, name) for name in FLAGS}
+    for name in (Path(folder).name for folder in config.model):
+        for file in sorted(out.with_suffix("").glob("*_step_????????.json")):
+            if file.name[: -len("_step_00000000.json")] == name:
+                check_same(file, flags)
+    if out.exists():
+        check_same(out, {name: flags[name] for name in ("task", "protocol")})
+        if "points" not in read_json(out):
+            raise ValueError(f"--out: {out} exists and is no curve; choose another name")
+    else:
+        check_out(out, md=None, png=None)
+
+
+def draw(points: list[tuple], name: str, picture: io.BytesIO):
     """A line for each setting: the mean of its runs, which differ in the seed alone, and the band that they fill."""
     import matplotlib
 
@@ -1129,11 +1283,16 @@ def draw(points: list[tuple], name: str, path: Path):
             axes.set(xlabel=label, ylabel=name)
             axes.grid(alpha=0.3)
     panels[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
 # ---- command line ----
+
+
+def check_name(out: str):
+    if out and not out.endswith(".json"):
+        raise ValueError(f"--out {out} must end in .json; the lines go beside it, in .jsonl")
 
 
 def check(config: Config) -> Config:
@@ -1143,8 +1302,7 @@ def check(config: Config) -> Config:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
     if not config.task or not config.model:
         raise ValueError("--model and --task are needed, or --compare with two results")
-    if config.out and not config.out.endswith(".json"):
-        raise ValueError(f"--out {config.out} must end in .json; the lines go beside it, in .jsonl")
+    check_name(config.out)
     if config.checkpoints == "all" and not config.out:
         raise ValueError("--checkpoints all needs --out X.json, beside which the table and the picture go")
     if config.checkpoints == "last" and len(config.model) > 1:
@@ -1156,6 +1314,11 @@ def check(config: Config) -> Config:
     for flag, users in (("subjects", ("mmlu", "bbh")), ("lengths", ("passkey",))):
         if getattr(config, flag) and config.task not in users:
             raise ValueError(f"--{flag} is for {' and '.join(users)}, not for {config.task}")
+    if config.task == "perplexity" and (config.chat or not config.bos):
+        flag = "--chat" if config.chat else "--no_bos"
+        raise ValueError(f"{flag} does nothing for perplexity, which measures a text as it is, after one BOS")
+    if config.task == "passkey" and config.data:
+        raise ValueError(f"--data {config.data} is not read for passkey, which makes its own prompts")
     if config.task != "passkey" and not config.data:
         raise ValueError(f"--data is needed for {config.task}")
     protocol = protocols[name]
@@ -1167,6 +1330,9 @@ def check(config: Config) -> Config:
 
 def main(config: Config):
     if config.compare:
+        if config.out:
+            check_name(config.out)
+            check_out(Path(config.out))
         say_difference(found := compare(config.compare), config.compare)
         if config.out:
             write_whole(Path(config.out), json.dumps(found, indent=2))

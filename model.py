@@ -12,11 +12,12 @@ and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files 
 """
 
 import contextlib
+import functools
 import json
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path

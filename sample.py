@@ -123,7 +123,7 @@ def generate(
     the batch. What a row draws depends on the seed and its place, not on the other rows. A row that fills the context
     window goes on with the last half of it, read anew, and stderr says so. prefix, a cache of one row, holds the first
     tokens of every prompt where they all begin alike: these are not read again.
-    Raises ValueError for a prompt that is empty or longer than the context window.
+    Raises ValueError for a prompt that is empty or longer than the context window, and for logits that are not finite.
     """
     check_prompts(model, prompts)
     window, device = model.config.max_seq_len, model.norm.weight.device
@@ -140,10 +140,13 @@ def generate(
         logits = read(model, cache, unread)
         if step % DRAWN == 0:
             uniform = torch.stack([torch.rand(DRAWN, generator=generator) for generator in generators]).to(device)
+        finite = logits.isfinite().all(-1)
         tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step % DRAWN])
-        for row, token in zip(rows, tokens.tolist()):
+        for row, token, sound in zip(rows, *torch.stack((tokens, finite.long())).tolist()):  # one wait for both
             if not running[row]:
                 continue
+            if not sound:
+                raise ValueError("the model's logits are not finite; its weights are damaged, or were trained to NaN")
             if token in end_ids:
                 running[row] = False
                 continue
@@ -305,7 +308,11 @@ class Chat:
             return False
 
         most = min(max_new_tokens, self.model.config.max_seq_len - len(ids))
-        generate(self.model, [ids], most, sampling, (self.tokenizer.eos_id, self.tokenizer.bos_id), add, self.cache)
+        try:
+            generate(self.model, [ids], most, sampling, (self.tokenizer.eos_id, self.tokenizer.bos_id), add, self.cache)
+        except ValueError:
+            self.turns.pop()  # a question without an answer is no exchange
+            raise
         hand_out(stream.end())
         if said := "".join(parts).strip():
             self.turns.append(Turn("assistant", said))

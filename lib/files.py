@@ -12,11 +12,11 @@ from pathlib import Path
 OURS = ".plainllama-unfinished"  # marks a folder that `new_folder` makes
 
 
-def write_whole(path: Path, text: str):
+def write_whole(path: Path, text: str | bytes):
     """Replace a small file so that a reader finds the old text or the new, never a part."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(text)
+        aside.write_bytes(text if isinstance(text, bytes) else text.encode())
         sync(aside)
         os.replace(aside, path)
     except OSError as error:

@@ -169,7 +169,7 @@ def test_the_sweep_leaves_out_what_does_not_fit(bench_run, capsys, monkeypatch):
     assert capsys.readouterr().out.count("does not fit") == 4
     monkeypatch.setattr(bench, "capacity", lambda device: 0)
     with pytest.raises(ValueError, match="--size 260K with these flags does not fit in memory"):
-        bench_run(sweep=True)
+        bench_run(sweep=True, out="")
 
 
 def test_packed_rows_are_measured_beside_the_same_rows_unmasked(bench_run):

@@ -363,9 +363,10 @@ def test_scores_have_both_averages_and_wilsons_intervals():
 
 
 def write_result(path: Path, hits: list[float], **changes):
-    result = {"task": "mmlu", "protocol": "hendrycks", "scores": {"scores": {"acc": {"micro": [0, 0, 0]}}}} | changes
-    path.write_text(json.dumps(result))
-    lines = [{"subject": "s", "index": i, "gold": 0, "scores": {"acc": hit}} for i, hit in enumerate(hits)]
+    flags = {"shots": 5, "max_prompt": 2048, "bos": True, "chat": False, "questions": len(hits)}
+    path.write_text(json.dumps({"task": "mmlu", "protocol": "hendrycks"} | flags | changes))
+    same = {"subject": "s", "shots": 5, "num_tokens": 9, "cut": 0}
+    lines = [same | {"index": i, "question_sha256": str(i), "scores": {"acc": hit}} for i, hit in enumerate(hits)]
     path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
