@@ -174,12 +174,13 @@ def test_templates_are_written_as_published():
     ))  # fmt: skip
     assert decode(with_input, "alpaca") == (
         f"{below}, paired with an input that provides further context. Write a response that appropriately completes "
-        "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n⟦3</s>⟧"
+        "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:⟦3</s>⟧"
     )
     assert decode(without, "alpaca") == (
         f"{below}. Write a response that appropriately completes the request.\n\n### Instruction:\nSing.\n\n"
-        "### Response:\n⟦La</s>⟧"
+        "### Response:⟦La</s>⟧"
     )
+    assert decode(without, "alpaca-lf") == decode(without, "alpaca").replace("Response:", "Response:\n")
     system = [Turn("system", "Be kind.")]
     assert decode(system + turns * 2, "llama2-chat") == (
         "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]⟦ Yo </s>⟧<s>[INST] Hi [/INST]⟦ Yo </s>⟧"
