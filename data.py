@@ -1844,6 +1844,7 @@ def pack(sizes: np.ndarray, room: int) -> np.ndarray:
     [1, 0, 0, 1, 1]
     """
     rows = np.empty(len(sizes), np.int64)
+    room = min(room, int(sizes.sum()))  # in more there would be as many rows, and a longer table
     by_room = [[] for _ in range(room + 1)]  # the rows that have this much room left
     some = 0  # bit r is set where by_room[r] is not empty
     count = 0
