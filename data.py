@@ -5,7 +5,8 @@
 The way of a corpus:
 1. `read_documents` streams the documents of the source: files, folders, Python's standard library, a download.
 2. An exact duplicate of an earlier document is dropped and counted.
-3. The hash of a document decides whether it is for validation, so adding data never moves one.
+3. The hash of a document, of conversations that of the first question, decides whether it is for validation, so
+   adding data never moves one.
 4. All cores turn documents into tokens, BOS before and EOS after each.
 5. The tokens are written to flat files `{train,val}_{00000…}.bin`, described by meta.json, in a folder
    that gets its name only when it is complete.
@@ -53,8 +54,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.datasets import check_bounds, check_uncut
+from lib.disk import NO_ROOM, writing
 from lib.files import new_folder
-from lib.records import read_json
+from lib.meta import FORMAT, DatasetMeta, read_dataset_meta
+from lib.ranks import check_ranks
+from lib.records import parse_json, read_json
 
 IGNORE = -100                  # a target that does not count, as in model.py
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
@@ -64,6 +68,8 @@ PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blan
 DOCUMENT_CHARS = 1_000_000     # any longer document is cut likewise, so that memory stays bounded
 TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
 TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
+MAX_PIECES = 1_000_000         # the largest vocabulary that is trained; LLaMA-3's has 128,256
+MAX_WORKERS = 1024             # far more than a machine has cores
 SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
 MIXTURE_BLOCK = 1000           # sequences in which a mixture has exactly its proportions
 SENTENCE_END = re.compile(r"[.!?:]\s+|\n+")
@@ -165,13 +171,18 @@ class Tokenizer:
         elif path.is_dir():
             found = [path / name for name in self.FILES if (path / name).exists()]
             if not found:
-                raise ValueError(f"{path} holds no tokenizer (looked for {', '.join(self.FILES)})")
+                other = path / "tokenizer.json"
+                hint = f"; {other} is not read, give the tokenizer.model that it was made from" * other.exists()
+                raise ValueError(f"{path} holds no tokenizer (looked for {', '.join(self.FILES)}){hint}")
             self.__init__(found[0])
             return
         elif path.name == "tokenizer.bytes" and path.is_file():
             self.name, self.file, self.data = "bytes", "tokenizer.bytes", path.read_bytes()
         elif path.is_file():
-            self.name, self.data = path.name, path.read_bytes()
+            try:
+                self.name, self.data = path.name, path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"tokenizer {path} cannot be read ({error.strerror})") from None
             self.file = "tokenizer.tiktoken" if path.suffix == ".tiktoken" else "tokenizer.model"
         else:
             raise ValueError(f"no tokenizer {spec}: neither a file nor one of gpt2, cl100k_base, bytes")
@@ -193,7 +204,9 @@ class Tokenizer:
 
         model = SentencePieceProcessor(model_proto=self.data)
         self.bos_id, self.eos_id, self.vocab_size = model.bos_id(), model.eos_id(), model.vocab_size()
-        self._encode, self._decode = model.encode, model.decode
+        self._encode = model.encode
+        # a model's vocabulary may be larger, and sentencepiece fails at an id that it does not have
+        self._decode = lambda ids: model.decode([i for i in ids if i < self.vocab_size])
         if not model.encode_as_pieces("a")[0].startswith("▁"):
             # Made by train_tokenizer: nothing is added or normalised, so that only U+2581, which sentencepiece
             # uses for the blank, would not come back. It is spelled out in bytes.
@@ -223,6 +236,7 @@ class Tokenizer:
         known = {50_256: (r50k_pat_str, 50_256, 50_257), 100_256: (cl100k, 100_257, 100_277)}
         if len(ranks) not in known:
             raise ValueError(f"{self.name} has {len(ranks)} ranks; gpt2 has 50256 and cl100k_base 100256")
+        check_ranks(ranks, self.name)
         pattern, end_of_text, self.vocab_size = known[len(ranks)]
         self.bos_id = self.eos_id = end_of_text
         model = tiktoken.Encoding(
@@ -256,7 +270,9 @@ class Tokenizer:
         return self._decode([int(i) for i in ids])
 
     def save(self, folder: str | Path):
-        (Path(folder) / self.file).write_bytes(self.data)
+        path = Path(folder) / self.file
+        with writing(path):
+            path.write_bytes(self.data)
 
 
 def find_tokenizer(path: str | Path) -> Path | None:
@@ -293,7 +309,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
             failed.append(error)
 
     try:
-        with open(path, "wb") as file:
+        with writing(path), open(path, "wb") as file:
             SentencePieceTrainer.train(
                 sentence_iterator=sentences(),
                 model_writer=file,
@@ -379,6 +395,8 @@ def read_documents(path: Path) -> Iterator[str]:
 def open_text(path: Path):
     """A text file, packed with gzip or not. Raises ValueError naming the line that is not UTF-8, and for damage."""
     opener = gzip.open if path.name.endswith(".gz") else open
+    if opener is gzip.open and not path.stat().st_size:
+        raise ValueError(f"{path} is damaged (it has 0 bytes, and even an empty text is packed into some)")
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
             yield file
@@ -399,9 +417,11 @@ def _read_jsonl(path: Path, file) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
+            record = _parse_line(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        try:
+            text = record["text"]
         except (KeyError, TypeError):
             raise ValueError(f"{path}:{number}: no field `text`") from None
         if not isinstance(text, str):
@@ -413,19 +433,37 @@ def _read_jsonl(path: Path, file) -> Iterator[str]:
         yield text
 
 
+def _parse_line(line: str):
+    """What a line of JSON says. Raises ValueError with the reason alone; the reader knows the place."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
+    except (RecursionError, ValueError):
+        return parse_json(line, "the line")
+
+
 def _read_parquet(path: Path) -> Iterator[str]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    row = 0
     try:
         table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if "text" not in table.schema_arrow.names:
-        raise ValueError(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
-    for batch in table.iter_batches(256, columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        if "text" not in table.schema_arrow.names:
+            raise ValueError(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
+        for batch in table.iter_batches(256, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if isinstance(text, str):
+                    yield text
+                elif text is not None:
+                    raise ValueError(f"{path}: row {row}: field `text` is {type(text).__name__}, not a string")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a text after row {row} is not UTF-8 ({error.reason})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
 
 
 def _split_text(file) -> Iterator[str]:
@@ -454,16 +492,17 @@ def _split_text(file) -> Iterator[str]:
 def cut(blocks: Iterable[str], size: int) -> Iterator[str]:
     """Cut a text that comes in blocks into pieces of about size characters, without losing one: after the first
     blank line past size; where there is none up to 4 * size after a line, and without a line right there."""
-    buffer = ""
+    buffer, start = "", 0  # what comes before start is done with; it goes with the next block, not with every piece
     for block in itertools.chain(blocks, [""]):
-        buffer += block
-        while len(buffer) > (4 if block else 1) * size:  # far enough ahead to choose; at the end, the rest
-            ends = (buffer.find(mark, size, 4 * size) + len(mark) for mark in ("\n\n", "\n"))
-            end = next((end for end in ends if end >= size), size)
-            yield buffer[:end]
-            buffer = buffer[end:]
-    if buffer:
-        yield buffer
+        buffer, start = buffer[start:] + block, 0
+        while len(buffer) - start > (4 if block else 1) * size:  # far enough ahead to choose; at the end, the rest
+            first, last = start + size, start + 4 * size
+            ends = (buffer.find(mark, first, last) + len(mark) for mark in ("\n\n", "\n"))
+            end = next((end for end in ends if end >= first), first)
+            yield buffer[start:end]
+            start = end
+    if start < len(buffer):
+        yield buffer[start:]
 
 
 def download(url: str, folder: Path, corpus: Corpus) -> Path:
@@ -479,6 +518,8 @@ def download(url: str, folder: Path, corpus: Corpus) -> Path:
     try:
         size, checksum = _fetch(url, part)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise OSError(error.errno, error.strerror, str(part)) from None
         raise ValueError(
             f"{url} could not be fetched ({getattr(error, 'reason', error)}); without a network, give --source a local "
             f"file or folder; typed again, the command continues the download"
@@ -554,21 +595,31 @@ def split_documents(
 
 
 def split(
-    items: Iterator, content: Callable[..., bytes], val_fraction: float, database: Path, counts: Counter
+    items: Iterator,
+    content: Callable[..., bytes],
+    val_fraction: float,
+    database: Path,
+    counts: Counter,
+    group: Callable[..., bytes] | None = None,
 ) -> Iterator[tuple[str, object]]:
     """("train" or "val", item) of every item whose content differs from that of all before.
 
-    The first 8 bytes of the content's SHA-256, as a fraction of 2^64, lie under val_fraction for validation. The
-    hashes seen so far are kept in a database file, so that memory does not grow with the corpus.
+    The first 8 bytes of the SHA-256 of its group, the content where no group is given, as a fraction of 2^64, lie under
+    val_fraction for validation. The hashes of the contents seen so far are kept in a database file, so that memory does
+    not grow with the corpus.
     """
-    seen = sqlite3.connect(database, isolation_level=None)
-    seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # nobody needs the database after a crash
-    seen.executescript("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
+    with writing(database, sqlite3.OperationalError):
+        seen = sqlite3.connect(database, isolation_level=None)
+        seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # after a crash nobody needs the database
+        seen.executescript("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
     for item in items:
         digest = hashlib.sha256(content(item)).digest()
-        if not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount:
+        with writing(database, sqlite3.OperationalError):
+            new = seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount
+        if not new:
             counts["duplicates"] += 1
             continue
+        digest = hashlib.sha256(group(item)).digest() if group else digest
         yield "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train", item
     seen.close()
     database.unlink()
@@ -664,7 +715,8 @@ class ShardWriter:
     def _append(self, split: str, name: str, suffix: str, values: np.ndarray):
         """Add to the last file of a split, or what lies beside it with this suffix, and keep its hash under name."""
         entry, data, digest = self.files[split][-1], values.tobytes(), self.hashes[split][name]
-        with open((self.folder / entry["file"]).with_suffix(suffix), "ab") as file:
+        path = (self.folder / entry["file"]).with_suffix(suffix)
+        with writing(path), open(path, "ab") as file:
             file.write(data)
         digest.update(data)
         entry[name] = digest.hexdigest()
@@ -687,8 +739,9 @@ def prepare(
     Raises ValueError for bad input; out appears only when everything in it is complete.
     """
     trained = tokenizer.removeprefix("train:") if tokenizer.startswith("train:") else None
-    if trained is not None and not (trained.isdigit() and int(trained) > 300):
-        raise ValueError(f"--tokenizer {tokenizer}: give a vocabulary size above 300, such as train:4096")
+    if trained is not None and not (re.fullmatch("[0-9]{1,7}", trained) and 300 < int(trained) <= MAX_PIECES):
+        sizes = f"a vocabulary size above 300 and at most {MAX_PIECES:,}"
+        raise ValueError(f"--tokenizer {tokenizer[:40]}: give {sizes}, such as train:4096")
     if trained is None:
         Tokenizer(tokenizer)  # before anything is downloaded
     for item in source:
@@ -701,9 +754,11 @@ def prepare(
 def _prepare(write: Callable[..., dict], suffixes: tuple[str, ...], flags: dict, workers: int | None) -> dict:
     """Let write(folder, files, val_fraction, workers) make a dataset under another name, then give it its own."""
     out, workers, val_fraction = Path(flags["out"]), workers or os.cpu_count(), flags["val_fraction"]
-    if workers < 1:
-        raise ValueError(f"--workers {workers} must be at least 1, or 0 for all cores")
-    if out.exists():
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"--workers {workers} must be at least 1 and at most {MAX_WORKERS}, or 0 for all cores")
+    if not all(flags["source"]) or not flags["source"]:
+        raise ValueError('--source names nothing ("" is no file); give a file, a folder or a name such as stdlib')
+    if out.exists() or out.is_symlink():
         raise ValueError(f"--out {out} exists; choose another folder or delete it")
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction} must lie between 0 and 1")
@@ -712,7 +767,8 @@ def _prepare(write: Callable[..., dict], suffixes: tuple[str, ...], flags: dict,
         meta = write(aside, files, val_fraction=val_fraction, workers=workers)
         words = [word for name, value in flags.items() for word in _as_flag(name, value)]
         meta["command"] = shlex.join(["python", "data.py", *words])
-        (aside / "meta.json").write_text(json.dumps(meta, indent=2))
+        with writing(aside / "meta.json"):
+            (aside / "meta.json").write_text(json.dumps(meta, indent=2))
     return meta
 
 
@@ -754,7 +810,7 @@ def _write_dataset(aside: Path, files: list[Path], tokenizer: str, val_fraction:
 def _describe(tokenizer: Tokenizer, writer: ShardWriter, val_fraction: float, about: dict) -> dict:
     """meta.json. Raises ValueError where a split has no documents."""
     meta = {
-        "format": "plainllama tokens 1",
+        "format": FORMAT,
         "tokenizer": {"name": tokenizer.name, "file": tokenizer.file, "sha256": tokenizer.sha256},
         "vocab_size": tokenizer.vocab_size,
         "dtype": writer.dtype.name,
@@ -769,6 +825,8 @@ def _describe(tokenizer: Tokenizer, writer: ShardWriter, val_fraction: float, ab
         if not numbers["documents"]:
             found = sum(other["documents"] for other in meta["splits"].values())
             hint = f"give more text, or {'raise' if split == 'val' else 'lower'} --val_fraction {val_fraction}"
+            if "kind" in about:
+                hint = f"those with the same first question go together; {hint}"
             raise ValueError(f"none of the {found} documents went to {split}; {hint}")
     return meta
 
@@ -818,7 +876,9 @@ def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
             if lines and not item.strip():
                 continue
             try:
-                record = json.loads(item) if lines else item
+                record = _parse_line(item) if lines else item
+                if isinstance(record, ValueError):
+                    raise record
                 if not isinstance(record, dict):
                     raise ValueError(f"a {type(record).__name__}, not an object")
                 record = {name: value for name, value in record.items() if value is not None}
@@ -826,8 +886,8 @@ def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
                 "".join(turn.text for side in sides for turn in side).encode()
             except UnicodeEncodeError:
                 yield Record(place, problem="half of a surrogate pair, not Unicode text")
-            except json.JSONDecodeError as error:
-                yield Record(place, problem=f"not JSON ({error.msg})")
+            except RecursionError:
+                yield Record(place, problem="nested too deeply")
             except ValueError as error:
                 yield Record(place, problem=str(error))
             else:
@@ -835,13 +895,32 @@ def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
 
 
 def _load_list(path: Path, file) -> list:
+    """The records of a .json file; in the place of one with a number too long for Python stands a ValueError."""
+    too_long, found = ValueError("not JSON that can be read (a number has too many digits)"), []
+
+    def whole_number(digits: str):
+        try:
+            return int(digits)
+        except ValueError:
+            found.append(digits)
+            return too_long
+
     try:
-        records = json.load(file)
+        records = json.load(file, parse_int=whole_number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:
         raise ValueError(f"{path}: not JSON that can be read (nested too deeply)") from None
-    return records if isinstance(records, list) else [records]
+    records = records if isinstance(records, list) else [records]
+    return [too_long if found and _holds(record, too_long) else record for record in records]
+
+
+def _holds(record, part) -> bool:
+    """Whether part is somewhere in a record of JSON."""
+    waiting = [record]
+    for value in waiting:  # grows on the way
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(value is part for value in waiting)
 
 
 def detect(record: dict) -> str:
@@ -890,7 +969,7 @@ def _instruction(record: dict) -> tuple[list[Turn]]:
         raise ValueError(f"the input is {type(more).__name__}, not str")
     question = _field(record, "instruction") + (INPUT + more if more.strip() else "")
     turns = [Turn("system", _field(record, "system"))] if record.get("system") else []
-    for pair in record.get("history") or []:
+    for pair in _field(record, "history", kind=list) if record.get("history") else []:
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
             raise ValueError("field `history` is not pairs of a question and its answer")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
@@ -922,8 +1001,11 @@ def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
     prompt = record.get("prompt", [])
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     asked = next((record[name] for name in ("conversations", "messages") if name in record), asked)
+    if not isinstance(asked, list):
+        raise ValueError(f"what was asked is {type(asked).__name__}, neither a text nor a list of messages")
     sides = []
-    for answer in (record["chosen"], record["rejected"]):
+    for name in ("chosen", "rejected"):
+        answer = _field(record, name, kind=object)
         if not isinstance(answer, list):
             answer = [{"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
         whole = answer if len(answer) > 1 else [*asked, *answer]
@@ -999,8 +1081,8 @@ ALPACA = (
 TEMPLATES = {
     "llama2-chat": Template("[INST] {}{} [/INST]", " {} ", "<<SYS>>\n{}\n<</SYS>>\n\n", every_bos=True),
     "vicuna": Template("{}USER: {} ASSISTANT:", " {}", "{} ", default=lambda question: VICUNA),
-    "alpaca": Template(
-        "{}### Instruction:\n{}\n\n### Response:\n", later="\n\n", default=lambda question: ALPACA[INPUT in question]
+    "alpaca": Template(  # as Stanford's own train.py has it
+        "{}### Instruction:\n{}\n\n### Response:", later="\n\n", default=lambda question: ALPACA[INPUT in question]
     ),
     "chatml": Template(
         "{}<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
@@ -1008,6 +1090,9 @@ TEMPLATES = {
         later="\n",
     ),
     "plain": Template("{}{}\n", later="\n"),
+    "alpaca-lf": Template(  # a line feed more, as alpaca-lora and most later copies have it
+        "{}### Instruction:\n{}\n\n### Response:\n", later="\n\n", default=lambda question: ALPACA[INPUT in question]
+    ),
 }
 
 
@@ -1113,6 +1198,11 @@ def usable(
         yield sides
 
 
+def first_question(sides: tuple[list[Turn], ...]) -> bytes:
+    """What decides between training and validation, so that no question of one is in the other."""
+    return next(turn.text for turn in sides[0] if turn.role == "user").encode()
+
+
 def _check_sides(sides: tuple[list[Turn], ...]):
     if not all(side and side[-1].role == "assistant" for side in sides):
         raise ValueError("the last turn is not an answer")
@@ -1191,7 +1281,8 @@ def _write_chats(
     writer = ShardWriter(aside, token_dtype(chosen.vocab_size))
     cleaner = Cleaner(cleaning, aside / "removed.jsonl", chosen)
     sides = usable(files, format, cleaner, counts, bad)
-    items = split(sides, lambda sides: json.dumps(sides).encode(), val_fraction, aside / "seen.db", counts)
+    content = lambda sides: json.dumps(sides).encode()
+    items = split(sides, content, val_fraction, aside / "seen.db", counts, first_question)
     tasks = _tasks(items, lambda sides: sum(len(turn.text) for side in sides for turn in side))
     work = functools.partial(_render_task, tokenizer_path=str(aside / chosen.file), template=template, max_len=max_len)
     with tqdm(unit=" documents", desc="tokenizing", file=sys.stderr) as bar:
@@ -1213,7 +1304,8 @@ def _write_chats(
         raise ValueError("preference pairs are not cleaned; leave the flags of cleaning out")
     about = {"documents_are": "BOS, turns, EOS", "kind": kind, "template": template, "max_len": max_len}
     if kind == "chat":
-        (aside / "cleaning.txt").write_text(cleaner.report() + "\n")
+        with writing(aside / "cleaning.txt"):
+            (aside / "cleaning.txt").write_text(cleaner.report() + "\n")
     return _describe(chosen, writer, val_fraction, about | {"counts": dict(counts)})
 
 
@@ -1277,6 +1369,9 @@ class Cleaner:
     def __init__(
         self, options: Cleaning, removed: str | Path | None = None, tokenizer: Tokenizer | None = None
     ):
+        for name in ("min_answer_chars", "max_chars"):
+            if getattr(options, name) < 0:
+                raise ValueError(f"--{name} {getattr(options, name)} must be at least 0")
         steps = {
             "html": options.html and html_to_markdown,
             "characters": tidy_characters,
@@ -1313,13 +1408,12 @@ class Cleaner:
 
     def _keep_what_went(self, name: str, before: list[Turn], after: list[Turn], where: str):
         """What was cut off in the file `removed`, and the first of each step's doings as examples."""
-        left = "".join(turn.text for turn in after)
-        cut = [turn for turn in before if turn.text not in left] if len(after) < len(before) else []
+        cut = _left_out(before, after) if len(after) < len(before) else []
         if self.tokenizer:
             self.counts[name]["tokens"] += sum(len(self.tokenizer.encode(turn.text)) for turn in cut)
         if cut and self.removed:
             row = {"step": name, "where": where, "turns": [turn._asdict() for turn in cut]}
-            with open(self.removed, "a", encoding="utf-8") as file:
+            with writing(self.removed), open(self.removed, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         examples = self.examples.setdefault(name, [])
         if len(examples) < 3:
@@ -1334,6 +1428,22 @@ class Cleaner:
             lines.append(f"{name:12}" + "".join(f"{cell:>14}" for cell in cells))
         shown = [f"{name}: {example}" for name, examples in self.examples.items() for example in examples]
         return "\n".join(line.rstrip() for line in [*lines, *shown])
+
+
+def _left_out(before: list[Turn], after: list[Turn]) -> list[Turn]:
+    """The turns of before that are not in after, which holds the others in their order, some perhaps joined."""
+    cut, place, start = [], 0, 0  # before goes on at character `start` of turn `place` of after
+    for turn in before:
+        end = start + len(turn.text)
+        joined = after[place] if place < len(after) else Turn("", "")
+        ends = end == len(joined.text)
+        if turn.role == joined.role and joined.text.startswith(turn.text, start) and (
+            ends or joined.text.startswith("\n\n", end)
+        ):
+            place, start = (place + 1, 0) if ends else (place, end + 2)
+        else:
+            cut.append(turn)
+    return cut
 
 
 def _difference(before: list[Turn], after: list[Turn], cut: list[Turn]) -> str:
@@ -1369,14 +1479,21 @@ def html_to_markdown(turns: list[Turn]) -> list[Turn]:
 
 
 def _markdown(html: str) -> str:
-    soup = _library("bs4", "html").BeautifulSoup(html, "html.parser")
+    bs4 = _library("bs4", "html")
+    try:
+        soup = bs4.BeautifulSoup(html, "html.parser")
+    except bs4.ParserRejectedMarkup as error:
+        raise ValueError(f"an answer is HTML that cannot be read ({str(error).splitlines()[-1].strip()})") from None
     for block in soup.find_all("pre"):
         if block.code:
             block.contents = [block.code]  # beside the code there may be a bar with its language and a button
     language = lambda block: (re.findall(r'class="[^"]*language-(\w+)', str(block)) or [""])[0]
     options = {f"escape_{what}": False for what in ("asterisks", "underscores", "misc")}
     options |= {"heading_style": "ATX", "bullets": "-", "code_language_callback": language}
-    return _library("markdownify", "html").MarkdownConverter(**options).convert_soup(soup).strip()
+    try:
+        return _library("markdownify", "html").MarkdownConverter(**options).convert_soup(soup).strip()
+    except RecursionError:
+        raise ValueError("an answer is HTML that cannot be read (nested too deeply)") from None
 
 
 def tidy_characters(turns: list[Turn]) -> list[Turn]:
@@ -1390,7 +1507,7 @@ def _tidy(text: str) -> str:
     text = re.sub("[\u00a0\u202f\u3000]", " ", text)
     text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff\ud800-\udfff]", "", text)
     text = re.sub(r"\n{4,}", "\n\n\n", text)
-    return re.sub(r"\A(?:[ \t]*\n)+|\A (?=\S)|\s+\Z", "", text)
+    return re.sub(r"\A(?:[ \t]*\n)+|\A (?=\S)", "", text.rstrip())  # \s+\Z would try every blank of a long run
 
 
 def drop_empty(turns: list[Turn]) -> list[Turn]:
@@ -1751,6 +1868,7 @@ def pack(sizes: np.ndarray, room: int) -> np.ndarray:
     [1, 0, 0, 1, 1]
     """
     rows = np.empty(len(sizes), np.int64)
+    room = min(room, int(sizes.sum()))  # in more there would be as many rows, and a longer table
     by_room = [[] for _ in range(room + 1)]  # the rows that have this much room left
     some = 0  # bit r is set where by_room[r] is not empty
     count = 0
@@ -1901,17 +2019,20 @@ def shuffled(index: int, size: int, key: tuple[int, int]) -> int:
             return index
 
 
-def read_meta(folder: str | Path) -> dict:
-    """meta.json of a dataset folder, its tokenizer file checked against the hash. Raises ValueError."""
+def read_meta(folder: str | Path) -> DatasetMeta:
+    """meta.json of a dataset folder, its fields checked, its tokenizer file against the hash too. Raises ValueError."""
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         made = f"python data.py --source PATH --out {folder}"
         raise ValueError(f"{folder} holds no dataset (no meta.json); make one: {made}")
-    meta = read_json(folder / "meta.json", "tokenizer", "vocab_size", "dtype", "splits")
-    found = Tokenizer(folder).sha256
+    meta, tokenizer = read_dataset_meta(folder / "meta.json"), Tokenizer(folder)
     file, expected = meta["tokenizer"]["file"], meta["tokenizer"]["sha256"]
-    if found != expected:
-        raise ValueError(f"{folder}: {file} has SHA-256 {found[:12]}…, the dataset was made with {expected[:12]}…")
+    if tokenizer.sha256 != expected:
+        found = tokenizer.sha256[:12]
+        raise ValueError(f"{folder}: {file} has SHA-256 {found}…, the dataset was made with {expected[:12]}…")
+    for name, told in (("vocab_size", tokenizer.vocab_size), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        if meta[name] != told:
+            raise ValueError(f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}")
     return meta
 
 
@@ -1930,18 +2051,22 @@ class Config:
     val_fraction: float = 0.05          # of the documents, chosen by their hash
     workers: int = 0                    # processes; 0 takes all cores
     # conversations and preference pairs, from .json and .jsonl
-    template: str = ""                  # llama2-chat, vicuna, alpaca, chatml or plain makes a set to fine-tune on
+    template: str = ""
+    """llama2-chat, vicuna, alpaca (Stanford's own), chatml, plain or alpaca-lf (as most later copies of Alpaca have it,
+    with a line end before the answer) makes a set to fine-tune on"""
     max_len: int = 2048                 # tokens; what is longer is split between exchanges
     format: str = "auto"
     """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, pairs (ShareGPT's chosen, rejected)"""
     allow_bad: float = 0.01             # fraction of the records that may be bad, and are left out
     cleaning: Cleaning = field(default_factory=Cleaning)
-    show: str = ""                      # instead print examples of this folder, what the loss counts in brackets
+    show: str | None = None             # instead print examples of this folder, what the loss counts in brackets
     n: int = 3                          # so many
 
 
 def main(config: Config):
-    if config.show:
+    if config.show is not None:
+        if not config.show or config.n < 1:
+            raise ValueError(f'--show "{config.show}" needs a folder, and --n {config.n} must be at least 1')
         print(show(config.show, config.n))
         return
     if config.template:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lib import probe
 from lib.checkpoints import check_hashes, last_checkpoint
 from lib.configs import HuggingFace, read_adapter_config, read_params
+from lib.disk import writing
 from lib.files import file_in, new_folder
 from lib.identity import first_rows_sha256, weights_sha256
 from lib.kernels import IGNORE, CrossEntropy, Documents, attend_within
@@ -822,6 +823,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, tokenizer=None):
 
     Raises ValueError if the folder exists.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with new_folder(folder) as aside:
@@ -830,10 +832,12 @@ def save_adapter(adapter: Adapter, folder: str | Path, tokenizer=None):
             module, _, part = name.rpartition(".")
             theirs = _translate(f"{module}.weight", HF_NAMES).removesuffix("weight")
             tensors[f"{PEFT_PREFIX}{theirs}{part}.weight"] = tensor.contiguous()
-        save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
+        with writing(aside / "adapter_model.safetensors", SafetensorError):
+            save_file(tensors, aside / "adapter_model.safetensors", {"format": "pt"})
         (aside / "adapter_model.safetensors").chmod(0o644)
         settings = {name: value for name, value in adapter.settings.items() if name not in OUR_SETTINGS}
-        (aside / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        with writing(aside / "adapter_config.json"):
+            (aside / "adapter_config.json").write_text(json.dumps(settings, indent=2))
         if tokenizer is not None:
             tokenizer.save(aside)
 
@@ -906,6 +910,7 @@ def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes
 
     Written beside the folder and renamed when complete. Raises ValueError if it holds something.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -921,16 +926,19 @@ def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             tensors = {name: weight.cpu().contiguous() for name, weight in shard.items()}
-            save_file(tensors, aside / file, {"format": "pt"})
+            with writing(aside / file, SafetensorError):
+                save_file(tensors, aside / file, {"format": "pt"})
             (aside / file).chmod(0o644)  # safetensors makes it readable for its owner alone
             weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             total = sum(weight.nbytes for shard in shards for weight in shard.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            with writing(aside / "model.safetensors.index.json"):
+                (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         dtype = str(model.norm.weight.dtype).removeprefix("torch.")
         config = config_to_hugging_face(model.config) | {"torch_dtype": dtype}
         if tokenizer is not None:
             config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
             tokenizer.save(aside)
-        (aside / "config.json").write_text(json.dumps(config, indent=2))
+        with writing(aside / "config.json"):
+            (aside / "config.json").write_text(json.dumps(config, indent=2))

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,8 +105,7 @@ def _claim(aside: Path, folder: Path) -> int:
         aside.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(f"{aside} is in the way and not of this project's making; move it, then try again") from None
-    handle = lock(aside)
-    if handle is None:
-        raise ValueError(f"{folder} is being written by another process right now; wait for it, or end it")
+    while (handle := lock(aside)) is None:  # another process has found the folder and looks whose it is
+        time.sleep(0.01)
     (aside / OURS).touch()
     return handle

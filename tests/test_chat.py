@@ -174,12 +174,13 @@ def test_templates_are_written_as_published():
     ))  # fmt: skip
     assert decode(with_input, "alpaca") == (
         f"{below}, paired with an input that provides further context. Write a response that appropriately completes "
-        "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n⟦3</s>⟧"
+        "the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:⟦3</s>⟧"
     )
     assert decode(without, "alpaca") == (
         f"{below}. Write a response that appropriately completes the request.\n\n### Instruction:\nSing.\n\n"
-        "### Response:\n⟦La</s>⟧"
+        "### Response:⟦La</s>⟧"
     )
+    assert decode(without, "alpaca-lf") == decode(without, "alpaca").replace("Response:", "Response:\n")
     system = [Turn("system", "Be kind.")]
     assert decode(system + turns * 2, "llama2-chat") == (
         "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST]⟦ Yo </s>⟧<s>[INST] Hi [/INST]⟦ Yo </s>⟧"
@@ -551,7 +552,9 @@ def test_a_set_in_many_files_made_by_many_workers_holds_the_same(kind, tmp_path,
 
 
 def test_the_command_shows_what_the_loss_counts(tmp_path, pair_set):
-    source = write_json(tmp_path / "a.json", [sharegpt(TALK[:4] + talk(i, 9)) for i in range(60)])
+    source = write_json(tmp_path / "a.json", [
+        sharegpt([Turn("user", f"{i}: {TALK[0].text}"), *TALK[1:4], *talk(i, 9)]) for i in range(60)
+    ])
     words = ("--source", str(source), "--out", str(tmp_path / "set"), "--tokenizer", "bytes", "--template", "chatml")
     done = command("data.py", *words)
     first = "<|im_start|>assistant\n⟦A program.</s>⟧\n<|im_start|>user\nAnd\n\nthen? {0}<|im_end|>"
