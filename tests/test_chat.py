@@ -27,6 +27,7 @@ from data import (
     Tokenizer,
     Turn,
     bracketed,
+    fit,
     in_order,
     prepare,
     prepare_chats,
@@ -399,6 +400,14 @@ def test_a_long_conversation_is_split_between_exchanges(template, tmp_path):
     assert sum(pieces, []) == answers[:9] + answers[10:] and len(pieces) >= 4
     counts = part.meta["counts"]
     assert (counts["split"], counts["exchanges_too_long"]) == (1, 1)
+
+
+def test_an_exchange_fills_a_piece_to_its_last_token_and_no_further():
+    turns, tokenizer = talk(0, 20, 20), Tokenizer("bytes")
+    both, one = (len(render(some, "plain", tokenizer)[0]) for some in (turns, turns[:2]))
+    for max_len, pieces, dropped in ((both, 1, 0), (both - 1, 2, 0), (one, 2, 0), (one - 1, 0, 2)):
+        made, left_out = fit(turns, "plain", tokenizer, max_len)
+        assert (len(made), left_out) == (pieces, dropped)
 
 
 def test_where_nothing_fits_that_is_said_and_where_half_does_a_run_ends(tmp_path, tiny_run):

@@ -412,6 +412,15 @@ def test_adding_data_moves_no_document_from_validation_to_training(tmp_path):
     assert set(documents(tmp_path / "a", "train")) <= set(documents(tmp_path / "b", "train"))
 
 
+def test_the_hash_of_a_document_says_where_it_goes_the_same_documents_for_validation_everywhere(tmp_path):
+    texts = [f"document {i}" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare((str(tmp_path / "a.jsonl"),), tmp_path / "d", "bytes", 0.2, workers=1)
+    hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) for text in texts]
+    expected = [text for text, number in zip(texts, hashes) if number < 0.2 * 2**64]
+    assert documents(tmp_path / "d", "val") == expected and 10 < len(expected) < 30
+
+
 def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.setattr("data.TASK_CHARS", 2_000)
     write_texts(tmp_path / "in", range(300))
@@ -543,6 +552,15 @@ def test_shuffled_is_a_permutation_that_differs_by_epoch(size):
         assert sum(moved) / size > size / 5  # a random permutation moves an item by a third of the size
 
 
+@pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
+def test_every_epoch_goes_through_the_data_in_another_order(kind, tiny_data):
+    data = kind(tiny_data, "train", 48)
+    epoch = lambda number, seed: [data.index(i + number * len(data), seed) for i in range(len(data))]
+    orders = [epoch(0, 7), epoch(1, 7), epoch(2, 7), epoch(0, 8)]
+    assert all(sorted(order) == list(range(len(data))) for order in orders)
+    assert len(set(map(tuple, orders))) == 4 and len(data) > 100
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_all_ranks_together_read_each_window_once_an_epoch(world, tiny_data):
     """Trap 12: also where the length of the data does not divide by anything."""
@@ -614,6 +632,18 @@ def test_a_damaged_dataset_is_refused(tiny_data, tmp_path):
     assert "holds no tokenizer" in damaged(without_tokenizer)
     with pytest.raises(ValueError, match="no val file has 1000001 tokens"):
         TokenDataset(tiny_data, "val", 1_000_000)
+
+
+@pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
+def test_an_id_outside_the_vocabulary_is_refused(kind, tiny_data, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_data, tmp_path / "d")
+    tokens = np.memmap(tmp_path / "d" / "train_00000.bin", "<u2", "r+")
+    tokens[5] = 258  # ids go from 0 to 257
+    data = kind(tmp_path / "d", "train", 10)
+    with pytest.raises(ValueError, match="has a token 258, its vocabulary only 258"):
+        data.batch(range(len(data)))
 
 
 # ---- size and speed ----

@@ -121,6 +121,16 @@ def test_as_many_examples_stay_as_fit_and_then_the_left_is_cut(shared, llama):
     assert all(q.shots == 5 and len(q.context) == 560 and q.cut for q in harness)
 
 
+def test_an_example_that_just_fits_stays(llama):
+    """Also where the sizes of the parts, which sentencepiece begins with a blank each, add up to more than the whole."""
+    examples = [f"{i}. Is it so?\nYes.\n\n" for i in range(5)]
+    for tokenizer in (llama, Tokenizer("bytes")):
+        whole = [len(tokenizer.encode("Ask.\n\n" + "".join(examples[:n]) + "And now?", bos=True)) for n in range(6)]
+        for room in range(whole[0], whole[5] + 2):
+            fitted = eval.Prompts(Config(), tokenizer, "Ask.\n\n", examples, room).fit("And now?")
+            assert fitted["shots"] == max(n for n in range(6) if whole[n] <= room) and not fitted["cut"]
+
+
 def test_cells_are_read_as_they_are(shared, tmp_path):
     rows = read_mmlu(shared("mmlu/data/test/college_biology_test.csv"))
     assert all(len(row) == 6 for row in rows)
@@ -357,6 +367,8 @@ def test_scores_have_both_averages_and_wilsons_intervals():
     found = eval.summarize(records, "mmlu")
     acc = found["scores"]["acc"]
     assert (acc["micro"][0], acc["macro"][0]) == (0.5, pytest.approx(2 / 3)) and found["ties"] == 2
+    half = 1.96 * math.sqrt(0 / 1 + (2 / 9) / 3) / 2  # each subject's variance by its number of questions
+    assert acc["macro"][1:] == pytest.approx([2 / 3 - half, 2 / 3 + half])
     assert acc["categories"] == {"other": acc["micro"]}
     assert estimate([1.0] * 8 + [0.0] * 2) == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)  # Wilson 1927
     assert estimate([0.25, 0.75]) == pytest.approx([0.5, 0.5 - 1.96 * 0.25 / 2**0.5, 0.5 + 1.96 * 0.25 / 2**0.5])

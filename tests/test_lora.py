@@ -1,6 +1,7 @@
 """LoRA and QLoRA: what is trained, what is kept, and that PEFT reads what is written here, and the other way round."""
 
 import json
+import math
 import os
 import sys
 
@@ -125,6 +126,18 @@ def test_the_product_with_an_nf4_matrix_has_the_gradient_of_one_with_the_unpacke
     other = x.detach().clone().requires_grad_()
     (other @ module.from_nf4(**parts, dtype=torch.float32).T).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_a_new_adapter_is_drawn_as_large_as_pefts_is():
+    """PEFT draws A by kaiming_uniform_(a=sqrt(5)), and leaves B at zero."""
+    model = module.add_adapters(Transformer(ModelConfig(96, 2, 4, 2, 320, 259)), 64, 8.0, list(TARGETS), False)
+    model.init_weights()
+    for name, p in adapters(model).items():
+        theirs = torch.nn.init.kaiming_uniform_(torch.empty_like(p), a=math.sqrt(5))
+        if name.endswith("lora_A"):
+            assert p.std().item() == pytest.approx(theirs.std().item(), rel=0.1) and abs(p.mean()) < 0.1 * p.std()
+        else:
+            assert not p.any()
 
 
 # ---- training ----

@@ -22,6 +22,7 @@ from model import (
     Documents,
     KVCache,
     ModelConfig,
+    RMSNorm,
     Transformer,
     Unembedding,
     attend_within,
@@ -109,6 +110,14 @@ def test_rotary_tables_are_fp32_and_the_same_after_bf16_and_meta_initialisation(
     assert not list(plain.buffers())
     positions = rope_table(SIZES["7B"], torch.arange(4096))[1][:, -1]
     assert len(set(positions.tolist())) == 4096
+
+
+def test_the_norm_takes_its_mean_of_squares_in_fp32():
+    """So that an activation in bf16 is rounded once, on the way out, and not in the mean too."""
+    x = (torch.randn(200, 512, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    norm, exact = RMSNorm(512, 1e-5).bfloat16(), x.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert (norm(x) != exact.bfloat16()).float().mean() < 1e-3  # with a mean in bf16 it is every third number
 
 
 def test_only_residual_writers_start_smaller():

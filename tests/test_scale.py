@@ -326,6 +326,20 @@ def test_torchrun_restarts_a_run_that_crashed(options, tmp_path):
     assert "continuing run after step" in rest and log(tmp_path / "run", "step")[-1] == 400
 
 
+def test_a_restarted_attempt_does_not_see_what_the_one_before_left_in_the_store(monkeypatch):
+    """torchrun's agent keeps the store: the addresses of processes that have ended would be found in it."""
+    kept, stores = dist.HashStore(), []
+    monkeypatch.setattr(dist, "rendezvous", lambda where: iter([(kept, 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, store, **world: stores.append(store))
+    monkeypatch.setattr(train, "tune_cpu", lambda: None)
+    monkeypatch.setenv("RANK", "0")
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        train.join_world()
+    stores[0].set("address", "of a process that has ended")
+    assert stores[0].check(["address"]) and not stores[1].check(["address"])
+
+
 # ---- bad steps ----
 
 
