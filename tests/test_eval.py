@@ -316,23 +316,35 @@ def test_scores_are_equal_for_any_batch_and_any_number_of_processes(shared, tmp_
     for name, other in zip("bc", others):
         assert other["scores"] == first["scores"] and other["prompts_sha256"] == first["prompts_sha256"]
         for a, b in zip(lines_of(tmp_path / "a.json"), lines_of(tmp_path / f"{name}.json"), strict=True):
-            assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-5) and a["pick"] == b["pick"]
+            assert_same_but_for_rounding(a["logprobs"], b["logprobs"], additions(SIZES["260K"], 512))
+            assert a["pick"] == b["pick"]
     run_ranks(2, eval.main, dataclasses.replace(config, subjects="anatomy", limit=1, out=str(tmp_path / "d.json")))
     assert lines_of(tmp_path / "d.json")[0]["pick"] == lines_of(tmp_path / "a.json")[0]["pick"]  # one had nothing to do
     a, c = (lines_of(tmp_path / f"{name}.json") for name in "ac")
     assert a == c  # the batches are the same ones, whoever reads them
 
 
+KILLED = """
+import os, signal, eval
+from lib.cli import run_command
+
+def share(self, batches, work, all_of_them=eval.World.share):
+    for number, results in enumerate(all_of_them(self, batches, work)):
+        if number == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield results
+
+eval.World.share = share
+run_command(eval.main, eval.Config)
+"""  # after 40 batches
+
+
 def test_a_killed_evaluation_continues_from_its_lines(shared, tmp_path):
     options = story_flags(shared, subjects="anatomy,virology,marketing", limit=60, batch_tokens=600)
     whole = run(**options, out=str(tmp_path / "whole.json"))
-    words = flags(options | {"out": tmp_path / "k.json"})
-    process = subprocess.Popen([sys.executable, ROOT / "eval.py", *words], stderr=subprocess.DEVNULL)
-    lines = tmp_path / "k.jsonl"
-    while process.poll() is None and (not lines.exists() or lines.read_bytes().count(b"\n") < 20):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    words, lines = flags(options | {"out": tmp_path / "k.json"}), tmp_path / "k.jsonl"
+    process = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    assert process.returncode == -signal.SIGKILL
     kept = lines.read_bytes()[: lines.read_bytes().rfind(b"\n") + 1]
     assert 20 <= kept.count(b"\n") < 180 and not (tmp_path / "k.json").exists()
     lines.write_bytes(kept + b'{"task": "mm')  # as a kill in the middle of a line leaves it
@@ -344,7 +356,7 @@ def test_a_killed_evaluation_continues_from_its_lines(shared, tmp_path):
         if (a["subject"], a["index"]) == (first["subject"], first["index"]):
             assert b["logprobs"] == first["logprobs"]
         else:
-            assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-5)
+            assert_same_but_for_rounding(a["logprobs"], b["logprobs"], additions(SIZES["260K"], 512))
     assert resumed["scores"]["scores"] == whole["scores"]["scores"]
     (tmp_path / "k.json").unlink()
     with pytest.raises(ValueError, match=r"k.jsonl:1 is of another evaluation; choose another name"):
@@ -521,7 +533,7 @@ def test_the_shared_prefix_makes_it_three_times_and_all_of_it_faster_than_transf
             seconds[name].append(time.perf_counter() - started)
     for name in ("apart", "transformers"):
         for mine, theirs in zip(answers["shared"], answers[name]):
-            assert mine == pytest.approx(theirs, abs=1e-5)
+            assert_same_but_for_rounding(mine, theirs, additions(model.config, 2048))
     ratio = {n: statistics.median(b / a for a, b in zip(seconds["shared"], seconds[n])) for n in seconds}
     for name, values in seconds.items():
         print(f"{name}: {tokens / statistics.median(values):,.0f} tokens/s, {ratio[name]:.2f} times as long as shared")

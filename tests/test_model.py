@@ -375,7 +375,7 @@ def watch():
     global peak
     while not done: peak = max(peak, rss()); time.sleep(0.001)
 thread = threading.Thread(target=watch); thread.start()
-model = load({str(tmp_path / "m")!r}); done = True; thread.join()
+model = load({str(tmp_path / "m")!r}); done = True; thread.join(); peak = max(peak, rss())
 print(peak - before)
 """
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
