@@ -503,6 +503,8 @@ def test_a_batch_of_pairs_is_as_wide_as_its_longest_and_any_number_of_ranks_read
     whole = data.batch(data.numbers(3, 24), 5)
     used = (whole.targets != IGNORE).any(0).nonzero()[0].max() + 1
     assert whole.tokens.shape == (48, min(400, -(-used // 64) * 64)) and whole.bounds is None
+    apart = [data.batch([number], 5).targets for number in data.numbers(3, 24)]
+    assert (whole.targets != IGNORE).sum() == sum((targets != IGNORE).sum() for targets in apart)
     for world in (2, 3, 8):
         parts = [data.batch(data.numbers(3, 24, rank, world), 5) for rank in range(world)]
         row = 0

@@ -385,6 +385,7 @@ def documents(folder, split: str) -> list[str]:
 def test_a_dataset_holds_every_document_once_and_meta_counts_them(tmp_path):
     """Traps 8 and 11: one BOS and one EOS a document, and meta.json says what the files hold."""
     write_texts(tmp_path / "in", range(200))
+    (tmp_path / "in" / "0003.md").write_text("Grüße 안녕 " * 20)
     (tmp_path / "in" / "copy.md").write_text((tmp_path / "in" / "0007.md").read_text())
     (tmp_path / "in" / "empty.md").write_text(" \n")
     (tmp_path / "in" / "notes.xyz").write_text("not read")
