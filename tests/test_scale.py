@@ -376,18 +376,19 @@ def test_a_loss_that_is_not_finite_on_one_process_skips_the_update_on_all_and_na
     assert "train_00000.bin tokens" in event["data"][0] and "document" in event["data"][0]
 
 
-def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(world):  # noqa: F811
-    model = build()
-    optimizers, guard = train.make_optimizers(model, Config()), train.Guard(6.0, CPU)
-    train.train_step(model, optimizers, [micro_batch(rows())], 1e-3, Config(), guard)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(optimizer, world):  # noqa: F811
+    model, config = build(), Config(optimizer=optimizer)
+    optimizers, guard = train.make_optimizers(model, config), train.Guard(6.0, CPU)
+    train.train_step(model, optimizers, [micro_batch(rows())], 1e-3, config, guard)
     before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
     hook = model.blocks[1].register_full_backward_hook(lambda module, to, back: (to[0] * float("inf"), *to[1:]))
-    outcome = train.train_step(model, optimizers, [micro_batch(rows())], 1e-3, Config(), guard)
+    outcome = train.train_step(model, optimizers, [micro_batch(rows())], 1e-3, config, guard)
     hook.remove()
     assert outcome.loss.isfinite() and not outcome.norm.isfinite() and outcome.bad
     assert all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
     assert guard.level[0] == 1 and {int(state["step"]) for state in optimizers[0].state.values()} == {1}
-    assert not train.train_step(model, optimizers, [micro_batch(rows())], 1e-3, Config(), guard).bad
+    assert not train.train_step(model, optimizers, [micro_batch(rows())], 1e-3, config, guard).bad
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_advice(options, tmp_path, monkeypatch):
@@ -415,6 +416,7 @@ def test_a_spike_is_what_lies_far_above_the_running_level():
     level = guard.level.clone()
     assert judge(float("nan")) == [True, False] and judge(4.0, float("inf")) == [True, False]
     assert torch.equal(guard.level, level)
+    assert judge(50.0) == [False, True]
     assert judge(5.0) == [False, True] and judge(4.0, 9.0) == [False, True] and judge(5.0) == [False, True]
     assert [judge(5.0 + draw.gauss(0, 0.05))[1] for _ in range(40)][-20:] == [False] * 20  # a new level, not a spike
 
