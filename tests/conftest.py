@@ -80,6 +80,28 @@ def random_model(config):
     return model.eval()
 
 
+def additions(config, num_tokens: int) -> int:
+    """How many additions, one after the other, a logit after so many tokens has behind it."""
+    attention = 3 * config.dim + config.head_dim + 2 * num_tokens  # norm, query, out; scores; softmax and values
+    return config.num_layers * (attention + 2 * config.dim + config.ffn_dim) + 2 * config.dim
+
+
+def assert_same_but_for_rounding(mine, theirs, additions: int, size: float = 0.0):
+    """The same numbers, computed in fp32 in two orders, with so many additions one after the other behind each.
+
+    The largest difference is at most 8 · sqrt(additions) · 2^-24 of the largest number, whatever the processor and the
+    number of threads: rounding errors grow with the root of their number (Higham and Mary 2019, theorem 3.1). Where
+    the numbers are differences, size is that of the numbers that they are differences of.
+    """
+    import torch
+
+    mine, theirs = (torch.as_tensor(numbers, dtype=torch.float64) for numbers in (mine, theirs))
+    assert mine.shape == theirs.shape
+    difference, bound = (mine - theirs).abs().max().item(), 8 * additions**0.5 * 2**-24
+    size = max(size, theirs.abs().max().item())
+    assert difference <= bound * size, f"{difference:.3g} is {difference / size:.3g} of {size:.3g}, above {bound:.3g}"
+
+
 TINY_RUN = dict(
     size="260K", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, seq_len=32, batch_size=4,
     eval_tokens=512, log_every=1, eval_every=10, save_every=100, learning_rate=1e-2, dtype="fp32", sample="",

@@ -27,6 +27,7 @@ from data import (
     Tokenizer,
     Turn,
     bracketed,
+    fit,
     in_order,
     prepare,
     prepare_chats,
@@ -402,6 +403,14 @@ def test_a_long_conversation_is_split_between_exchanges(template, tmp_path):
     assert (counts["split"], counts["exchanges_too_long"]) == (1, 1)
 
 
+def test_an_exchange_fills_a_piece_to_its_last_token_and_no_further():
+    turns, tokenizer = talk(0, 20, 20), Tokenizer("bytes")
+    both, one = (len(render(some, "plain", tokenizer)[0]) for some in (turns, turns[:2]))
+    for max_len, pieces, dropped in ((both, 1, 0), (both - 1, 2, 0), (one, 2, 0), (one - 1, 0, 2)):
+        made, left_out = fit(turns, "plain", tokenizer, max_len)
+        assert (len(made), left_out) == (pieces, dropped)
+
+
 def test_where_nothing_fits_that_is_said_and_where_half_does_a_run_ends(tmp_path, tiny_run):
     """Trap 2."""
     with pytest.raises(ValueError, match="nothing is left of the records at --max_len 64: .*40 exchanges too long"):
@@ -495,6 +504,8 @@ def test_a_batch_of_pairs_is_as_wide_as_its_longest_and_any_number_of_ranks_read
     whole = data.batch(data.numbers(3, 24), 5)
     used = (whole.targets != IGNORE).any(0).nonzero()[0].max() + 1
     assert whole.tokens.shape == (48, min(400, -(-used // 64) * 64)) and whole.bounds is None
+    apart = [data.batch([number], 5).targets for number in data.numbers(3, 24)]
+    assert (whole.targets != IGNORE).sum() == sum((targets != IGNORE).sum() for targets in apart)
     for world in (2, 3, 8):
         parts = [data.batch(data.numbers(3, 24, rank, world), 5) for rank in range(world)]
         row = 0

@@ -385,6 +385,7 @@ def documents(folder, split: str) -> list[str]:
 def test_a_dataset_holds_every_document_once_and_meta_counts_them(tmp_path):
     """Traps 8 and 11: one BOS and one EOS a document, and meta.json says what the files hold."""
     write_texts(tmp_path / "in", range(200))
+    (tmp_path / "in" / "0003.md").write_text("Grüße 안녕 " * 20)
     (tmp_path / "in" / "copy.md").write_text((tmp_path / "in" / "0007.md").read_text())
     (tmp_path / "in" / "empty.md").write_text(" \n")
     (tmp_path / "in" / "notes.xyz").write_text("not read")
@@ -410,6 +411,15 @@ def test_adding_data_moves_no_document_from_validation_to_training(tmp_path):
     prepare((str(tmp_path / "in"),), tmp_path / "b", "bytes", 0.2, workers=1)
     assert set(documents(tmp_path / "a", "val")) <= set(documents(tmp_path / "b", "val"))
     assert set(documents(tmp_path / "a", "train")) <= set(documents(tmp_path / "b", "train"))
+
+
+def test_the_hash_of_a_document_says_where_it_goes_the_same_documents_for_validation_everywhere(tmp_path):
+    texts = [f"document {i}" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare((str(tmp_path / "a.jsonl"),), tmp_path / "d", "bytes", 0.2, workers=1)
+    hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) for text in texts]
+    expected = [text for text, number in zip(texts, hashes) if number < 0.2 * 2**64]
+    assert documents(tmp_path / "d", "val") == expected and 10 < len(expected) < 30
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
@@ -483,8 +493,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
                 pass
         return any(state != "Z" for state in states)
 
-    deadline = time.time() + 10
-    while alive() and time.time() < deadline:
+    deadline = time.monotonic() + 60
+    while alive() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert children and not alive()
 
@@ -541,6 +551,15 @@ def test_shuffled_is_a_permutation_that_differs_by_epoch(size):
         assert orders[0] != orders[1] != orders[2] and orders[0] != sorted(orders[0])
         moved = [abs(a - i) for i, a in enumerate(orders[0])]
         assert sum(moved) / size > size / 5  # a random permutation moves an item by a third of the size
+
+
+@pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
+def test_every_epoch_goes_through_the_data_in_another_order(kind, tiny_data):
+    data = kind(tiny_data, "train", 48)
+    epoch = lambda number, seed: [data.index(i + number * len(data), seed) for i in range(len(data))]
+    orders = [epoch(0, 7), epoch(1, 7), epoch(2, 7), epoch(0, 8)]
+    assert all(sorted(order) == list(range(len(data))) for order in orders)
+    assert len(set(map(tuple, orders))) == 4 and len(data) > 100
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -614,6 +633,18 @@ def test_a_damaged_dataset_is_refused(tiny_data, tmp_path):
     assert "holds no tokenizer" in damaged(without_tokenizer)
     with pytest.raises(ValueError, match="no val file has 1000001 tokens"):
         TokenDataset(tiny_data, "val", 1_000_000)
+
+
+@pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
+def test_an_id_outside_the_vocabulary_is_refused(kind, tiny_data, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_data, tmp_path / "d")
+    tokens = np.memmap(tmp_path / "d" / "train_00000.bin", "<u2", "r+")
+    tokens[5] = 258  # ids go from 0 to 257
+    data = kind(tmp_path / "d", "train", 10)
+    with pytest.raises(ValueError, match="has a token 258, its vocabulary only 258"):
+        data.batch(range(len(data)))
 
 
 # ---- size and speed ----

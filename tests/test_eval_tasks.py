@@ -123,6 +123,8 @@ def test_gsm8k_asks_after_the_eight_solved_problems(shared, llama):
     ("The answer is 1234.", "1,234", True, True),
     ("The answer is -5.", "-5", True, True),
     ("The answer is -5.", "5", False, False),
+    ("So the answer is 5.", "5", False, True),                             # nor another beginning
+    ("answer is 5.", "5", False, True),
     ("The answer is $18.", "18", False, True),                             # strict knows no dollars
     ("The answer is 18", "18", False, True),       # the last character is the one that the expression leaves out
     ("The answer is 18\n", "18", False, True),
@@ -229,6 +231,11 @@ def test_your_own_task_is_a_file_of_contexts_choices_and_answers(model, saved, t
             "acc_norm": float(by_length.index(max(by_length)) == row["answer"]),
         }
     assert set(result["scores"]["scores"]["acc"]["subjects"]) == {"choices", "sky"}
+
+
+def test_choices_are_also_weighed_by_their_characters():
+    question = Question("s", 0, [1], gold=[1], sizes=[1, 10, 4])
+    assert eval.grade_choice(question, [-1.0, -5.0, -3.0])["scores"] == {"acc": 0.0, "acc_norm": 1.0}
 
 
 def test_arc_hellaswag_and_truthfulqa_are_read_as_published(tmp_path):

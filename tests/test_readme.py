@@ -132,7 +132,8 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
 
 @pytest.mark.parametrize("script", ["data.py", "train.py", "sample.py", "eval.py", "bench.py"])
 def test_help_answers_quickly(script):
-    """Under 2 seconds of processor time, as other tests run beside it, not counting what `import torch` takes."""
+    """In less processor time, as other tests run beside it, than three times what `import torch` takes; data.py, which
+    does without, in less than once."""
 
     def seconds(*words: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -140,11 +141,8 @@ def test_help_answers_quickly(script):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    overhead = [
-        seconds(str(ROOT / script), "--help") - (seconds("-c", "import torch") if script != "data.py" else 0)
-        for _ in range(2)
-    ]
-    assert min(overhead) < 2
+    ratios = [seconds(str(ROOT / script), "--help") / seconds("-c", "import torch") for _ in range(2)]
+    assert min(ratios) < (1 if script == "data.py" else 3)
 
 
 @pytest.mark.parametrize("script, required, mistyped, meant", [

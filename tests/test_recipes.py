@@ -111,18 +111,18 @@ def test_the_slurm_job_saves_on_sigterm_queues_up_again_and_goes_on_to_its_end(t
     words, log = ["bash", str(RECIPES / "slurm.sh")], tmp_path / "run" / "log.jsonl"
 
     first = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.monotonic() < deadline:
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    output = first.communicate(timeout=60)[0]
+    output = first.communicate(timeout=300)[0]
     saved = (tmp_path / "run" / "last").read_text()
     assert "SIGTERM: stopped after step" in output and "step_00000000" < saved < "step_00000400"
     assert (tmp_path / "scancel.log").read_text() == f"--signal=TERM {job}\n"
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {job}\n"
 
-    again = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    again = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"continuing run after step {int(saved[5:])}" in again.stdout
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "tokens_per_s" in line]

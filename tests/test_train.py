@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,6 +314,46 @@ def test_training_can_start_from_any_model_that_load_reads(source, tiny_run, tin
     assert {int(value) for name, value in state.items() if name.endswith(".step")} == {5}
 
 
+class Disk:
+    """Remembers the order in which files are synced and named, and what was in them then."""
+
+    def __init__(self, monkeypatch):
+        self.synced, self.named = {}, []  # inode: the file's (size, time of change); (old name, new name, unsynced)
+        fsync, rename, replace = os.fsync, os.rename, os.replace
+
+        def sync(handle):
+            fsync(handle)
+            found = os.fstat(handle)
+            self.synced[found.st_ino] = (found.st_size, found.st_mtime_ns)
+
+        def naming(function):
+            def name(old, new, **options):
+                files = [path for path in (Path(old).rglob("*") if Path(old).is_dir() else [Path(old)])]
+                late = [path.name for path in files if path.is_file() and not self.is_on_the_disk(path)]
+                function(old, new, **options)
+                self.named.append((Path(old).name, Path(new).name, late))
+                self.synced.pop(Path(new).parent.stat().st_ino, None)  # the new name itself is in memory alone
+
+            return name
+
+        monkeypatch.setattr(os, "fsync", sync)
+        monkeypatch.setattr(os, "rename", naming(rename))
+        monkeypatch.setattr(os, "replace", naming(replace))
+
+    def is_on_the_disk(self, path) -> bool:
+        found = path.stat()
+        return self.synced.get(found.st_ino) == (found.st_size, found.st_mtime_ns)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_last_says_so(tiny_run, monkeypatch):
+    """Write, fsync, rename: else a power failure leaves a checkpoint, or a `last`, that is empty."""
+    disk = Disk(monkeypatch)
+    run = tiny_run(steps=1)
+    named = [(new, late) for _, new, late in disk.named if new.startswith("step_") and "." not in new or new == "last"]
+    assert named == [("step_00000000", []), ("last", []), ("step_00000001", []), ("last", [])]
+    assert run.stat().st_ino in disk.synced and (run / "last").read_text() == "step_00000001"
+
+
 def save_for_ever(folder, ready):
     """Save checkpoints whose weights all equal their step, one after the other."""
     train.join_world()
@@ -340,7 +381,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
         ready = context.Event()
         process = context.Process(target=save_for_ever, args=(tmp_path, ready))
         process.start()
-        assert ready.wait(60)
+        assert ready.wait(300)
         time.sleep(draw.uniform(0, 0.15))
         os.kill(process.pid, signal.SIGKILL)
         process.join()

@@ -1,0 +1,604 @@
+"""Put bugs back, one at a time, and see whether a test notices each. Run by hand; pytest does not collect it.
+
+    python tests/mutants.py             # all of them
+    python tests/mutants.py -k cache    # those with this word in their sentence
+    python tests/mutants.py --jobs 1    # one at a time; the default is two
+
+A copy of the project gets one bug, and the tests that should notice run there. The tests that did notice run once more
+at the end on the code as it is: what fails there too has noticed nothing. The exit code is 1 where a bug survives, and
+where its line in the code has changed so that it can no longer be put back.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a bug of the same size in the same second would not be read
+os.environ.setdefault("PLAINLLAMA_TEST_DATA", str(ROOT.parent / "shared" / "data"))
+sys.dont_write_bytecode = True
+
+# what takes seconds to import is there once, for all that is forked from this process
+import pytest  # noqa: E402
+import torch.distributed.checkpoint  # noqa: E402
+import torch.distributed.fsdp  # noqa: E402, F401
+
+with contextlib.suppress(ImportError):
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+SECONDS = 300  # for the tests of one bug; a bug may be noticed by a test that no longer ends
+
+
+class Mutant(NamedTuple):
+    what: str   # is wrong then
+    file: str
+    old: str    # is there exactly once
+    new: str
+    tests: str  # "model train: words", the words being pytest's -k, for tests/test_model.py and tests/test_train.py
+
+
+MUTANTS = [
+    # ---- model.py ----
+    Mutant("a query of a filled cache sees one token of the future", "model.py",
+           "hidden = slots > positions[..., None]", "hidden = slots > positions[..., None] + 1",
+           "model: cached_logits and GQA"),
+    Mutant("a chunk for a filled cache counts its positions from the longest row", "model.py",
+           "positions = self.lengths[:, None] + torch.arange(num_tokens, "
+           "device=self.lengths.device)",
+           "positions = self.longest + torch.arange(num_tokens, "
+           "device=self.lengths.device).expand(len(self.lengths), -1)",
+           "model: rows_of_different_lengths"),
+    Mutant("trimming a cache keeps the shortest row's length as the longest", "model.py",
+           "self.longest = max(lengths)", "self.longest = min(lengths)",
+           "model: rows_of_different_lengths"),
+    Mutant("a cache rounds keys and values to bf16", "model.py",
+           "new.detach().to(store.dtype)", "new.detach().bfloat16().to(store.dtype)",
+           "model: cached_logits and GQA"),
+    Mutant("rotary angles turn the other way", "model.py",
+           "torch.cat((a * cos - b * sin, b * cos + a * sin), -1)",
+           "torch.cat((a * cos + b * sin, b * cos - a * sin), -1)",
+           "model: transformers_gives and MHA"),
+    Mutant("position interpolation stretches instead of shrinking", "model.py",
+           "/ config.rope_scale\n", "* config.rope_scale\n",
+           "model: transformers_gives and rope_scale"),
+    Mutant("the rotary wavelengths are those of half a head", "model.py",
+           "(channel / config.head_dim)", "(2 * channel / config.head_dim)",
+           "model: transformers_gives and MHA"),
+    Mutant("grouped keys are repeated head after head in packed rows", "model.py",
+           "k, v = (heads.repeat_interleave(q.size(2) // k.size(2), 2) for heads in (k, v))",
+           "k, v = (heads.repeat(1, 1, q.size(2) // k.size(2), 1) for heads in (k, v))",
+           "model: packed_document"),
+    Mutant("packed documents keep the positions of the row", "model.py",
+           "            positions = documents.positions",
+           "            positions = torch.arange(num_tokens, device=tokens.device)",
+           "model: packed_document"),
+    Mutant("the gradients of grouped heads are summed over the wrong ones", "model.py",
+           "heads.unflatten(1, (groups, -1)).sum(2)", "heads.unflatten(1, (-1, groups)).sum(1)",
+           "model: written_out_gradients"),
+    Mutant("the written-out gradient of attention leaves a token out of its own past", "model.py",
+           ".exp().tril(begin)", ".exp().tril(begin - 1)", "model: written_out_gradients"),
+    Mutant("the norm's mean of squares is rounded to bf16", "model.py",
+           "x32.square().mean(-1, keepdim=True)", "x.square().mean(-1, keepdim=True).float()",
+           "model: mean_of_squares"),
+    Mutant("the norm's epsilon stands outside the root", "model.py",
+           "torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)",
+           "1 / (x32.square().mean(-1, keepdim=True).sqrt() + self.eps)", "model: mean_of_squares"),
+    Mutant("gate and up change places", "model.py",
+           "F.silu(self.gate(x)) * self.up(x)", "self.gate(x) * F.silu(self.up(x))",
+           "model: transformers_gives and MHA"),
+    Mutant("the second half of a block reads what the first half read", "model.py",
+           "        x = x + self.attention(self.attention_norm(x), rope, cache, documents)\n"
+           "        return x + self.feed_forward(self.feed_forward_norm(x))",
+           "        y = x + self.attention(self.attention_norm(x), rope, cache, documents)\n"
+           "        return y + self.feed_forward(self.feed_forward_norm(x))",
+           "model: transformers_gives and MHA"),
+    Mutant("the loss is divided by all tokens instead of the targets", "model.py",
+           "max(1, int((targets != IGNORE).sum()))", "targets.numel()", "model: sum_over_targets"),
+    Mutant("a last chunk of the loss that is not full is left out", "model.py",
+           "for begin in range(0, len(x), size):",
+           "for begin in range(0, len(x) - size + 1, size):", "model: loss_in_chunks_is"),
+    Mutant("the output layer's gradient is that of the last chunk alone", "model.py",
+           "weight_grad = of_chunk.float() if weight_grad is None else weight_grad.add_(of_chunk)",
+           "weight_grad = of_chunk.float()", "model: loss_in_chunks_is"),
+    Mutant("smoothing takes nothing from the target", "model.py",
+           "- share - (1 - smoothing)", "- share - 1", "finetune: smoothing_and_z_loss and False"),
+    Mutant("the z-loss has half its gradient", "model.py",
+           "(1 + 2 * z_loss * normalizers)", "(1 + z_loss * normalizers)",
+           "finetune: smoothing_and_z_loss and False"),
+    Mutant("log-probabilities in chunks all count alike in the backward pass", "model.py",
+           "(logits_grad * -scale[chunk, None])", "(logits_grad * -scale.mean())",
+           "dpo: log_probabilities_in_chunks"),
+    Mutant("log-probabilities are those of logits in bf16", "model.py",
+           "F.cross_entropy(F.linear(a, weight).float(), b",
+           "F.cross_entropy(F.linear(a, weight).bfloat16().float(), b",
+           "dpo: formula_of_the_paper and 1-4"),
+    Mutant("residual writers start as if a block had one", "model.py",
+           "0.02 / (2 * len(self.blocks)) ** 0.5", "0.02 / len(self.blocks) ** 0.5",
+           "model: drawn_row_by_row"),
+    Mutant("all rows of a matrix are drawn from one seed", "model.py",
+           'f"{seed} {name} {begin}"', 'f"{seed} {name}"', "model: drawn_row_by_row"),
+    Mutant("a process that holds later rows draws the first ones", "model.py",
+           "drawn[max(0, first - begin) :]", "drawn[0:]", "scale: starts_from_the_same_weights"),
+    Mutant("a process that holds later rows reads the first ones", "model.py",
+           "tensor[first : first + len(mine)]", "tensor[: len(mine)]", "scale: reads_its_rows"),
+    Mutant("LoRA's A is drawn with another standard deviation than PEFT's", "model.py",
+           "std = (3 * weight.size(1)) ** -0.5", "std = weight.size(1) ** -0.5", "lora: pefts_is"),
+    Mutant("an adapter counts by the root of its rank", "model.py",
+           "alpha / rank if rank else 0.0", "alpha / rank**0.5 if rank else 0.0",
+           "lora: what_the_paper_says"),
+    Mutant("merging an adapter forgets to divide by the rank", "model.py",
+           'settings["lora_alpha"] / settings["r"] * (b @ a)', 'settings["lora_alpha"] * (b @ a)',
+           "lora: merged_weights and none"),
+    Mutant("an adapter is merged into weights in bf16", "model.py",
+           "tensor = tensor.float() + settings", "tensor = tensor.bfloat16().float() + settings",
+           "lora: merged_weights and none"),
+    Mutant("Meta's keys are reordered with the number of query heads", "model.py",
+           'config.num_heads if kind == "attention.wq" else config.num_kv_heads',
+           "config.num_heads", "model: metas_release"),
+    Mutant("Meta's embedding parts are joined along the vocabulary", "model.py",
+           '"embedding": ("tok_embeddings", 1)', '"embedding": ("tok_embeddings", 0)',
+           "model: metas_release"),
+    Mutant("a saved config forgets the position interpolation", "model.py",
+           'None if config.rope_scale == 1 else {"rope_type": "linear", "factor": '
+           "config.rope_scale}", "None", "model: transformers_gives and rope_scale"),
+    # ---- data.py ----
+    Mutant("documents have no EOS", "data.py",
+           "+ [self.eos_id] * eos", "+ []", "data: holds_every_document"),
+    Mutant("where a document goes depends on the process", "data.py",
+           "digest = hashlib.sha256(content(item)).digest()",
+           'digest = hashlib.sha256(b"%d %s" % (os.getpid(), content(item))).digest()',
+           "data: same_documents_for_validation"),
+    Mutant("copies are told by one byte of their hash", "data.py",
+           "digest[:16],", "digest[:1],", "data: holds_every_document"),
+    Mutant("bytes are counted as characters", "data.py",
+           "sum(len(text.encode()) for text in texts)", "sum(len(text) for text in texts)",
+           "data: holds_every_document"),
+    Mutant("results of workers are taken as they come", "data.py",
+           "if len(running) >= 3 * workers:\n                yield running.popleft().result()",
+           "if len(running) >= 3 * workers:\n                yield running.pop().result()",
+           "data: number_of_workers"),
+    Mutant("cutting a long text loses a character", "data.py",
+           "            buffer = buffer[end:]", "            buffer = buffer[end + 1 :]",
+           "data: without_losing"),
+    Mutant("a separator at the end of a block is not seen", "data.py",
+           "tail = rest[-len(SEPARATOR) :]", "tail = rest[-4:]", "data: separator_is_found"),
+    Mutant("U+2581 comes back behind what follows it", "data.py",
+           "for part in rest for i in block + part]", "for part in rest for i in part + block]",
+           "data: any_unicode_text and trained"),
+    Mutant("65,536 ids need four bytes", "data.py",
+           "vocab_size <= 65_536", "vocab_size < 65_536", "data: four_bytes"),
+    Mutant("the last token before an answer counts as a target", "data.py",
+           "[0] * len(ids) + [1] * len(said)", "[0] * (len(ids) - 1) + [1] * (len(said) + 1)",
+           "chat: exactly_the_answers and bytes"),
+    Mutant("EOS after an answer is not learned", "data.py",
+           "[0] * len(ids) + [1] * len(said)",
+           "[0] * len(ids) + [1] * (len(said) - 1) + [0] * bool(said)",
+           "chat: exactly_the_answers and bytes"),
+    Mutant("LLaMA-2's answers lack the blank before EOS", "data.py",
+           '"[INST] {}{} [/INST]", " {} "', '"[INST] {}{} [/INST]", " {}"',
+           "chat: written_as_published"),
+    Mutant("only the first exchange begins with BOS", "data.py",
+           "bos=first or form.every_bos", "bos=first", "chat: written_as_published"),
+    Mutant("the system's text stands before every question", "data.py",
+           'before = (form.system.format(system) if system else "") if first else form.later',
+           'before = form.system.format(system) if system else ""', "chat: written_as_published"),
+    Mutant("an answer is encoded as if it began a text", "data.py",
+           "return self._encode(self._lead + text)[len(self._encode(self._lead)) :]",
+           "return self._encode(text)", "chat: small_conversation"),
+    Mutant("a piece of a conversation may be a token too long", "data.py",
+           "if len(ids) <= room:", "if len(ids) <= room + 1:",
+           "chat: split_between_exchanges or fills_a_piece"),
+    Mutant("an exchange that just fits is left out", "data.py",
+           "if len(ids) > max_len:", "if len(ids) >= max_len:",
+           "chat: split_between_exchanges or fills_a_piece"),
+    Mutant("of a preference pair all answers are targets", "data.py",
+           "mask[:end_of_question] = [0] * end_of_question", "pass", "chat: pair_is_two_rows"),
+    Mutant("the bounds of later tasks begin anew", "data.py",
+           'files[-1]["tokens"] + np.cumsum(sizes)', "np.cumsum(sizes)",
+           "chat: many_files and not preference"),
+    Mutant("rows that are padded to others' width count the padding", "data.py",
+           "wide(row.targets, IGNORE)", "wide(row.targets, 0)", "chat: batch_of_pairs"),
+    Mutant("a rejected conversation runs over its end", "data.py",
+           "(file, middle, end - middle - 1)", "(file, middle, end - middle)",
+           "chat: pair_is_two_rows"),
+    Mutant("EOS is an input, whose target is the next document", "data.py",
+           "np.diff(starts, append=len(self.files[file])) - 1",
+           "np.diff(starts, append=len(self.files[file]))", "data: whole_documents"),
+    Mutant("a row is filled as badly as it can be", "data.py",
+           "(fitting & -fitting).bit_length()", "fitting.bit_length()",
+           "readme data: docstrings or whole_documents"),
+    Mutant("targets are the inputs themselves", "data.py",
+           "self.targets(file, start + 1, start + size + 1)",
+           "self.targets(file, start, start + size)", "data: windows_are_the_tokens"),
+    Mutant("an id as large as the vocabulary passes", "data.py",
+           '>= self.meta["vocab_size"]:', '> self.meta["vocab_size"]:',
+           "data: damaged_dataset or outside_the_voc"),
+    Mutant("every epoch goes through the data in the same order", "data.py",
+           "(seed, number // len(self))", "(seed, 0)", "data: every_epoch"),
+    Mutant("every block of a mixture draws the same sequences", "data.py",
+           "drawn = [block * (end - begin)", "drawn = [0 * (end - begin)",
+           "data: exactly_its_proportions"),
+    Mutant("processes read overlapping sequences", "data.py",
+           "first = step * batch_size + rank * share", "first = step * batch_size + rank",
+           "data: all_ranks_together"),
+    Mutant("answers before the first question stay", "data.py",
+           '    rest = rest[rest[0].role == "assistant" :]\n', "", "cleaning: turns_out_of_order"),
+    Mutant("conversations that share a passage are taken for copies", "data.py",
+           "if all(a.jaccard(b) >= threshold", "if any(a.jaccard(b) >= threshold",
+           "cleaning: passage_are_no"),
+    Mutant("a refused question stays without its answer", "data.py",
+           "next(refused, len(turns) + 1) - 1", "next(refused, len(turns))",
+           "cleaning: cut_before_the_first"),
+    # ---- train.py ----
+    Mutant("the warm-up begins at zero", "train.py",
+           "config.learning_rate * (step + 1) / (warmup + 1)",
+           "config.learning_rate * step / warmup", "train: warms_up"),
+    Mutant("norms decay", "train.py",
+           '[p for p in others if p.dim() < 2], "weight_decay": 0.0',
+           '[p for p in others if p.dim() < 2], "weight_decay": config.weight_decay',
+           "train: only_matrices"),
+    Mutant("small gradients are enlarged to the norm of clipping", "train.py",
+           "(norm / config.grad_clip).clamp(min=1)", "(norm / config.grad_clip)",
+           "train: clipped and adamw"),
+    Mutant("Muon's gradients are not clipped", "train.py",
+           'for p in group["params"]], excess)',
+           'for p in group["params"]], torch.ones_like(excess))', "train: clipped and muon"),
+    Mutant("Muon makes a bad step", "train.py",
+           "elif not skip:", "else:", "scale: gradient_that_is_not_finite"),
+    Mutant("AdamW makes a bad step", "train.py",
+           "optimizer.grad_scale, optimizer.found_inf = excess, skip.float()",
+           "optimizer.grad_scale, optimizer.found_inf = excess, torch.zeros_like(excess)",
+           "scale: gradient_that_is_not_finite"),
+    Mutant("a spike is measured in variances", "train.py",
+           "mean + self.spike * variance.sqrt()", "mean + self.spike * variance",
+           "scale: far_above"),
+    Mutant("one wild step hides the next", "train.py",
+           "change = values.minimum(limit) - mean", "change = values - mean", "scale: far_above"),
+    Mutant("a bad step spoils the level", "train.py",
+           "torch.where(bad, self.level, level)", "level", "scale: far_above"),
+    Mutant("each process counts its own targets", "train.py",
+           "    dist.all_reduce(counts)\n", "", "train: how_a_step_is_divided"),
+    Mutant("the loss of many processes is divided by their number twice", "train.py",
+           "counts[0].clamp(min=1) / world", "counts[0].clamp(min=1)",
+           "train: how_a_step_is_divided"),
+    Mutant("gradients are reduced with the first micro-batch", "train.py",
+           "i == len(batches) - 1)  # once", "i == 0)  # once", "train: how_a_step_is_divided"),
+    Mutant("what fills up a validation batch is counted", "train.py",
+           "            rows.targets[rows_each * len(mine) :] = IGNORE\n", "",
+           "train: does_not_depend_on_the_batch"),
+    Mutant("the noise of a run is the same for every sequence", "train.py",
+           'f"{config.seed} neftune {number}"', 'f"{config.seed} neftune"',
+           "finetune: noise_of_a_sequence"),
+    Mutant("the noise shrinks with the batch", "train.py",
+           "math.sqrt(noise[0].numel())", "math.sqrt(noise.numel())",
+           "finetune: noise_of_a_sequence"),
+    Mutant("DPO forgets the reference", "train.py",
+           "each=True) - before).sum(1)", "each=True) - 0 * before).sum(1)",
+           "dpo: formula_of_the_paper and 1-4"),
+    Mutant("DPO's loss counts the pairs of one process", "train.py",
+           "loss = sums[0] * (world / num_pairs)", "loss = sums[0] * (1 / num_pairs)",
+           "dpo: formula_of_the_paper and 2-2"),
+    Mutant("frozen parameters have moments and decay", "train.py",
+           "trained = [p for p in model.parameters() if p.requires_grad]",
+           "trained = [*model.parameters()]", "finetune: what_is_frozen and adamw"),
+    Mutant("a checkpoint has no moments", "train.py",
+           '"optimizer": state,', '"optimizer": {},', "train: same_command_again"),
+    Mutant("a checkpoint is of the weights while it is written", "train.py",
+           "staged = self.stager.stage(detached(self.tensors))", "staged = detached(self.tensors)",
+           "scale: goes_on_while"),
+    Mutant("a checkpoint with infinite numbers counts", "train.py",
+           "if not all_agree(finite, self.group):", "if False:", "scale: read_again_before"),
+    Mutant("one checkpoint more than --keep stays", "train.py",
+           "kept = steps[-self.config.keep :]", "kept = steps[-self.config.keep - 1 :]",
+           "train: newest_checkpoints"),
+    Mutant("a checkpoint's files are not synced before its name", "train.py",
+           "        for path in aside.iterdir():\n            sync(path)\n", "",
+           "train: on_the_disk"),
+    Mutant("`last` names a checkpoint before it has its name", "train.py",
+           'os.rename(aside, self.folder / name)\n        write_whole(self.folder / "last", name)',
+           'write_whole(self.folder / "last", name)\n        os.rename(aside, self.folder / name)',
+           "train: on_the_disk"),
+    Mutant("`last` is written in place", "train.py",
+           'write_whole(self.folder / "last", name)', '(self.folder / "last").write_text(name)',
+           "train: on_the_disk"),
+    Mutant("a run goes on from its oldest checkpoint", "train.py",
+           "sorted(names, reverse=True)", "sorted(names)", "train: same_command_again"),
+    Mutant("a torchrun that restarts finds the keys of the last attempt", "train.py",
+           'store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)',
+           "pass", "scale: restarted_attempt"),
+    Mutant("after a rollback the same data comes again", "train.py",
+           "range(first + shift, last + shift)", "range(first, last)",
+           "scale: rolled_back_past and rollback"),
+    Mutant("bad steps are counted though good ones lie between", "train.py",
+           "self.bad_in_a_row + 1 if bad else 0", "self.bad_in_a_row + bad",
+           "scale: bad_steps_in_a_row"),
+    Mutant("selective checkpointing keeps the products that it should not", "train.py",
+           "products[context.is_recompute] % 2 == 1", "products[context.is_recompute] % 4 == 1",
+           "scale: keeps_what_it_says"),
+    Mutant("an epoch is rounded down to whole steps", "train.py",
+           'lengths["steps"] = math.ceil(round(config.epochs * epoch, 6))',
+           'lengths["steps"] = int(config.epochs * epoch)', "finetune: rounded_up"),
+    Mutant("the forecast has one of AdamW's two moments", "train.py",
+           "of_moments = 8 * shard", "of_moments = 4 * shard", "scale: forecast_of_memory and 15M"),
+    Mutant("attention is left out of a token's work", "train.py",
+           "count_parameters(shape) + 12 * shape.num_layers",
+           "count_parameters(shape) + 0 * shape.num_layers", "train: work_of_a_token"),
+    # ---- sample.py ----
+    Mutant("the repetition penalty makes unlikely tokens likelier", "sample.py",
+           "row[seen] * penalty)", "row[seen] / penalty)", "sample: repetition_penalty"),
+    Mutant("top_k lets one more through", "sample.py",
+           "keep[:, sampling.top_k :] = False", "keep[:, sampling.top_k + 1 :] = False",
+           "sample: top_k"),
+    Mutant("top_p leaves out the token that reaches p", "sample.py",
+           "keep &= p.cumsum(-1) - p < sampling.top_p", "keep &= p.cumsum(-1) < sampling.top_p",
+           "sample: top_p"),
+    Mutant("min_p is an absolute probability", "sample.py",
+           "sampling.min_p * p[:, :1]", "sampling.min_p", "sample: min_p"),
+    Mutant("the temperature multiplies", "sample.py",
+           "(logits / sampling.temperature)", "(logits * sampling.temperature)",
+           "sample: temperature_zero"),
+    Mutant("all rows draw the same random numbers", "sample.py",
+           "sampling.seed * 1_000_003 + row", "sampling.seed * 1_000_003", "sample: random_row"),
+    Mutant("shorter prompts go on after their padding", "sample.py",
+           "hidden[torch.arange(len(chunks)), [len(chunk) - 1 for chunk in chunks]]",
+           "hidden[:, -1]", "sample: alone_and_in_a_batch and cached"),
+    Mutant("the cache keeps the last token and reads it again", "sample.py",
+           "cache.trim([len(contexts[row]) - 1 for row in rows])",
+           "cache.trim([len(contexts[row]) for row in rows])",
+           "sample: alone_and_in_a_batch and cached"),
+    Mutant("a full window goes on with all of itself but the first token", "sample.py",
+           "contexts[row][-(window // 2) :]", "contexts[row][1:]", "sample: beyond_the_context"),
+    Mutant("a stop string is let out but for its last letter", "sample.py",
+           "for n in range(1, len(word)) if", "for n in range(1, len(word) - 1) if",
+           "sample: stop_string"),
+    Mutant("the first stop string named cuts, not the first in the text", "sample.py",
+           "text[: min(found)]", "text[: found[0]]", "sample: stop_string"),
+    Mutant("streamed text loses the blank that it begins with", "sample.py",
+           "self.ids = prompt[-8:]", "self.ids = []", "sample: streamed_text and llama2"),
+    Mutant("half a character is let out", "sample.py",
+           'if after.endswith("\\ufffd"):', "if not after:", "sample: streamed_text and bytes"),
+    Mutant("a full chat forgets a question and keeps its answer", "sample.py",
+           "del turns[:2]", "del turns[:1]", "mini: full_context"),
+    Mutant("a chat goes on from what it has read though the prompt differs", "sample.py",
+           "same = next((i for i, (old, new) in enumerate(zip(self.ids, ids)) if old != new), "
+           "min(len(self.ids), len(ids)))", "same = min(len(self.ids), len(ids))",
+           "mini: what_is_remembered"),
+    # ---- eval.py ----
+    Mutant("the examples leave from the front", "eval.py",
+           '"".join(self.examples[:shots])', '"".join(self.examples[len(self.examples) - shots :])',
+           "eval: as_many_examples"),
+    Mutant("a prompt that just fits loses an example", "eval.py",
+           "len(more := self.encode(text(shots + 1))) <= self.room",
+           "len(more := self.encode(text(shots + 1))) < self.room",
+           "eval: as_many_examples or just_fits"),
+    Mutant("a prompt that is too long loses its right", "eval.py",
+           '"context": ids[cut:]', '"context": ids[: len(ids) - cut]', "eval: as_many_examples"),
+    Mutant("the harness has the original's two blanks", "eval.py",
+           'blanks = " " if harness else "  "', 'blanks = "  "', "eval: other_protocols"),
+    Mutant("the shared prefix swallows the token before the choice", "eval.py",
+           "common = common[: min(row.begin for row in group) - 1]",
+           "common = common[: min(row.begin for row in group)]", "eval: choices_of_any_length"),
+    Mutant("a choice's log-probabilities are read one place late", "eval.py",
+           "for t in range(row.begin - 1, len(row.ids))]",
+           "for t in range(row.begin, len(row.ids) + 1)]", "eval: choices_of_any_length"),
+    Mutant("a second batch reads behind the first one's rows", "eval.py",
+           "        cache.trim([len(self.prefix)] * rows)\n", "", "eval: hundred_questions"),
+    Mutant("letters are compared in bf16", "eval.py",
+           "(some @ self.unembedding.T).log_softmax(-1)",
+           "(some.bfloat16() @ self.unembedding.bfloat16().T).float().log_softmax(-1)",
+           "eval: letters_are"),
+    Mutant("acc_norm is not normalised", "eval.py",
+           "[logprob / max(1, size) for", "[logprob for",
+           "eval_tasks: your_own_task or by_their_characters"),
+    Mutant("ties go to the last choice", "eval.py",
+           "pick = logprobs.index(max(logprobs))",
+           "pick = len(logprobs) - 1 - logprobs[::-1].index(max(logprobs))", "eval_tasks: ties_go"),
+    Mutant("mc2 takes the likeliest true choice alone", "eval.py",
+           "p[question.gold].sum()", "p[question.gold].max()",
+           "eval_tasks: probability_of_the_true"),
+    Mutant("GSM8K's strict rule takes any beginning", "eval.py",
+           'r"The answer is (', 'r"answer is (', "eval_tasks: numbers_are_found"),
+    Mutant("GSM8K's flexible rule takes the first number", "eval.py",
+           "for first, second in flexible[-1:]]", "for first, second in flexible[:1]]",
+           "eval_tasks: numbers_are_found"),
+    Mutant("a chain's first answer counts", "eval.py",
+           'text.split("answer is ")[-1]', 'text.split("answer is ", 1)[-1].split(".")[0]',
+           "eval_tasks: answer_of_a_chain"),
+    Mutant("the examples of BIG-Bench Hard are asked too", "eval.py",
+           "            first = 3\n", "            first = 0\n", "eval_tasks: direct_prompts"),
+    Mutant("a passkey may stand anywhere", "eval.py",
+           'float(re.findall(r"\\d+", text)[:1] == [question.target])',
+           "float(question.target in text)", "eval_tasks: first_number_written"),
+    Mutant("a rolling window has a token less of context", "eval.py",
+           "ids[max(0, end - 1 - window) : start]", "ids[max(0, end - window) : start]",
+           "eval_tasks: rolling_windows"),
+    Mutant("Wilson's interval lacks a factor", "eval.py",
+           "z * z / (4 * n * n))", "z * z / (4 * n))", "eval: wilsons"),
+    Mutant("a macro average's variance is that of one question", "eval.py",
+           "float(np.var(values)) / len(values)", "float(np.var(values))", "eval: wilsons"),
+    Mutant("McNemar's tail leaves its end out", "eval.py",
+           "range(min(gained, lost) + 1)", "range(min(gained, lost))", "eval: from_chance"),
+    # ---- bench.py ----
+    Mutant("a speed forgets the micro-batches of a step", "bench.py",
+           'row["micro_batch"] * config.accumulate * self.world', 'row["micro_batch"] * self.world',
+           "bench: speed_times"),
+    Mutant("a speed is that of the best round", "bench.py",
+           'speed = tokens / median(row["seconds"])', 'speed = tokens / min(row["seconds"])',
+           "bench: speed_times"),
+    Mutant("the share of a product is that of all devices together", "bench.py",
+           "* speed / self.world\n", "* speed\n", "bench: several_processes"),
+    Mutant("the ratio of two speeds is turned round", "bench.py",
+           "[theirs / ours for ours, theirs", "[ours / theirs for ours, theirs",
+           "bench: takes_turns"),
+    Mutant("a document of packed rows goes on in the next row", "bench.py",
+           "        begins[:, 0] = True  # no document goes on in the next row\n", "",
+           "bench: beside_the_same_rows"),
+    Mutant("peak memory is what is left at the end", "bench.py",
+           "int(np.cumsum(changes).max())", "sum(changes)",
+           "bench: measured_memory and not options2"),
+    Mutant("the peer adds up the losses of micro-batches", "bench.py",
+           "use_cache=False).loss / len(self.batches)", "use_cache=False).loss",
+           "bench: same_model"),
+    # ---- lib ----
+    Mutant("a small file is replaced before it is synced", "lib/files.py",
+           "        sync(aside)\n        os.replace(aside, path)",
+           "        os.replace(aside, path)\n        sync(path)", "train: on_the_disk"),
+    Mutant("a new name in a folder is not synced", "lib/files.py",
+           "    sync(path.parent)\n", "", "train: on_the_disk"),
+    Mutant("what failed to be written stays as an unfinished folder", "lib/files.py",
+           "    except BaseException as error:\n        shutil.rmtree(aside, ignore_errors=True)\n",
+           "    except BaseException as error:\n", "lib: writing_fails"),
+    Mutant("a folder gets its name though writing it failed", "lib/files.py",
+           "        yield aside\n"
+           "        (aside / OURS).unlink()\n"
+           "        os.rename(aside, folder)  # onto an empty folder it works\n",
+           "        try:\n"
+           "            yield aside\n"
+           "        finally:\n"
+           "            (aside / OURS).unlink()\n"
+           "            os.rename(aside, folder)\n", "lib: writing_fails"),
+    Mutant("two processes hold one lock", "lib/files.py",
+           "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "lib: a_lock"),
+    Mutant("a missing field is found only where it is used", "lib/records.py",
+           "if missing := [key for key in keys if key not in values]:", "if missing := []:",
+           "lib: names_the_field"),
+    Mutant("a record's problem does not say which field", "lib/records.py",
+           "{f'field {field}: ' if field else ''}", "", "lib: names_the_field"),
+    Mutant("bad input ends with exit code 0", "lib/cli.py",
+           "sys.exit(2)", "sys.exit(0)", "train: exit_code_2"),
+    Mutant("a bug deep in a library is told as bad input", "lib/cli.py",
+           "        if raised_in.parent not in", "        if False and raised_in.parent not in",
+           "train: exit_code_2"),
+]  # fmt: skip
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """What git knows, and what it does not ignore."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def begin_pytest(folder: Path, words: list[str]) -> int:
+    """Run tests in a child of this process, which has its libraries already; its output goes to FOLDER.txt."""
+    if child := os.fork():
+        return child
+    os.setsid()  # so that what the tests start can be ended with them
+    os.chdir(folder)
+    output = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    sys.path[:] = [path for path in sys.path if path and not Path(path).resolve().is_relative_to(ROOT)]
+    sys.path.insert(0, str(folder))  # as `python -m pytest` has it
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-rfE"]
+    code = 3
+    try:
+        code = int(pytest.main([*options, *words]))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def end_pytest(child: int):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+
+
+def failed_tests(output: str) -> list[str]:
+    return re.findall(r"^(?:FAILED|ERROR) (tests/\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
+
+
+class Trial:
+    """A bug in a copy of the project, and the tests that run there."""
+
+    def __init__(self, mutant: Mutant, folder: Path):
+        self.mutant, self.folder, self.child = mutant, folder, 0
+        self.path = folder / mutant.file
+        self.text = self.path.read_text()
+        files, _, expression = mutant.tests.partition(": ")
+        self.words = [f"tests/test_{name}.py" for name in files.split()] + (["-k", expression] if expression else [])
+        if self.text.count(mutant.old) == 1:
+            self.path.write_text(self.text.replace(mutant.old, mutant.new))
+            self.child, self.ends = begin_pytest(folder, ["-x", *self.words]), time.monotonic() + SECONDS
+
+    def verdict(self) -> tuple[str, str] | None:
+        """("caught", the test), ("SURVIVED", the tests) or ("STALE", why); None while the tests run."""
+        if not self.child:
+            return "STALE", f"its line is {self.text.count(self.mutant.old)} times in {self.mutant.file}"
+        ended, status = os.waitpid(self.child, os.WNOHANG)
+        if not ended and time.monotonic() < self.ends:
+            return None
+        end_pytest(self.child)
+        if not ended:
+            os.waitpid(self.child, 0)
+        self.path.write_text(self.text)
+        if not ended:
+            return "caught", "a test that does not end"
+        output = Path(f"{self.folder}.txt").read_text()
+        if failed := failed_tests(output):
+            return "caught", failed[0]
+        if code := os.waitstatus_to_exitcode(status):
+            return "STALE", f"pytest {shlex.join(self.words)} ended with {code}: {output.strip().splitlines()[-1:]}"
+        return "SURVIVED", f"pytest {shlex.join(self.words)}"
+
+
+def try_out(mutants: list[Mutant], copies: list[Path]) -> dict[Mutant, tuple[str, str]]:
+    """The verdict on each, as many at a time as there are copies."""
+    waiting, running, found = list(mutants), [], {}
+    while waiting or running:
+        while waiting and copies:
+            running.append(Trial(waiting.pop(0), copies.pop()))
+        for trial in list(running):
+            if verdict := trial.verdict():
+                found[trial.mutant] = verdict
+                print(f"{verdict[0]}: {trial.mutant.what} ({trial.mutant.file}) — {verdict[1]}", flush=True)
+                running.remove(trial)
+                copies.append(trial.folder)
+        time.sleep(0.05)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-k", default="", metavar="WORD", help="only bugs with this word in their sentence")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if arguments.k.lower() in mutant.what.lower()]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as top:
+        copies = [copy_of_the_project(Path(top, str(number))) for number in range(arguments.jobs)]
+        found = try_out(chosen, copies)
+        noticed = sorted({reason for verdict, reason in found.values() if verdict == "caught" and "::" in reason})
+        fails_anyway = []
+        if noticed:
+            os.waitpid(begin_pytest(copies[0], noticed), 0)
+            fails_anyway = failed_tests(Path(f"{copies[0]}.txt").read_text())
+    for mutant, (_, reason) in found.items():
+        if reason in fails_anyway:
+            found[mutant] = "STALE", reason
+            print(f"STALE: {mutant.what} — {reason} fails without it too")
+    counts = Counter(verdict for verdict, _ in found.values())
+    stale = f", {counts['STALE']} stale" * bool(counts["STALE"])
+    print(f"{len(found)} mutants: {counts['caught']} caught, {counts['SURVIVED']} survived{stale}")
+    return int(counts["caught"] < len(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The library beside the scripts: folders that appear whole, locks, records that are checked."""
+
+import os
+from typing import TypedDict
+
+import pytest
+
+from lib.files import lock, new_folder, write_whole
+from lib.records import read_json, read_record
+
+
+def test_a_folder_whose_writing_fails_is_not_there_and_a_whole_one_is(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with new_folder(tmp_path / "d") as aside:
+            (aside / "part").write_text("half")
+            raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with new_folder(tmp_path / "d") as aside:
+        (aside / "part").write_text("whole")
+        assert not (tmp_path / "d").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["d", "part"]
+
+
+def test_a_small_file_is_the_old_one_or_the_new_one_also_when_writing_fails(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "a", "new \ud800")
+    assert (tmp_path / "a").read_text() == "old"
+    write_whole(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_lock_belongs_to_one_until_it_is_given_back(tmp_path):
+    mine = lock(tmp_path)
+    assert mine is not None and lock(tmp_path) is None
+    os.close(mine)
+    again = lock(tmp_path)
+    assert again is not None
+    os.close(again)
+
+
+class Sizes(TypedDict):
+    width: int
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("{}", "a.json has no field width"),
+    ("[1]", "a.json must be an object with width, and is a list"),
+    ("{", "a.json is not JSON"),
+    ('{"width": "8"}', "a.json: field width: Expected `?int`?, got `?str`?"),
+])  # fmt: skip
+def test_a_record_that_is_not_what_it_should_be_names_the_field(text, sentence, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        read_json(tmp_path / "a.json", "width")
+        read_record(tmp_path / "a.json", Sizes)
