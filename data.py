@@ -25,6 +25,7 @@ from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons a
 import base64
 import bisect
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -608,20 +609,20 @@ def split(
     val_fraction for validation. The hashes of the contents seen so far are kept in a database file, so that memory does
     not grow with the corpus.
     """
-    with writing(database, sqlite3.OperationalError):
+    try:
         seen = sqlite3.connect(database, isolation_level=None)
         seen.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # after a crash nobody needs the database
         seen.executescript("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN")
-    for item in items:
-        digest = hashlib.sha256(content(item)).digest()
-        with writing(database, sqlite3.OperationalError):
-            new = seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount
-        if not new:
-            counts["duplicates"] += 1
-            continue
-        digest = hashlib.sha256(group(item)).digest() if group else digest
-        yield "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train", item
-    seen.close()
+        for item in items:
+            digest = hashlib.sha256(content(item)).digest()
+            if not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount:
+                counts["duplicates"] += 1
+                continue
+            digest = hashlib.sha256(group(item)).digest() if group else digest
+            yield "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train", item
+        seen.close()
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.EIO, str(error), str(database)) from None
     database.unlink()
 
 
@@ -886,8 +887,6 @@ def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
                 "".join(turn.text for side in sides for turn in side).encode()
             except UnicodeEncodeError:
                 yield Record(place, problem="half of a surrogate pair, not Unicode text")
-            except RecursionError:
-                yield Record(place, problem="nested too deeply")
             except ValueError as error:
                 yield Record(place, problem=str(error))
             else:
@@ -925,7 +924,9 @@ def _holds(record, part) -> bool:
 
 def detect(record: dict) -> str:
     """The format of a record, by its fields. Raises ValueError for an unknown one."""
-    if {"chosen", "rejected"} <= record.keys():
+    if {"chosen", "rejected"} & record.keys():
+        for name in ("chosen", "rejected"):
+            _field(record, name, kind=object)
         return "hh-rlhf" if isinstance(record["chosen"], str) and "prompt" not in record else "pairs"
     if "conversations" in record or "messages" in record:
         return "sharegpt" if "conversations" in record else "openai"
@@ -1199,7 +1200,7 @@ def usable(
 
 
 def first_question(sides: tuple[list[Turn], ...]) -> bytes:
-    """What decides between training and validation, so that no question of one is in the other."""
+    """What decides between training and validation, so that no first question of one is in the other."""
     return next(turn.text for turn in sides[0] if turn.role == "user").encode()
 
 
