@@ -98,7 +98,7 @@ def test_the_peer_is_the_same_model(peer, size, checkpointing):
     try:
         setting = Setting("plainllama", "fp32", "off", 2, checkpointing, False)
         ours, theirs = (
-            bench.SIDES[side](dataclasses.replace(setting, side=side), Config(**TINY), shape, device)
+            bench.SIDES[side](dataclasses.replace(setting, side=side), Config(**TINY, accumulate=2), shape, device)
             for side in ("plainllama", peer)
         )
         weights = dict(theirs.model.named_parameters())
@@ -107,8 +107,8 @@ def test_the_peer_is_the_same_model(peer, size, checkpointing):
             assert same.shape == p.shape
             train.local(same.detach()).copy_(train.local(p.detach()))
         assert not weights
-        rows = torch.cat((ours.batches[0].tokens, ours.batches[0].targets[:, -1:]), 1)
-        theirs.batches = [train.MicroBatch(rows, rows, None)]
+        whole = [torch.cat((batch.tokens, batch.targets[:, -1:]), 1) for batch in ours.batches]
+        theirs.batches = [train.MicroBatch(rows, rows, None) for rows in whole]
         losses = [(ours.step().item(), theirs.step().item()) for _ in range(3)]
         for mine, other in losses:
             assert mine == pytest.approx(other, abs=1e-4)
