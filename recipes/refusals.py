@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import refusal_score, refusal_signs  # noqa: E402
 from lib.cli import run_command  # noqa: E402
 from lib.files import write_whole  # noqa: E402
+from lib.refusals import refusal_score, refusal_signs  # noqa: E402
 
 NEGATION = (
     r"\bi (?:\w+ ){0,2}?(?:can ?not|can't|could not|couldn't|will not|won't|would not|wouldn't|must not|may not"
