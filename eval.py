@@ -1225,7 +1225,7 @@ def curves(config: Config, world: World):
         steps = sorted(path for path in folder.glob("step_????????") if (path / ".metadata").exists())
         if not steps:
             raise ValueError(f"--model {folder}: this run has no checkpoints")
-        flags = {key: value for key, value in record.items() if key not in ("seed", "out", "resume")}
+        flags = {key: value for key, value in record.items() if key not in ("seed", "out", "resume", "anyway")}
         setting = json.dumps([flags, probe.number(probe.read(steps[-1]), codes)])
         for path in steps:
             file = out.with_suffix("") / f"{folder.name}_{path.name}.json"
