@@ -41,8 +41,9 @@ from torch.nn.utils import clip_grad_norm_
 import train
 from data import Batch
 from lib import forecast
+from lib.configs import config_to_hugging_face
 from lib.results import check_out, write_all
-from model import SIZES, ModelConfig, config_to_hugging_face
+from model import SIZES, ModelConfig
 
 
 @dataclass

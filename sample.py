@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, render_prompt
+from lib.peft import save_adapter
+from lib.probe import check_code
 from lib.runs import is_record, read_run
-from model import KVCache, Transformer, check_code, load, read_adapter, read_config, save, save_adapter
+from lib.weights import read_adapter, read_config
+from model import KVCache, ModelConfig, Transformer, load, save
 
 DRAWN = 256  # random numbers that a row has in advance
 MOST = {"num": 10_000, "max_new_tokens": 1_000_000}  # samples of a prompt, and their tokens
@@ -357,13 +360,13 @@ def load_model(
     dtype is fp32, bf16 or auto: bf16 on a GPU, else fp32. Raises ValueError when either is missing or they do not fit,
     and without anyway for a run of code that computes something else.
     """
-    check_code(path, anyway)
+    check_code(Transformer, ModelConfig, path, anyway)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = dtype == "bf16" or dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(False)
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
     found = tokenizer or find_tokenizer(path)
     if not found and (Path(path) / "adapter_config.json").exists():
-        found = find_tokenizer(read_adapter(path).base)
+        found = find_tokenizer(read_adapter(path, ModelConfig).base)
     if not found:
         raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
     words, most = Tokenizer(found), model.config.vocab_size
@@ -406,10 +409,10 @@ def main(config: Config):
     if not config.prompt or "" in config.stop:
         raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
     if config.export_adapter:
-        check_code(config.model, config.anyway)
+        check_code(Transformer, ModelConfig, config.model, config.anyway)
         tokenizer = config.tokenizer or find_tokenizer(config.model)
-        adapter = read_adapter(config.model)
-        if read_config(config.model) != read_config(adapter.base):
+        adapter = read_adapter(config.model, ModelConfig)
+        if read_config(config.model, ModelConfig) != read_config(adapter.base, ModelConfig):
             raise ValueError(f"{config.model} differs from its base in more than an adapter can say; use --export")
         save_adapter(adapter, config.export_adapter, tokenizer and Tokenizer(tokenizer))
         print(f"wrote {config.export_adapter}")

@@ -56,6 +56,7 @@ from lib.checkpoint_index import Reader
 from lib.checkpoints import (
     HASHES,
     check_hashes,
+    checkpoint_folder,
     has_checkpoint,
     hashes,
     named_by_last,
@@ -63,31 +64,19 @@ from lib.checkpoints import (
     remove,
     remove_old,
 )
+from lib.configs import config_to_hugging_face
 from lib.datasets import changed_file
 from lib.files import sync, write_whole
 from lib.forecast import GPUS, count_parameters, flops_per_token, gpu_peak
 from lib.kernels import IGNORE, Documents
 from lib.lora import TARGETS, adapters, without_adapters
+from lib.naming import is_finite, readable
+from lib.peft import adapter_settings
 from lib.processes import end_with_parent
 from lib.records import read_json
 from lib.runs import append_row, held, is_record, read_log, read_run
-from model import (
-    SIZES,
-    ModelConfig,
-    Transformer,
-    adapter_settings,
-    check_code,
-    checkpoint_folder,
-    code_probe,
-    config_to_hugging_face,
-    find_base,
-    fingerprint,
-    is_finite,
-    is_known,
-    load_weights,
-    read_config,
-    readable,
-)
+from lib.weights import find_base, fingerprint, is_known, load_weights, read_config
+from model import SIZES, ModelConfig, Transformer
 
 HERE = Path(__file__).parent
 
@@ -340,8 +329,8 @@ def first_config(config: Config, meta: dict) -> ModelConfig:
             raise ValueError(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
     if config.size != Config.size:
         raise ValueError(f"--size {config.size} does not go with --init_from, which brings its shape")
-    check_code(config.init_from, config.anyway)
-    shape = read_config(config.init_from)
+    probe.check_code(Transformer, ModelConfig, config.init_from, config.anyway)
+    shape = read_config(config.init_from, ModelConfig)
     theirs = find_tokenizer(config.init_from)
     if theirs and Tokenizer(theirs).sha256 != meta["tokenizer"]["sha256"]:
         hint = f"make it with --tokenizer {theirs}"
@@ -723,7 +712,7 @@ class Checkpoints:
         self.folder, self.config, self.model, self.adapter = folder, config, model, adapter
         # found now, for while FSDP has a layer's weights gathered, the model names others than the optimizer
         self.tensors = checkpoint_tensors(model, optimizers, guard)
-        self.probe = code_probe(model.config)
+        self.probe = probe.probe(Transformer, model.config)
         cuda = device.type == "cuda"
         how = dict(use_pinned_memory=cuda, use_non_blocking_copy=cuda, use_shared_memory=False, use_async_staging=False)
         self.stager = DefaultStager(StagingOptions(**how))
@@ -928,7 +917,7 @@ def on_meta(shape: ModelConfig, config: Config) -> Transformer:
 
 def plan(config: Config) -> str:
     """What a run would need on --gpus of --gpu; nothing is run."""
-    shape = read_config(config.init_from) if config.init_from else model_config(config)
+    shape = read_config(config.init_from, ModelConfig) if config.init_from else model_config(config)
     length = f"{config.batch_size} × {config.seq_len}"
     sources = mixture_weights(config.data)[0]
     found = [source for source in sources if (Path(source) / "meta.json").exists()]
@@ -1122,13 +1111,15 @@ class Report:
 def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: torch.device) -> dict:
     """run.json: everything needed to know later what was run."""
     first = str(checkpoint_folder(Path(config.init_from)).resolve()) if config.init_from else ""
-    of_pairs = any(meta.get("kind") == "preference" for meta in metas)
+    known = ""
+    if first and any(meta.get("kind") == "preference" for meta in metas):
+        known = from_first_rank(functools.partial(fingerprint, first, ModelConfig))
     return {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
-        "probe": code_probe(shape),
+        "probe": probe.probe(Transformer, shape),
         "init_from": first,
-        "init_sha256": from_first_rank(functools.partial(fingerprint, first)) if first and of_pairs else "",
+        "init_sha256": known,
         "dataset": describe_data(config, metas),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
@@ -1141,7 +1132,7 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
 def describe_adapter(config: Config) -> dict:
     """The adapter_config.json of every checkpoint, by which the base model is found again."""
     settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
-    known = from_first_rank(functools.partial(fingerprint, config.init_from))
+    known = from_first_rank(functools.partial(fingerprint, config.init_from, ModelConfig))
     return settings | {"base_sha256": known, "quantize": config.quantize}
 
 
@@ -1336,7 +1327,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
     checkpoints = Checkpoints(folder, config, model, optimizers, guard, device, adapter)
     start = restore(folder, shape, checkpoints.tensors)
     if start >= 0:
-        check_code(folder / f"step_{start:08d}", config.anyway)
+        probe.check_code(Transformer, ModelConfig, folder / f"step_{start:08d}", config.anyway)
 
     report = Report(config, data, max(0, start), step_flops, device)
     report.introduce(shape, compiled)
@@ -1346,7 +1337,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
         report.say(f"{folder} is {done if start >= config.steps else f'already at step {start}'}")
         return start >= config.steps
     if adapter:
-        first_weights(model, config, from_first_rank(lambda: str(find_base(adapter, folder))))
+        first_weights(model, config, from_first_rank(lambda: str(find_base(adapter, folder, ModelConfig))))
     reference = None
     if data.kind == "preference":
         reference = model
@@ -1377,7 +1368,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
 def check_reference(record: dict, folder: Path) -> str:
     """The model that the run in folder began with and does not move away from; ValueError if it is another by now."""
     first = record["init_from"]
-    if first and not is_known(first, record["init_sha256"]):
+    if first and not is_known(first, record["init_sha256"], ModelConfig):
         raise ValueError(f"{first} holds other weights than when {folder} began")
     return first
 

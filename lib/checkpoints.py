@@ -69,6 +69,15 @@ def last_checkpoint(folder: Path) -> Path:
     raise ValueError(f"{folder}: this run has no complete checkpoint yet")
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """The last complete checkpoint of a run folder; any other path unchanged. Raises ValueError if there is nothing."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if not (path / "run.json").exists():
+        return path
+    return last_checkpoint(path)
+
+
 @functools.cache
 def _say_once(text: str):
     print(text, file=sys.stderr)

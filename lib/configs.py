@@ -111,3 +111,71 @@ def read_adapter_config(path: Path) -> dict:
         raise ValueError(f"{path.parent}: an adapter with {name} {settings[name]} cannot be read")
     checked(settings, AdapterConfig, path)
     return settings
+
+
+def config_from_hugging_face(config_class: type, path: Path):
+    """A model.ModelConfig from the config.json in a folder, as transformers 4 or 5 write it.
+
+    Raises ValueError for what is not LLaMA.
+    """
+    values = read_json(path / "config.json")
+    required = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
+    for name in (*required, "max_position_embeddings", "rms_norm_eps"):
+        if not isinstance(values.get(name), (int, float)):
+            raise ValueError(f"{path}: config.json has no number {name}")
+    values = checked(values, HuggingFace, path / "config.json")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    unfit = {
+        "quantization_config": values.get("quantization_config"),
+        "model_type": values.get("model_type", "llama") != "llama",
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "attention_bias": values.get("attention_bias", False),
+        "mlp_bias": values.get("mlp_bias", False),
+        "head_dim": (values.get("head_dim") or 0) * values["num_attention_heads"] not in (0, values["hidden_size"]),
+    }
+    for name in filter(unfit.get, unfit):
+        raise ValueError(f"{path}: {name} {values[name]} is not LLaMA-2's")
+    if rope_type not in ("default", "linear"):
+        raise ValueError(f"{path}: rope_type {rope_type} is not supported (default and linear are)")
+    if rope_type == "linear" and not rope.get("factor"):
+        raise ValueError(f"{path}: config.json has rope_type linear, but no factor")
+    shape = dict(
+        dim=values["hidden_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+        ffn_dim=values["intermediate_size"],
+        vocab_size=values["vocab_size"],
+        max_seq_len=values["max_position_embeddings"],
+        rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10_000.0,
+        rope_scale=rope["factor"] if rope_type == "linear" else 1.0,
+        norm_eps=values["rms_norm_eps"],
+        tie_embeddings=values.get("tie_word_embeddings") or False,
+    )
+    try:
+        return config_class(**shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: config.json does not fit together ({error})") from None
+
+
+def config_to_hugging_face(config) -> dict:
+    """config.json of a model.ModelConfig."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scale == 1 else {"rope_type": "linear", "factor": config.rope_scale},
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }

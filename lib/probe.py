@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.checkpoints import checkpoint_folder
+from lib.configs import config_from_hugging_face
+from lib.naming import HF_NAMES, readable, translate
 from lib.records import checked, parse_json
 
 FILE = "probe.json"  # in every checkpoint
@@ -24,19 +27,19 @@ WRITERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")  # what a
 
 
 @torch.no_grad()
-def probe(transformer: Callable, config, published: Callable[[str], str]) -> list[float]:
+def probe(transformer: Callable, config) -> list[float]:
     """16 logits of a tiny model: as many key/value heads a query head, tied or not, with the rotary angles and the
     epsilon of config. They do not depend on PyTorch's random numbers, nor change these.
 
-    transformer makes a model of a config; published gives a parameter's name in Hugging Face folders, by which its
-    weights are chosen, so that neither its name in the code nor the order of the parameters matters.
+    transformer makes a model of a config. The weights are chosen by a parameter's name in Hugging Face folders, so that
+    neither its name in the code nor the order of the parameters matters.
     """
     kv_heads = {1: 1, config.num_heads: 4}.get(config.num_kv_heads, 2)
     shape = dict(dim=32, num_layers=2, num_heads=4, num_kv_heads=kv_heads, ffn_dim=48, vocab_size=64, max_seq_len=64)
     with torch.random.fork_rng(devices=[]):
         model = transformer(dataclasses.replace(config, **shape)).eval()
     for name, weight in model.named_parameters():
-        weight.copy_(_weights(published(name), weight.shape))
+        weight.copy_(_weights(translate(name, HF_NAMES), weight.shape))
     tokens = torch.tensor([[(7 * place * place + 3) % 64 for place in range(24)]])
     return [float(f"{logit:.6g}") for logit in model(tokens)[0, -1, :16].tolist()]
 
@@ -81,6 +84,18 @@ def read(folder: Path) -> list[float] | None:
 
 def write(folder: Path, found: list[float]):
     (folder / FILE).write_text(json.dumps(found))
+
+
+def check_code(transformer: Callable, config_class: type, path: str | Path, anyway: bool):
+    """Raise ValueError where path is a run or checkpoint that was trained by code that computes something else.
+
+    With anyway that is only said, on stderr. Other models do not say by what code they were trained.
+    """
+    folder = checkpoint_folder(Path(path))
+    if (folder / FILE).exists():
+        with readable(folder):
+            config = config_from_hugging_face(config_class, folder)
+        check(folder, probe(transformer, config), anyway)
 
 
 def check(folder: Path, mine: list[float], anyway: bool):

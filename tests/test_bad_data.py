@@ -28,7 +28,8 @@ import sample
 from conftest import ROOT
 from data import FORMATS, Cleaner, Cleaning, Config, Mixture, Tokenizer, Turn, prepare, prepare_chats, render, usable
 from lib.cli import run_command
-from model import Adapter, ModelConfig, Transformer, adapter_settings, load, save, save_adapter
+from lib.peft import Adapter, adapter_settings, save_adapter
+from model import ModelConfig, Transformer, load, save
 
 LOCAL = {str(ROOT), str(ROOT / "lib")}
 

@@ -14,7 +14,7 @@ import model
 import train
 from bench import Config, Setting
 from conftest import command, flags, torchrun
-from lib import forecast
+from lib import forecast, naming
 from lib.cli import git_commit
 
 TINY = dict(size="260K", seq_len=32, micro_batch=2, steps=2, warmup=1, repeats=2, compile="off", dtype="fp32")
@@ -103,7 +103,7 @@ def test_the_peer_is_the_same_model(peer, size, checkpointing):
         )
         weights = dict(theirs.model.named_parameters())
         for name, p in ours.model.named_parameters():
-            same = weights.pop(model._translate(name, model.HF_NAMES))
+            same = weights.pop(naming.translate(name, naming.HF_NAMES))
             assert same.shape == p.shape
             train.local(same.detach()).copy_(train.local(p.detach()))
         assert not weights

@@ -1,6 +1,7 @@
 """Folders that are damaged, edited or hostile run no code, are not lost, and give no other weights."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -12,12 +13,14 @@ import struct
 import pytest
 import torch
 
-import model as module
 import sample
 import train
 from conftest import TINY_RUN, random_model, run_ranks
 from data import Tokenizer
-from model import ModelConfig, Transformer, checkpoint_folder, load, save
+from lib import formats, peft
+from lib.checkpoints import checkpoint_folder
+from lib.weights import read_config
+from model import ModelConfig, Transformer, load, save
 from test_train import CPU, build, micro_batch, rows, same_bits, world  # noqa: F401
 from train import Config
 
@@ -57,8 +60,8 @@ def adapter(base, folder, config=TINY, **settings):
     for layer in range(config.num_layers):
         tensors[f"blocks.{layer}.attention.query.lora_A"] = torch.full((4, config.dim), 0.1)
         tensors[f"blocks.{layer}.attention.query.lora_B"] = torch.full((config.dim, 4), 0.1)
-    written = module.adapter_settings(base, 4, 8.0, ["query"]) | settings
-    module.save_adapter(module.Adapter(base, written, tensors), folder)
+    written = peft.adapter_settings(base, 4, 8.0, ["query"]) | settings
+    peft.save_adapter(peft.Adapter(base, written, tensors), folder)
     return tensors
 
 
@@ -366,7 +369,8 @@ def test_a_config_that_its_files_do_not_bear_out_is_one_sentence(kind, field, va
     if kind == "folder":
         save(random_model(TINY), folder := tmp_path / "m")
     edit(folder / "config.json", **{field: value})
-    for read in (load, module.read_config):  # the latter is what the model is built from
+    # the latter is what the model is built from
+    for read in (load, functools.partial(read_config, config_class=ModelConfig)):
         with pytest.raises(ValueError, match=message) as error:
             read(folder)
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
@@ -388,7 +392,7 @@ def test_a_file_that_is_no_object_is_named(name, text, tmp_path):
     (32, 48, 2**31 - 1, 4, 2, 258, 32), (32, 48, 2**20, 4, 2, 258, 32), (32, 48, 2, 4, 2, 10**9, 32)
 ])  # fmt: skip
 def test_a_header_that_promises_more_than_the_file_is_refused_before_a_list_is_made(header, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.np, "prod", lambda shape: 1 / 0)
+    monkeypatch.setattr(formats.np, "prod", lambda shape: 1 / 0)
     (tmp_path / "m.bin").write_bytes(struct.pack("<7i", *header) + bytes(1000))
     with pytest.raises(ValueError, match="m.bin: 1028 bytes, but its header asks for"):
         load(tmp_path / "m.bin")
@@ -397,7 +401,7 @@ def test_a_header_that_promises_more_than_the_file_is_refused_before_a_list_is_m
 def test_no_memory_is_taken_before_sizes_are_compared(tmp_path, monkeypatch):
     save(random_model(TINY), tmp_path / "m")
     edit(tmp_path / "m" / "config.json", vocab_size=10**9)
-    monkeypatch.setattr(module, "Transformer", lambda config: 1 / 0)
+    monkeypatch.setattr("model.Transformer", lambda config: 1 / 0)
     with pytest.raises(ValueError, match="should be"):
         load(tmp_path / "m")
 

@@ -183,7 +183,7 @@ def test_the_reference_is_the_first_model_also_after_the_run_was_resumed(dpo_run
     base = dict(load(straight.parent / "base").named_parameters())
     assert len(seen) == 2 and all(torch.equal(reference[name], base[name]) for reference in seen for name in base)
     dpo_run("other", steps=8, stop_at=3)
-    monkeypatch.setattr(train, "is_known", lambda path, known: False)
+    monkeypatch.setattr(train, "is_known", lambda path, known, config_class: False)
     with pytest.raises(ValueError, match="holds other weights than when .*other began"):
         dpo_run("other", steps=8)
 

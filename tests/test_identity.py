@@ -17,6 +17,7 @@ import sample
 import train
 from conftest import ROOT, random_model
 from data import Tokenizer
+from lib import weights
 from model import SIZES, FeedForward, ModelConfig, RMSNorm, Transformer, load, save
 from sample import Sampling, choose, generate, load_model
 from test_dpo import OPTIONS as DPO
@@ -48,26 +49,27 @@ def test_a_model_is_known_by_every_row_however_it_is_stored(base, tmp_path):
     from lib.identity import weights_sha256
 
     model = load(base)
-    known = module.fingerprint(base)
+    known = weights.fingerprint(base, ModelConfig)
     assert known == weights_sha256(model.named_parameters())
     assert known == weights_sha256(reversed(list(model.named_parameters())))
     save(model, tmp_path / "shards", max_shard_bytes=10_000)
-    assert known == module.fingerprint(tmp_path / "shards")
+    assert known == weights.fingerprint(tmp_path / "shards", ModelConfig)
     save(load(base, dtype=torch.bfloat16), tmp_path / "bf16")
-    assert module.fingerprint(tmp_path / "bf16") == weights_sha256(load(tmp_path / "bf16").named_parameters()) != known
+    rounded = weights.fingerprint(tmp_path / "bf16", ModelConfig)
+    assert rounded == weights_sha256(load(tmp_path / "bf16").named_parameters()) != known
     for name, weight in model.named_parameters():
         with torch.no_grad():
             weight.view(-1)[-1] += 1
             assert weights_sha256(model.named_parameters()) != known, name
             weight.view(-1)[-1] -= 1
     change_last_row(base)
-    assert module.fingerprint(base) != known
+    assert weights.fingerprint(base, ModelConfig) != known
 
 
 def test_a_lora_run_goes_on_with_its_base_alone_in_every_row(tiny_run, base):
     run = tiny_run("lora", init_from=str(base), stop_at=2, **LORA)
     known = json.loads((run / "step_00000002" / "adapter_config.json").read_text())["base_sha256"]
-    assert known == module.fingerprint(base)
+    assert known == weights.fingerprint(base, ModelConfig)
     change_last_row(base)
     for use in (
         lambda: tiny_run("lora", init_from=str(base), **LORA),
@@ -82,7 +84,7 @@ def test_a_lora_run_goes_on_with_its_base_alone_in_every_row(tiny_run, base):
 def test_a_run_of_before_is_known_by_the_first_rows_that_it_wrote_down(tiny_run, base, monkeypatch):
     from lib.identity import first_rows_sha256
 
-    known = module.fingerprint(base, first_rows_sha256)
+    known = weights.fingerprint(base, ModelConfig, first_rows_sha256)
     with monkeypatch.context() as before:
         before.setattr(train, "fingerprint", lambda path: known)
         run = tiny_run("lora", init_from=str(base), stop_at=2, **LORA)
@@ -95,7 +97,7 @@ def test_a_run_of_before_is_known_by_the_first_rows_that_it_wrote_down(tiny_run,
 def test_the_reference_of_pairs_is_the_same_in_every_row(tiny_run, base, pairs):  # noqa: F811
     options = DPO | dict(data=str(pairs), init_from=str(base), steps=4)
     run = tiny_run("dpo", stop_at=2, **options)
-    assert json.loads((run / "run.json").read_text())["init_sha256"] == module.fingerprint(base)
+    assert json.loads((run / "run.json").read_text())["init_sha256"] == weights.fingerprint(base, ModelConfig)
     change_last_row(base)
     with pytest.raises(ValueError, match="base holds other weights than when .*dpo began"):
         tiny_run("dpo", **options)
@@ -108,7 +110,7 @@ def test_an_evaluation_goes_on_with_its_model_alone_in_every_row(base, tmp_path)
     config = eval.Config((str(base),), "choices", str(tmp_path / "questions.jsonl"), str(out))
     eval.main(config)
     first = json.loads(out.read_text())
-    assert first["weights_sha256"] == module.fingerprint(base)
+    assert first["weights_sha256"] == weights.fingerprint(base, ModelConfig)
     out.unlink()  # broken off after three questions
     lines = out.with_suffix(".jsonl").read_text().splitlines(keepends=True)
     out.with_suffix(".jsonl").write_text("".join(lines[:3]))
@@ -119,10 +121,10 @@ def test_an_evaluation_goes_on_with_its_model_alone_in_every_row(base, tmp_path)
 
 def test_a_base_is_hashed_once_in_a_process(tiny_run, base):
     run = tiny_run("lora", init_from=str(base), **LORA)
-    assert module._fingerprint.cache_info().misses > 0
-    module._fingerprint.cache_clear()
+    assert weights._fingerprint.cache_info().misses > 0
+    weights._fingerprint.cache_clear()
     load_model(str(run))
-    assert module._fingerprint.cache_info().misses == 1 and module._fingerprint.cache_info().hits > 0
+    assert weights._fingerprint.cache_info().misses == 1 and weights._fingerprint.cache_info().hits > 0
 
 
 def test_one_process_hashes_a_model_for_all(monkeypatch):
@@ -265,27 +267,29 @@ CHANGES = {
 
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"tie_embeddings": True, "norm_eps": 1e-6}])
 def test_the_probe_knows_what_code_computes_and_not_how_it_is_written(changes, monkeypatch):
-    from lib.probe import TOLERANCE, difference
+    from lib.naming import HF_NAMES
+    from lib.probe import TOLERANCE, difference, probe
 
     config = dataclasses.replace(SIZES["7B"], **changes)
     state = torch.random.get_rng_state()
-    found = module.code_probe(config)
+    found = probe(module.Transformer, config)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(1)
-    assert module.code_probe(dataclasses.replace(config, dim=8192, num_layers=2)) == found
+    assert probe(module.Transformer, dataclasses.replace(config, dim=8192, num_layers=2)) == found
     with monkeypatch.context() as changed:
         names = {"w1": "mlp.gate_proj", "w3": "mlp.up_proj", "w2": "mlp.down_proj"}
         names = {f"feed_forward.{ours}": theirs for ours, theirs in names.items()}
-        others = {ours: name for ours, name in module.HF_NAMES.items() if not ours.startswith("feed_forward.")}
+        others = {ours: name for ours, name in HF_NAMES.items() if not ours.startswith("feed_forward.")}
         changed.setattr(module, "FeedForward", Renamed)
-        changed.setattr(module, "HF_NAMES", others | names)
-        assert difference(module.code_probe(config), found) < TOLERANCE / 50
+        changed.setattr("lib.probe.HF_NAMES", others | names)
+        assert difference(probe(module.Transformer, config), found) < TOLERANCE / 50
     for what, (place, name, function) in CHANGES.items():
         with monkeypatch.context() as changed:
             changed.setattr(place, name, function)
-            assert difference(module.code_probe(config), found) > 20 * TOLERANCE, what
+            assert difference(probe(module.Transformer, config), found) > 20 * TOLERANCE, what
     for other in ({"rope_theta": 20_000.0}, {"rope_scale": 2.0}, {"norm_eps": config.norm_eps * 3}):
-        assert difference(module.code_probe(dataclasses.replace(config, **other)), found) > 20 * TOLERANCE, other
+        changed = dataclasses.replace(config, **other)
+        assert difference(probe(module.Transformer, changed), found) > 20 * TOLERANCE, other
     assert difference(found[:-1], found) == difference([math.nan] * 16, found) == math.inf
 
 

@@ -13,7 +13,7 @@ import sample
 import simulate
 import train
 from conftest import TINY_RUN, additions, assert_same_but_for_rounding, random_model, run_ranks
-from lib import forecast, lora
+from lib import forecast, lora, weights
 from lib.lora import TARGETS, FrozenLinear, adapters
 from model import SIZES, ModelConfig, Transformer, load, save
 from test_train import log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
@@ -51,9 +51,9 @@ def base(tiny_data, tmp_path):
 
 def beside(base, run=None, rank=4, alpha=8.0, targets=tuple(TARGETS), nf4=False) -> Transformer:
     """The base with adapters beside it as in training: zero, or those of a run."""
-    model = lora.add_adapters(module._empty(SHAPE, "cpu", torch.float32), rank, alpha, targets, nf4)
-    module.load_weights(model, base)
-    learned = module.read_adapter(run).tensors if run else {}
+    model = lora.add_adapters(module.empty(SHAPE, "cpu", torch.float32), rank, alpha, targets, nf4)
+    weights.load_weights(model, base)
+    learned = weights.read_adapter(run, ModelConfig).tensors if run else {}
     assert not run or learned.keys() == adapters(model).keys()
     for name, p in adapters(model).items():
         p.data.copy_(learned.get(name, torch.zeros_like(p)))
@@ -68,7 +68,7 @@ def logits(model) -> torch.Tensor:
 def build(base, quantize="none", **flags) -> Transformer:
     """What train.py trains, spread over the ranks of the world."""
     model = train.build(SHAPE, Config(quantize=quantize, **LORA | flags), CPU, torch.float32, False)
-    module.load_weights(model, base)
+    weights.load_weights(model, base)
     lora.init_adapters(model, 0)
     return model
 
@@ -132,7 +132,7 @@ def test_the_product_with_an_nf4_matrix_has_the_gradient_of_one_with_the_unpacke
 
 def test_a_new_adapter_is_drawn_as_large_as_pefts_is():
     """PEFT draws A by kaiming_uniform_(a=sqrt(5)), and leaves B at zero."""
-    model = module.add_adapters(Transformer(ModelConfig(96, 2, 4, 2, 320, 259)), 64, 8.0, list(TARGETS), False)
+    model = lora.add_adapters(Transformer(ModelConfig(96, 2, 4, 2, 320, 259)), 64, 8.0, list(TARGETS), False)
     model.init_weights()
     for name, p in adapters(model).items():
         theirs = torch.nn.init.kaiming_uniform_(torch.empty_like(p), a=math.sqrt(5))
@@ -188,8 +188,8 @@ def test_a_run_resumes_exactly_and_keeps_only_adapters(quantize, tiny_run, base)
     tiny_run("cut", stop_at=5, **options)
     assert same_bits(tiny_run(resume="cut"), straight)
     assert log(straight, "loss")[-1] < log(straight, "loss")[0]
-    weights = {name for name in read_checkpoint(straight) if name.startswith("model.")}
-    assert weights == {f"model.{name}" for name in adapters(beside(base))}
+    trained = {name for name in read_checkpoint(straight) if name.startswith("model.")}
+    assert trained == {f"model.{name}" for name in adapters(beside(base))}
 
 
 def train_here(folder, options: dict):
@@ -205,7 +205,7 @@ def test_two_processes_train_as_one(quantize, base, tiny_data, tmp_path):
         run_ranks(ranks, train_here, tmp_path, options | {"out": str(ranks)})
     for field in ("loss", "val_loss"):
         assert log(tmp_path / "2", field) == pytest.approx(log(tmp_path / "1", field), abs=1e-4)
-    first = [module.read_adapter(tmp_path / ranks / "step_00000000").tensors for ranks in "12"]
+    first = [weights.read_adapter(tmp_path / ranks / "step_00000000", ModelConfig).tensors for ranks in "12"]
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
     assert all(t.any() == name.endswith("lora_A") for name, t in first[0].items())
 
@@ -218,7 +218,7 @@ def test_qlora_keeps_less_than_a_quarter_of_what_training_all_weights_does_in_nf
     def kept(**flags) -> int:
         config = Config(dtype="fp32", **flags)
         model = train.build(shape, config, CPU, torch.float32, False)
-        module.load_weights(model, tmp_path / "large")
+        weights.load_weights(model, tmp_path / "large")
         optimizers, batch = train.make_optimizers(model, config), micro_batch(rows(length=32))
         model(batch.tokens, batch.targets).backward()
         state = [t for optimizer in optimizers for moments in optimizer.state.values() for t in moments.values()]
@@ -237,7 +237,7 @@ def test_matrices_are_packed_as_they_are_read_and_never_all_unpacked_in_nf4(tmp_
     with simulate.Allocated() as allocated:
         model.to_empty(device="cpu")
         held = allocated.now
-        module.load_weights(model, tmp_path / "large")
+        weights.load_weights(model, tmp_path / "large")
     whole = 4 * forecast.count_parameters(shape)
     assert held < whole / 3 and allocated.peak < held + whole / 8
 
@@ -272,8 +272,8 @@ def test_the_forecast_knows_what_a_block_keeps_and_no_unpacked_matrix_is_kept(ta
 
 
 def beside_random(targets: list[str], nf4: bool) -> Transformer:
-    model = lora.add_adapters(module._empty(SHAPE, "cpu", torch.float32), 4, 8.0, targets, nf4)
-    module._fill(model, iter(gentle_model().state_dict().items()), None)
+    model = lora.add_adapters(module.empty(SHAPE, "cpu", torch.float32), 4, 8.0, targets, nf4)
+    weights.fill(model, iter(gentle_model().state_dict().items()), None)
     return model
 
 

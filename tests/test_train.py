@@ -20,7 +20,8 @@ import train
 from conftest import ROOT, TINY_RUN, byte_data, command, flags, torchrun
 from data import TokenDataset, prepare
 from lib import forecast
-from model import IGNORE, SIZES, Transformer, checkpoint_folder, load, save
+from lib.checkpoints import checkpoint_folder
+from model import IGNORE, SIZES, Transformer, load, save
 from ranks import CONFIG, one_step
 from train import Config, learning_rate
 

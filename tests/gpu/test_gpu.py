@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from conftest import ROOT, TINY_RUN, command, flags
 from data import Batch, Mixture
-from model import SIZES, Documents, ModelConfig, attend_within, load
+from lib.kernels import Documents, attend_within
+from model import SIZES, ModelConfig, load
 from test_train import log, same_bits
 
 CUDA = os.environ.get("PLAINLLAMA_TEST_DEVICE", "cuda") == "cuda"

@@ -1,0 +1,164 @@
+"""From a model on disk to one in memory: which reader it takes, adapters merged into their base, rows filled."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lib import formats
+from lib.checkpoints import checkpoint_folder
+from lib.configs import config_from_hugging_face, read_adapter_config
+from lib.identity import first_rows_sha256, weights_sha256
+from lib.lora import TARGETS, adapters, from_nf4, to_nf4
+from lib.naming import Named, check_finite, readable
+from lib.peft import Adapter, read_peft
+from lib.rows import local_rows
+
+
+def read_config(path: str | Path, config_class: type):
+    """The config of the model at path, a config_class (model.ModelConfig). Raises ValueError like model.load."""
+    path = checkpoint_folder(Path(path))
+    with readable(path):
+        return open_model(path, config_class)[0]
+
+
+def load_weights(model: nn.Module, path: str | Path):
+    """Fill a model of the right shape from path, as model.load does, only the rows that this process holds."""
+    path = checkpoint_folder(Path(path))
+    with readable(path):
+        fill(model, open_model(path, type(model.config))[1], path)
+
+
+def open_model(path: Path, config_class: type) -> tuple:
+    """The config of a model and its tensors, which come one at a time."""
+    if path.is_file():
+        return formats.read_llama2c(path, config_class)
+    if (path / "adapter_config.json").exists():
+        return _read_adapted(path, config_class)
+    if (path / ".metadata").exists():
+        return formats.read_run(path, config_class)
+    if (path / "params.json").exists():
+        return formats.read_meta(path, config_class)
+    if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
+        return formats.read_hugging_face(path, config_class)
+    raise ValueError(f"{path}: no model here (looked for config.json with safetensors, params.json, a checkpoint)")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Named, path: Path | None):
+    """Set a model's weights to these tensors, but not those of adapters. Raises ValueError naming what does not fit."""
+    missing = dict(model.named_parameters())
+    for name in adapters(model):
+        del missing[name]
+    for name, tensor in _quantized(model, tensors, path):
+        if name not in missing:
+            raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")
+        target = missing.pop(name)
+        if target.shape != tensor.shape:
+            raise ValueError(f"{path}: tensor {name} should be {tuple(target.shape)} and is {tuple(tensor.shape)}")
+        first, local = local_rows(target)
+        here = tensor[first : first + len(local)]
+        if here.is_floating_point():  # the codes of NF4 are none
+            check_finite(here, name, path)
+        local.copy_(here)
+    if missing:
+        name, target = next(iter(missing.items()))
+        raise ValueError(f"{path}: tensor {name} {tuple(target.shape)} is missing")
+
+
+def _quantized(model: nn.Module, tensors: Named, path: Path) -> Named:
+    """The tensors, but of matrices that the model keeps in NF4 the three parts; on its device, which is faster."""
+    devices = {name: module.codes.device for name, module in model.named_modules() if getattr(module, "nf4", False)}
+    for name, tensor in tensors:
+        module = name.removesuffix(".weight")
+        if module not in devices:
+            yield name, tensor
+        else:
+            check_finite(tensor, name, path)
+            yield from ((f"{module}.{part}", t) for part, t in to_nf4(tensor.to(devices[module])).items())
+
+
+def fingerprint(path: str | Path, config_class: type, hash_of: Callable[[Named], str] = weights_sha256) -> str:
+    """The SHA-256 of all weights of the model at path, to know it again by, or what else hash_of makes of its tensors.
+
+    It is computed once as long as the files stay the same, for it reads all of them. Raises ValueError like model.load.
+    """
+    path = checkpoint_folder(Path(path))
+    with readable(path):
+        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+        states = [(file.name, file.stat()) for file in files]
+        known = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+        return _fingerprint(path.resolve(), config_class, hash_of, known)
+
+
+@functools.cache
+def _fingerprint(path: Path, config_class: type, hash_of: Callable[[Named], str], files: tuple) -> str:
+    return hash_of(open_model(path, config_class)[1])
+
+
+def is_known(path: str | Path, known: str, config_class: type) -> bool:
+    """Whether the model at path has the weights that a run wrote down, or an older run: of its first rows alone."""
+    if known == fingerprint(path, config_class):
+        return True
+    return known == fingerprint(path, config_class, first_rows_sha256)
+
+
+def find_base(settings: dict, path: Path, config_class: type) -> Path:
+    """The folder of the model that the adapter at path changes. Raises ValueError if it is gone or another one."""
+    base = Path(settings["base_model_name_or_path"])
+    where = f"{path}: its base model {base}"
+    if not base.exists():
+        raise ValueError(f"{where} is not there; base_model_name_or_path in its adapter_config.json says where it is")
+    if (known := settings.get("base_sha256")) and not is_known(base, known, config_class):
+        raise ValueError(f"{where} holds other weights than those it was trained on")
+    return checkpoint_folder(base)
+
+
+def read_adapter(path: str | Path, config_class: type) -> Adapter:
+    """The adapter of a run or of a PEFT folder. Raises ValueError where there is none, and for what LoRA has not."""
+    path = checkpoint_folder(Path(path))
+    with readable(path):
+        if not (path / "adapter_config.json").exists():
+            raise ValueError(f"{path}: no adapter here (looked for adapter_config.json)")
+        settings = read_adapter_config(path / "adapter_config.json")
+        named = formats.read_checkpoint(path) if (path / ".metadata").exists() else read_peft(path)
+        tensors = dict(named)
+        if not tensors:
+            raise ValueError(f"{path}: an adapter without a tensor")
+        for name, tensor in tensors.items():
+            check_finite(tensor, name, path)
+        return Adapter(find_base(settings, path, config_class), settings, tensors)
+
+
+def _read_adapted(path: Path, config_class: type) -> tuple:
+    """The base model with the adapter at path merged into it: W + (alpha / rank) B A, where W is in NF4 if it was so
+    in training."""
+    base, settings, learned = read_adapter(path, config_class)
+    config, tensors = open_model(base, config_class)
+    if (path / "config.json").exists():  # a run may have changed its context window
+        own = config_from_hugging_face(config_class, path)
+        window = dict(max_seq_len=config.max_seq_len, rope_scale=config.rope_scale)
+        if replace(own, **window) != config:
+            raise ValueError(f"{path}: config.json is of another model than the base, {base}")
+        config = own
+    in_nf4 = settings.get("quantize") == "nf4"
+
+    def merged() -> Named:
+        for name, tensor in tensors:
+            check_finite(tensor, name, base)
+            module = name.removesuffix(".weight")
+            if in_nf4 and module.rpartition(".")[2] in TARGETS:
+                tensor = from_nf4(**to_nf4(tensor), dtype=torch.float32)
+            if f"{module}.lora_A" in learned:
+                a, b = (learned.pop(f"{module}.{part}") for part in ("lora_A", "lora_B"))
+                if (b.size(0), a.size(1)) != tensor.shape or not a.size(0) == b.size(1) == settings["r"]:
+                    raise ValueError(f"{path}: {module}'s adapter {tuple(a.shape)} does not fit {tuple(tensor.shape)}")
+                tensor = tensor.float() + settings["lora_alpha"] / settings["r"] * (b @ a)
+            yield name, tensor
+        if learned:
+            raise ValueError(f"{path}: tensor {next(iter(learned))} has no place in this model")
+
+    return config, merged()
