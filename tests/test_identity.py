@@ -86,7 +86,7 @@ def test_a_run_of_before_is_known_by_the_first_rows_that_it_wrote_down(tiny_run,
 
     known = weights.fingerprint(base, ModelConfig, first_rows_sha256)
     with monkeypatch.context() as before:
-        before.setattr(train, "fingerprint", lambda path: known)
+        before.setattr(train, "fingerprint", lambda path, config_class: known)
         run = tiny_run("lora", init_from=str(base), stop_at=2, **LORA)
     load_model(str(tiny_run(resume="lora")))
     change_last_row(base, row=0)
