@@ -457,7 +457,8 @@ def main(config: Config):
             out = Path(config.out)
             out.parent.mkdir(parents=True, exist_ok=True)
             draw(results, picture := io.BytesIO())
-            write_all({out: json.dumps(results, indent=2), out.with_suffix(".png"): picture.getvalue()})
+            text = json.dumps(results, indent=2)
+            write_all({out: text, out.with_suffix(".png"): picture.getvalue()})
     finally:
         dist.destroy_process_group()
 

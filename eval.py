@@ -176,8 +176,8 @@ class Question:
     shots: int = 0               # examples that the context has kept
     cut: int = 0                 # tokens lost from its left, when even without examples it was too long
     sizes: list[int] = field(default_factory=list)     # characters of the choices; bytes and words of a document
-    sha256: str = ""             # of the question's own text and the right answers, whatever the model and its prompt
-    document: str = ""           # where the question is a window of a document: in which one it starts
+    sha256: str = ""             # of the question's own text and the right answers, for any model
+    document: str = ""           # of a window of a dataset, the document in which it starts
 
 
 def encode(config: Config, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -327,9 +327,10 @@ def gsm8k(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]
     rows = list(read_rows(Path(config.data)))[: config.limit or None]
     for index, (place, row) in enumerate(rows):
         with named(place):
-            target, asked = text_of(row, "answer").split("####")[-1].strip(), text_of(row, "question")
-            sha256 = question_hash("gsm8k", asked, target)
-            yield Question("gsm8k", index, target=target, sha256=sha256, **prompts.fit(f"Q: {asked}\nA:"))
+            asked, answer = text_of(row, "question"), text_of(row, "answer")
+            target = answer.split("####")[-1].strip()
+            known = {"target": target, "sha256": question_hash("gsm8k", asked, target)}
+            yield Question("gsm8k", index, **known, **prompts.fit(f"Q: {asked}\nA:"))
 
 
 def read_text(path: Path) -> str:
@@ -362,8 +363,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
             rows = json.loads(part) if part.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
-        except (RecursionError, ValueError):  # Python bounds the depth, and the digits of an integer
-            raise ValueError(f"{path}:{number}: nested too deeply, or a number of too many digits") from None
+        except (RecursionError, ValueError):  # Python bounds depth, and the digits of an integer
+            problem = "nested too deeply, or a number of too many digits"
+            raise ValueError(f"{path}:{number}: {problem}") from None
         rows = rows if isinstance(rows, list) else [rows]
         for place, row in enumerate(rows, 1):
             name = f"{path}:{number}" if path.suffix != ".json" else f"{path}: question {place}"
@@ -404,8 +406,9 @@ def by_likelihood(parse: Callable[[dict], Iterator[tuple[str, str, list[str], li
                     same = pairs[0][0]  # one list for all choices where it can be, by which they are put together
                     pairs = [(same if head == same else head, tail) for head, tail in pairs]
                     sizes = [len(choice) for choice in choices]
-                    known = {"sizes": sizes, "sha256": question_hash(subject, context, choices, gold)}
-                    yield Question(subject, counts[subject], same, pairs, gold, cut=max(cuts), **known)
+                    known = {"sizes": sizes, "cut": max(cuts)}
+                    known |= {"sha256": question_hash(subject, context, choices, gold)}
+                    yield Question(subject, counts[subject], same, pairs, gold, **known)
                     counts[subject] += 1
 
     return task
@@ -435,7 +438,8 @@ def parse_hellaswag(row: dict):
     """HellaSwag (Zellers et al. 2019, arXiv:1905.07830), cleaned of WikiHow's brackets as the harness does."""
     clean = lambda text: re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    yield "hellaswag", clean(context), list(map(clean, texts_of(row, "endings"))), [int(row["label"])]
+    endings = list(map(clean, texts_of(row, "endings")))
+    yield "hellaswag", clean(context), endings, [int(row["label"])]
 
 
 def parse_truthfulqa(row: dict):
@@ -443,7 +447,9 @@ def parse_truthfulqa(row: dict):
     for name in ("mc1", "mc2"):
         targets = row[f"{name}_targets"]
         if "labels" in targets:
-            targets = dict(zip(texts_of(targets, "choices"), targets["labels"], strict=True))
+            if len(texts_of(targets, "choices")) != len(targets["labels"]):
+                raise ValueError("choices and labels are not as many")
+            targets = dict(zip(targets["choices"], targets["labels"]))
         gold = [i for i, label in enumerate(targets.values()) if label]
         yield name, f"Q: {row['question']}\nA:", list(targets), gold
 
@@ -468,7 +474,8 @@ def perplexity(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Ques
             (file, start, _) = val.pieces(index)[0]
             document = f"file {file} document {np.searchsorted(begins[file], start, 'right')}"
             first = batch.tokens[0, :1].tolist()
-            known = {"sizes": size, "sha256": question_hash(first, targets, size), "document": document}
+            known = {"sizes": size, "document": document}
+            known |= {"sha256": question_hash(first, targets, size)}
             yield Question(str(path), index, first, [(first, targets)], **known)
         return
     if not path.exists():
@@ -518,7 +525,8 @@ def passkey(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Questio
             key, before = draw.randint(10_000, 99_999), draw.randint(0, repeats)
             text = begin + (dull * before).strip() + passkey_line(key) + (dull * (repeats - before)).strip()
             ids = encode(config, tokenizer, text + PASSKEY_QUESTION)
-            yield Question(str(length), index, ids, target=str(key), sha256=question_hash(length, index, key))
+            sha256 = question_hash(length, index, key)
+            yield Question(str(length), index, ids, target=str(key), sha256=sha256)
 
 
 PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is"
@@ -822,7 +830,10 @@ class World:
         return json.loads(self.store.get(f"{self.calls} value"))
 
     def first(self, act: Callable, *args, **options):
-        """What act(*args, **options) returns on the first process, on all; bad input that it finds is raised on all."""
+        """What act(*args, **options) returns on the first process, on all.
+
+        Bad input that it finds there is raised on all, as ValueError.
+        """
         answer = {}
         if self.rank == 0:
             try:
@@ -853,7 +864,8 @@ def digest(question: Question) -> bytes:
 def read_lines(path: Path, questions: list[Question], keys: list[str]) -> dict[int, dict]:
     """The records of an evaluation that was broken off, by question; a last line that is not whole is deleted.
 
-    Raises ValueError naming the line that is not of this model, these questions, prompts and this protocol.
+    Raises ValueError naming the line that is not of this model, these questions, prompts and this
+    protocol.
     """
     if not path.exists():
         return {}
@@ -878,7 +890,8 @@ def read_lines(path: Path, questions: list[Question], keys: list[str]) -> dict[i
 def make_questions(
     reader: Reader, tokenizer: Tokenizer, config: Config, world: World
 ) -> tuple[list[Question], list[str], dict]:
-    """The questions, a key for each, by which its answer is known again, and what the result says of them."""
+    """The questions, a key for each, by which its answer is known again, and what the result says
+    of them."""
     from tqdm import tqdm
 
     protocol, window = PROTOCOLS[config.task][config.protocol], reader.model.config.max_seq_len
@@ -894,7 +907,8 @@ def make_questions(
     model_hash = world.agree(weights_sha256(reader.model.named_parameters()) if world.rank == 0 else None)
     about = f"{model_hash} {reader.model.norm.weight.dtype} {config.protocol}".encode()
     sources = [question.sha256.encode() for question in questions]
-    keys = [hashlib.sha256(about + digest + source).hexdigest()[:16] for digest, source in zip(digests, sources)]
+    wholes = (about + digest + source for digest, source in zip(digests, sources))
+    keys = [hashlib.sha256(whole).hexdigest()[:16] for whole in wholes]
     return questions, keys, {
         "questions": len(questions),
         "prompt_tokens": sum(len(question.context) for question in questions),
@@ -906,12 +920,18 @@ def make_questions(
 
 
 def run_questions(
-    reader: Reader, tokenizer: Tokenizer, config: Config, world: World, questions: list[Question], keys: list[str]
+    reader: Reader,
+    tokenizer: Tokenizer,
+    config: Config,
+    world: World,
+    questions: list[Question],
+    keys: list[str],
 ) -> list[dict]:
     """Ask the questions that are not answered yet; on the first process all records in order."""
     from tqdm import tqdm
 
-    protocol, shown = PROTOCOLS[config.task][config.protocol], partial(tqdm, file=sys.stderr, disable=world.rank > 0)
+    protocol = PROTOCOLS[config.task][config.protocol]
+    shown = partial(tqdm, file=sys.stderr, disable=world.rank > 0)
     lines, done = Path(config.out or "-").with_suffix(".jsonl"), {}
 
     def begin() -> list[int]:
@@ -937,8 +957,9 @@ def run_questions(
                 found = answers.pop(number)
                 found = [found[i] for i in range(len(found))] if question.choices else answer
                 if question.choices and not all(map(math.isfinite, found)):
-                    place = f"{question.subject} {question.index} has log-probabilities that are not finite"
-                    raise ValueError(f"{place}; the model is damaged, or was trained to NaN")
+                    place = f"{question.subject} {question.index}"
+                    why = "the model is damaged, or was trained to NaN"
+                    raise ValueError(f"log-probabilities of {place} are not finite; {why}")
                 done[number] = {
                     "task": config.task, "subject": question.subject, "index": question.index,
                     "shots": question.shots, "num_tokens": len(question.context), "cut": question.cut,
@@ -1003,11 +1024,11 @@ def summarize_documents(records: list[dict]) -> dict:
     total = lambda name: sum(record.get(name, 0) for record in records)
     nats, tokens, num_bytes, words = map(total, ("nats", "num_tokens", "bytes", "words"))
     bits = nats / math.log(2) / num_bytes
-    # the error of a ratio of sums, documents being independent of each other; of a single one, its windows
+    # the error of a ratio of sums, documents being independent of each other; of one, its windows
     groups = by_document(records, records)
     groups = groups if len(groups) > 1 else [[record] for record in records]
-    excess = lambda group: sum(record["nats"] / math.log(2) - bits * record["bytes"] for record in group)
-    squares = sum(excess(group) ** 2 for group in groups)
+    excess = lambda record: record["nats"] / math.log(2) - bits * record["bytes"]
+    squares = sum(sum(map(excess, group)) ** 2 for group in groups)
     half = 1.96 * math.sqrt(squares) / num_bytes
     scores = {
         "nats_per_token": nats / tokens,
@@ -1023,8 +1044,9 @@ def summarize_documents(records: list[dict]) -> dict:
 def by_document(items: list, records: list[dict]) -> list[list]:
     """Items, each of one of the records of perplexity, in groups by document.
 
-    A window of a dataset belongs to the document in which it starts. Its end may be of others, so neighbouring groups
-    are not quite independent; but a document much longer than a window, whose windows are alike, is drawn as one.
+    A window of a dataset belongs to the document in which it starts. Its end may be of others, so
+    neighbouring groups are not quite independent; but a document much longer than a window, whose
+    windows are alike, is drawn as one.
     """
     groups = defaultdict(list)
     for item, record in zip(items, records):
@@ -1033,7 +1055,7 @@ def by_document(items: list, records: list[dict]) -> list[list]:
 
 
 def finite_exp(nats: float) -> float | None:
-    """exp(nats); None where that is more than a float can hold, as of words in a text that has hardly any blanks."""
+    """exp(nats); None where that is more than a float holds, as of words in a text without blanks."""
     return math.exp(nats) if nats < math.log(sys.float_info.max) else None
 
 
@@ -1082,7 +1104,8 @@ def tables(result: dict) -> str:
         lines += [f"| bits_per_byte | {bits[0]:.4f} ({bits[1]:.4f} to {bits[2]:.4f}) |"]
         names = ("nats_per_token", "perplexity", "word_perplexity", "tokens", "bytes", "documents", "windows")
         shown = lambda value: "more than a number can hold" if value is None else f"{value:,.6g}"
-        return "\n".join(lines + [f"| {key} | {shown(scores[key])} |" for key in names if key in scores])
+        lines += [f"| {key} | {shown(scores[key])} |" for key in names if key in scores]
+        return "\n".join(lines)
     metrics = scores["scores"]
     heads = ["score", *metrics]
     table = lambda rows: ["| " + " | ".join(row) + " |" for row in [heads, ["---"] + ["---:"] * len(metrics), *rows]]
@@ -1129,8 +1152,10 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
 
 
 FLAGS = ("task", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit")
-ALIKE = (*FLAGS, "max_new_tokens", "stop", "dtype", "context_window", "tokenizer_sha256", "prompts_sha256",
-         "questions_sha256", "weights_sha256")  # what two evaluations share that are the same one  # fmt: skip
+ALIKE = (  # what two evaluations have in common that are the same one
+    *FLAGS, "max_new_tokens", "stop", "dtype", "context_window", "tokenizer_sha256",
+    "prompts_sha256", "questions_sha256", "weights_sha256",
+)  # fmt: skip
 
 
 # ---- two results, many checkpoints ----
@@ -1140,9 +1165,9 @@ def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
     """Second result less the first on the same questions, its 95 % interval from bootstrap, and how likely chance is.
 
     Questions (of perplexity: documents) are drawn with replacement. Where every score is 0 or 1, McNemar's exact test
-    counts who alone is right; else the bootstrap's share beyond 0 is doubled. Chance is that of the questions: whether
-    another run of the same settings would do alike is not in it. Raises ValueError unless both were asked the same
-    questions in the same way.
+    counts who alone is right; else the bootstrap's share beyond 0 is doubled. Chance is that of the
+    questions: whether another run of the same settings would do alike is not in it. Raises
+    ValueError unless both were asked the same questions in the same way.
     """
     if len(paths) != 2:
         raise ValueError(f"--compare takes two results, not {len(paths)}")
@@ -1159,12 +1184,14 @@ def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
         if len(groups) < 2:
             raise ValueError("--compare draws documents, and of a single one nothing can be drawn")
     else:
-        metric, average = next(iter(pairs[0][0]["scores"])), PROTOCOLS[task][protocol["protocol"]].average
+        metric = next(iter(pairs[0][0]["scores"]))
+        average = PROTOCOLS[task][protocol["protocol"]].average
         name, drawn = f"{metric}, {average}", "questions"
         pairs = [pair for pair in pairs if metric in pair[0]["scores"]]
         both = np.array([[record["scores"][metric] for record in pair] for pair in pairs])
         counts = Counter(first["subject"] for first, _ in pairs)
-        weights = np.array([1 / counts[first["subject"]] if average == "macro" else 1.0 for first, _ in pairs])
+        size = lambda first: counts[first["subject"]] if average == "macro" else 1.0
+        weights = np.array([1 / size(first) for first, _ in pairs])
         both = both * weights[:, None]
     generator = np.random.default_rng(0)
     difference = both[:, 1] - both[:, 0]
@@ -1183,7 +1210,7 @@ def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
         gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
         return found | {"only_first": lost, "only_second": gained, "test": "McNemar", "p": mcnemar(gained, lost)}
     p = 2 * (min((means <= 0).sum(), (means >= 0).sum()) + 1) / (draws + 1)
-    least = 2.0 ** (1 - len(both))  # that two documents both speak for one model is a toss of two coins
+    least = 2.0 ** (1 - len(both))  # that two documents speak for one model is a toss of two coins
     return found | {"test": "bootstrap", "p": float(min(1.0, max(p, least)))}
 
 
@@ -1203,14 +1230,16 @@ def say_difference(found: dict, paths: tuple[str, ...]):
     value, low, high = (scale * x for x in found["difference"])
     first, second = scale * found["first"], scale * found["second"]
     drawn = "documents" if "documents" in found else "questions"
-    print(f"{found['score']} on {found[drawn]:,} {drawn}: {paths[0]} {first:.4g}, {paths[1]} {second:.4g}")
+    each = f"{paths[0]} {first:.4g}, {paths[1]} {second:.4g}"
+    print(f"{found['score']} on {found[drawn]:,} {drawn}: {each}")
     print(f"difference {value:+.3g}{unit}, 95 % interval {low:+.3g} to {high:+.3g}")
     if "only_first" in found:
         print(f"only the first is right {found['only_first']} times, only the second {found['only_second']} times")
     alike, differ = "no more than chance may do: they may be alike", "more than chance: they differ"
     verdict = f"{differ if found['p'] < 0.05 else alike} on such {drawn}"
     print(f"{found['test']}: p = {found['p']:.2g}, {verdict}")
-    print("This is about these two models; whether their settings differ, only more seeds of each can tell")
+    other = "whether their settings differ, only more seeds of each can tell"
+    print(f"This is about these two models; {other}")
 
 
 def curves(config: Config, world: World):
@@ -1240,7 +1269,8 @@ def curves(config: Config, world: World):
               for _, run, step, tokens, (_, value) in points]  # fmt: skip
     rows = [dict(zip(("run", "step", "tokens", "score"), point[1:4] + (point[4][1],))) for point in points]
     draw(points, name, picture := io.BytesIO())
-    table = json.dumps({"task": config.task, "protocol": config.protocol, "score": name, "points": rows})
+    about = {"task": config.task, "protocol": config.protocol}
+    table = json.dumps(about | {"score": name, "points": rows})
     write_all({
         out: table,  # first, since by it the others are known as its own
         out.with_suffix(".md"): "\n".join(lines) + "\n",
@@ -1250,7 +1280,7 @@ def curves(config: Config, world: World):
 
 
 def check_curve(config: Config):
-    """Raise ValueError where --out, or a checkpoint's result that it would use, is of something else."""
+    """Raise ValueError where --out, or a checkpoint's result beside it, is of something else."""
     out, flags = Path(config.out), {name: getattr(config, name) for name in FLAGS}
     for name in (Path(folder).name for folder in config.model):
         for file in sorted(out.with_suffix("").glob("*_step_????????.json")):
@@ -1316,9 +1346,9 @@ def check(config: Config) -> Config:
             raise ValueError(f"--{flag} is for {' and '.join(users)}, not for {config.task}")
     if config.task == "perplexity" and (config.chat or not config.bos):
         flag = "--chat" if config.chat else "--no_bos"
-        raise ValueError(f"{flag} does nothing for perplexity, which measures a text as it is, after one BOS")
+        raise ValueError(f"{flag} does nothing for perplexity, which reads a text as it is, after BOS")
     if config.task == "passkey" and config.data:
-        raise ValueError(f"--data {config.data} is not read for passkey, which makes its own prompts")
+        raise ValueError(f"--data {config.data} is not read for passkey, which makes its prompts")
     if config.task != "passkey" and not config.data:
         raise ValueError(f"--data is needed for {config.task}")
     protocol = protocols[name]

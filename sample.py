@@ -126,7 +126,8 @@ def generate(
     the batch. What a row draws depends on the seed and its place, not on the other rows. A row that fills the context
     window goes on with the last half of it, read anew, and stderr says so. prefix, a cache of one row, holds the first
     tokens of every prompt where they all begin alike: these are not read again.
-    Raises ValueError for a prompt that is empty or longer than the context window, and for logits that are not finite.
+    Raises ValueError for a prompt that is empty or longer than the context window, and for logits
+    that are not finite.
     """
     check_prompts(model, prompts)
     window, device = model.config.max_seq_len, model.norm.weight.device
@@ -144,12 +145,19 @@ def generate(
         if step % DRAWN == 0:
             uniform = torch.stack([torch.rand(DRAWN, generator=generator) for generator in generators]).to(device)
         finite = logits.isfinite().all(-1)
+<<<<<<< HEAD
         tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step % DRAWN])
         for row, token, sound in zip(rows, *torch.stack((tokens, finite.long())).tolist()):  # one wait for both
+=======
+        tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step])
+        picked = torch.stack((tokens, finite.long())).tolist()  # one wait for both
+        for row, token, sound in zip(rows, *picked):
+>>>>>>> h3
             if not running[row]:
                 continue
             if not sound:
-                raise ValueError("the model's logits are not finite; its weights are damaged, or were trained to NaN")
+                why = "its weights are damaged, or were trained to NaN"
+                raise ValueError(f"the model's logits are not finite; {why}")
             if token in end_ids:
                 running[row] = False
                 continue
@@ -311,8 +319,9 @@ class Chat:
             return False
 
         most = min(max_new_tokens, self.model.config.max_seq_len - len(ids))
+        ends = (self.tokenizer.eos_id, self.tokenizer.bos_id)
         try:
-            generate(self.model, [ids], most, sampling, (self.tokenizer.eos_id, self.tokenizer.bos_id), add, self.cache)
+            generate(self.model, [ids], most, sampling, ends, add, self.cache)
         except ValueError:
             self.turns.pop()  # a question without an answer is no exchange
             raise

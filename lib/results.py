@@ -1,4 +1,4 @@
-"""Results as files: which names are free, lines that are added as they come, and what is read back from them.
+"""Results as files: which names are free, lines added as they come, what is read back from them.
 
 A result X.json has a table beside it in X.md, and in X.jsonl a line for each question.
 """
@@ -40,7 +40,7 @@ class TextScores(TypedDict):
 
 
 class Protocol(TypedDict):
-    """Of X.json, by what its questions were asked: two results are compared only where all of it is equal.
+    """How the questions of X.json were asked: results are compared only where all of it is equal.
 
     --limit and --subjects are not here, since the questions themselves are compared.
     """
@@ -76,7 +76,7 @@ class Text(Line):
 
 
 def question_hash(*parts: Any) -> str:
-    """A hash of a question's own text, choices and right answers, equal for every model, tokenizer and prompt."""
+    """A hash of a question's own text, choices and right answers, equal for every model and prompt."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -84,11 +84,15 @@ def question_hash(*parts: Any) -> str:
 
 
 def check_out(out: Path, **beginnings: str | None):
-    """Raise ValueError unless a result can be written as `out` and beside it, with the suffixes that are named.
+    """Raise ValueError unless a result can be written as `out` and beside it, with these suffixes.
 
-    Nothing may be there, a link to nowhere included, but what begins as an unfinished result of the same kind does.
+    Nothing may be there, a link to nowhere included, but what begins as an unfinished result of the
+    same kind does: suffix=BEGINNING.
     """
-    for path, beginning in ((out, None), *((out.with_suffix(f".{name}"), text) for name, text in beginnings.items())):
+    for path, beginning in (
+        (out, None),
+        *((out.with_suffix(f".{name}"), text) for name, text in beginnings.items()),
+    ):
         if not os.path.lexists(path) or beginning is not None and _begins(path, beginning):
             continue
         why = "exists" if beginning is None else "exists and is no unfinished result of this kind"
@@ -119,7 +123,7 @@ def append_lines(path: Path, records: list[dict]):
 
 
 def write_all(texts: dict[Path, str | bytes]):
-    """Write files that make up a result. When one cannot be written, those that are new here go again."""
+    """Write the files of a result. When one cannot be written, those that are new here go again."""
     made = []
     try:
         for path, text in texts.items():
@@ -135,16 +139,20 @@ def write_all(texts: dict[Path, str | bytes]):
 
 
 def check_same(path: Path, expected: dict):
-    """Raise ValueError naming what differs where the result at path has other values than expected."""
+    """Raise ValueError naming what differs where the result at path has other values."""
     found = read_json(path)
-    differing = [name for name, value in json.loads(json.dumps(expected)).items() if found.get(name) != value]
+    differing = [
+        name for name, value in json.loads(json.dumps(expected)).items() if found.get(name) != value
+    ]
     if differing:
         names = ", ".join(differing)
-        raise ValueError(f"--out: {path} is of another evaluation; choose another name (other {names})")
+        raise ValueError(
+            f"--out: {path} is of another evaluation; choose another name (other {names})"
+        )
 
 
 def read_result(path: Path, expected: dict) -> dict:
-    """The result at path. Raises ValueError where it is of another evaluation than expected, or damaged."""
+    """The result at path. Raises ValueError where it is of another evaluation, or damaged."""
     check_same(path, expected)
     result = read_json(path, "scores")
     checked(result["scores"], TextScores if expected["task"] == "perplexity" else Scores, path)
@@ -152,12 +160,12 @@ def read_result(path: Path, expected: dict) -> dict:
 
 
 def check_line(record: Any, task: str, where: str | Path) -> dict:
-    """What a comparison needs of a line. Raises ValueError naming the field that is missing or wrong."""
+    """What a comparison needs of a line. Raises ValueError naming a field that is missing or wrong."""
     return checked(record, Text if task == "perplexity" else Answer, where)
 
 
 def read_answers(path: Path) -> tuple[Protocol, dict[tuple[str, int], dict]]:
-    """How a result was measured, and its lines by (hash of the question, how many of that hash came before).
+    """How a result was measured, and its lines by (hash of the question, how many had it before).
 
     Raises ValueError naming file, line and field.
     """
@@ -169,14 +177,18 @@ def read_answers(path: Path) -> tuple[Protocol, dict[tuple[str, int], dict]]:
         where = f"{lines}:{number}"
         record = parse_json(line, where)
         if isinstance(record, dict) and "question_sha256" not in record:
-            raise ValueError(f"{where} does not say which question it answers (no question_sha256): evaluate again")
+            raise ValueError(
+                f"{where} does not say which question it answers (no question_sha256): evaluate again"
+            )
         record = check_line(record, result["task"], where)
         if (place := (record["subject"], record["index"])) in places:
             raise ValueError(f"{where}: {place[0]} {place[1]} is there twice")
         places.add(place)
         found[record["question_sha256"], counts[record["question_sha256"]]] = record
         counts[record["question_sha256"]] += 1
-    if (total := checked(read_json(path, "questions")["questions"], int, f"{path}: questions")) != len(found):
+    if (
+        total := checked(read_json(path, "questions")["questions"], int, f"{path}: questions")
+    ) != len(found):
         raise ValueError(f"{lines} has {len(found)} lines, {path} speaks of {total} questions")
     return result, found
 
@@ -189,15 +201,26 @@ def read_pairs(paths: tuple[Path, Path]) -> tuple[Protocol, list[tuple[dict, dic
     (protocol, first), (other, second) = map(read_answers, paths)
     for name in Protocol.__annotations__:
         if protocol[name] != other[name]:
-            each = ", ".join(f"{path} has {result[name]}" for path, result in zip(paths, (protocol, other)))
-            raise ValueError(f"--compare needs the same questions, asked in the same way; of {name}, {each}")
+            each = ", ".join(
+                f"{path} has {result[name]}" for path, result in zip(paths, (protocol, other))
+            )
+            raise ValueError(
+                f"--compare needs the same questions, asked in the same way; of {name}, {each}"
+            )
     if first.keys() != second.keys():
         both = len(first.keys() & second.keys())
         each = ", ".join(f"{path} has {len(lines)}" for path, lines in zip(paths, (first, second)))
-        raise ValueError(f"--compare needs the same questions: {each}, and {both} of them are in both")
+        raise ValueError(
+            f"--compare needs the same questions: {each}, and {both} of them are in both"
+        )
     pairs = [(record, second[key]) for key, record in first.items()]
     for one, two in pairs:
-        if one.get("bytes") != two.get("bytes") or one.get("scores", {}).keys() != two.get("scores", {}).keys():
+        if (
+            one.get("bytes") != two.get("bytes")
+            or one.get("scores", {}).keys() != two.get("scores", {}).keys()
+        ):
             place = f"{one['subject']} {one['index']}"
-            raise ValueError(f"--compare: {place} has other bytes or other scores in {paths[1]} than in {paths[0]}")
+            raise ValueError(
+                f"--compare: {place} has other bytes or other scores in {paths[1]} than in {paths[0]}"
+            )
     return protocol, pairs

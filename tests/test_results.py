@@ -1,4 +1,4 @@
-"""Results of evaluations: nothing is written over, nothing is taken for something else, nothing dead gets a score."""
+"""Results of evaluations: nothing is written over or taken for something else, nothing dead scores."""
 
 import json
 import math
@@ -24,7 +24,9 @@ from lib.results import read_result, write_all
 from model import ModelConfig, save
 from sample import Chat, Sampling, generate
 
-TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=512)
+TINY = ModelConfig(
+    dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=512
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,9 @@ def ask(saved, tmp_path, monkeypatch):
 
     def run(out: str = "", **options):
         options = {"model": saved, "task": "choices", "data": "ours.jsonl", "out": out} | options
-        options["model"] = (options["model"],) if isinstance(options["model"], str) else options["model"]
+        options["model"] = (
+            (options["model"],) if isinstance(options["model"], str) else options["model"]
+        )
         eval.main(Config(**options))
         return read(out) if out else None
 
@@ -50,7 +54,10 @@ def ask(saved, tmp_path, monkeypatch):
 
 
 def questions(count: int, name: str = "Is it", answer: int = 0) -> list[dict]:
-    return [{"context": f"{name} {i}?", "choices": ["yes", "no", "it may be"], "answer": answer} for i in range(count)]
+    return [
+        {"context": f"{name} {i}?", "choices": ["yes", "no", "it may be"], "answer": answer}
+        for i in range(count)
+    ]
 
 
 def write_lines(path: str | Path, rows: list, end: str = "\n"):
@@ -100,7 +107,9 @@ def said(monkeypatch, capsys, script, **options) -> str:
     ({"out": "c.json", "checkpoints": "all"}, {"c.md": "Notes"}),
     ({"out": "c.json", "checkpoints": "all"}, {"c.png": "a picture"}),
 ])  # fmt: skip
-def test_no_result_is_written_over_a_file_of_something_else(options, files, ask, tmp_path, monkeypatch):
+def test_no_result_is_written_over_a_file_of_something_else(
+    options, files, ask, tmp_path, monkeypatch
+):
     for name, text in files.items():
         Path(name).write_text(text)
     before = contents(tmp_path)
@@ -130,7 +139,11 @@ def test_a_comparison_is_written_to_a_new_file_alone(ask):
         ask(out=f"{name}.json")
     Path("thesis.tex").write_text("mine")
     before = contents(Path())
-    for out, sentence in (("a.json", "a.json exists"), ("./b.json", "b.json exists"), ("thesis.tex", "must end in")):
+    for out, sentence in (
+        ("a.json", "a.json exists"),
+        ("./b.json", "b.json exists"),
+        ("thesis.tex", "must end in"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             eval.main(Config(compare=("a.json", "b.json"), out=out))
     assert contents(Path()) == before
@@ -154,17 +167,30 @@ def test_half_of_the_first_line_alone_is_continued(ask):
     assert read_lines("x.jsonl") == read_lines("whole.jsonl")
 
 
-def test_a_disk_without_room_is_named_with_the_file_and_nothing_looks_finished(ask, saved, monkeypatch, capsys):
+def test_a_disk_without_room_is_named_with_the_file_and_nothing_looks_finished(
+    ask, saved, monkeypatch, capsys
+):
     write_lines("ours.jsonl", questions(60))
-    options = {"model": saved, "task": "choices", "data": "ours.jsonl", "out": "x.json", "batch_tokens": 200}
+    options = {
+        "model": saved,
+        "task": "choices",
+        "data": "ours.jsonl",
+        "out": "x.json",
+        "batch_tokens": 200,
+    }
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, most))  # as a full disk: writing gives an error without a name
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (5000, most)
+    )  # as a full disk: writing gives an error without a name
     try:
         sentence = said(monkeypatch, capsys, eval, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert sentence == "eval.py: x.jsonl: File too large"
-    assert sorted(path.name for path in Path().glob("x.*")) == ["x.jsonl"] and Path("x.jsonl").stat().st_size == 5000
+    assert (
+        sorted(path.name for path in Path().glob("x.*")) == ["x.jsonl"]
+        and Path("x.jsonl").stat().st_size == 5000
+    )
     ask(**options)  # with room again it goes on
     assert len(read_lines("x.jsonl")) == 60
 
@@ -173,7 +199,9 @@ def test_of_a_result_that_cannot_be_finished_no_new_file_stays(tmp_path):
     (tmp_path / "a.jsonl").write_text("old")
     (tmp_path / "a.json").mkdir()
     with pytest.raises(OSError, match="a.json"):
-        write_all({tmp_path / "a.jsonl": "new", tmp_path / "a.md": "table", tmp_path / "a.json": "{}"})
+        write_all(
+            {tmp_path / "a.jsonl": "new", tmp_path / "a.md": "table", tmp_path / "a.json": "{}"}
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.jsonl"]
 
 
@@ -205,7 +233,10 @@ def test_what_the_first_process_refuses_ends_all(ask, saved):
     Path("b.md").write_text("mine")
     for out, sentence in (
         ("a.json", "--out: a.jsonl:1 is of another evaluation; choose another name"),
-        ("b.json", "--out: b.md exists and is no unfinished result of this kind; choose another name"),
+        (
+            "b.json",
+            "--out: b.md exists and is no unfinished result of this kind; choose another name",
+        ),
         ("b.md/x.json", "b.md: File exists"),
     ):
         config = check(Config(model=(saved,), task="choices", data="ours.jsonl", out=out))
@@ -228,13 +259,18 @@ def test_what_another_process_refuses_ends_the_first():
 
 def test_an_evaluation_is_not_continued_with_other_right_answers(ask):
     problems = [{"question": "1 + 1?", "answer": "#### 2"}] * 3
-    for task, rows, right, options in (("choices", questions(8), 2, {}), ("gsm8k", problems, "#### 3", {"shots": 0})):
+    for task, rows, right, options in (
+        ("choices", questions(8), 2, {}),
+        ("gsm8k", problems, "#### 3", {"shots": 0}),
+    ):
         options = {"out": f"{task}.json", "task": task, "data": "mine.jsonl"} | options
         write_lines("mine.jsonl", rows)
         ask(**options)
         os.remove(f"{task}.json")
         write_lines("mine.jsonl", [*rows[:-1], rows[-1] | {"answer": right}])
-        with pytest.raises(ValueError, match=f"{task}.jsonl:{len(rows)} is of another evaluation; choose another"):
+        with pytest.raises(
+            ValueError, match=f"{task}.jsonl:{len(rows)} is of another evaluation; choose another"
+        ):
             ask(**options)
 
 
@@ -243,21 +279,35 @@ def curve(tiny_run, tiny_data):
     run = tiny_run(steps=2, save_every=1, keep=9)
 
     def measure(**options):
-        options = {"task": "perplexity", "data": str(tiny_data), "checkpoints": "all", "out": "c.json"} | options
+        options = {
+            "task": "perplexity",
+            "data": str(tiny_data),
+            "checkpoints": "all",
+            "out": "c.json",
+        } | options
         eval.main(Config(model=(str(run),), **options))
 
     return measure
 
 
-def test_curves_reuse_a_result_of_the_same_evaluation_alone(curve, tiny_run, tiny_data, tmp_path, monkeypatch):
+def test_curves_reuse_a_result_of_the_same_evaluation_alone(
+    curve, tiny_run, tiny_data, tmp_path, monkeypatch
+):
     curve()
     before, score = contents(Path("c")), eval.Reader.score
     monkeypatch.setattr(eval.Reader, "score", None)
     curve()  # nothing is measured again
     Path("other.md").write_text("Another text.\n\n" * 40)
     sentence = "run_step_00000000.json is of another evaluation; choose another name"
-    for change, what in (("data", "other.md"), "prompts"), (("limit", 2), "limit"), (("max_prompt", 16), "max_prompt"):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{sentence} .other .*{what}"):
+    for change, what in (
+        (("data", "other.md"), "prompts"),
+        (("limit", 2), "limit"),
+        (("max_prompt", 16), "max_prompt"),
+    ):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ValueError, match=f"{sentence} .other .*{what}"),
+        ):
             if change[0] != "data":
                 patch.setattr(eval, "load_model", None)  # other flags are seen before any work
             curve(**dict([change]))
@@ -282,11 +332,17 @@ def test_a_question_has_the_same_hash_for_every_tokenizer_and_prompt(ask, shared
     ):  # fmt: skip
         found = []
         for tokenizer, more in ((words[0], {}), (words[1], {}), (words[0], changes)):
-            more = more | {name: changes[name] for name in ("subjects", "limit", "lengths") if name in changes}
+            more = more | {
+                name: changes[name] for name in ("subjects", "limit", "lengths") if name in changes
+            }
             config = check(Config(model=("m",), task=task, data=str(data), **more))
             made = list(eval.PROTOCOLS[task][config.protocol].questions(config, tokenizer, 2000))
             found.append([question.sha256 for question in made])
-        assert found[0] == found[1] == found[2] and len(set(found[0])) == len(found[0]) and all(found[0]), task
+        assert (
+            found[0] == found[1] == found[2]
+            and len(set(found[0])) == len(found[0])
+            and all(found[0])
+        ), task
 
 
 # ---- comparisons ----
@@ -296,7 +352,9 @@ def test_a_comparison_pairs_questions_by_their_text(ask):
     ask(out="a.json")
     write_lines("others.jsonl", questions(8, "Was it"))
     ask(out="b.json", data="others.jsonl")
-    with pytest.raises(ValueError, match="the same questions: a.json has 8, b.json has 8, and 0 of them are in"):
+    with pytest.raises(
+        ValueError, match="the same questions: a.json has 8, b.json has 8, and 0 of them are in"
+    ):
         compare(("a.json", "b.json"))
     write_lines("ours.jsonl", questions(8)[::-1])  # in another order they are the same
     ask(out="c.json")
@@ -305,9 +363,15 @@ def test_a_comparison_pairs_questions_by_their_text(ask):
 
 def test_a_comparison_refuses_results_that_were_asked_in_another_way(ask):
     ask(out="a.json")
-    for name, change in (("chat", {"chat": True}), ("bos", {"bos": False}), ("max_prompt", {"max_prompt": 99})):
+    for name, change in (
+        ("chat", {"chat": True}),
+        ("bos", {"bos": False}),
+        ("max_prompt", {"max_prompt": 99}),
+    ):
         ask(out=f"{name}.json", **change)
-        with pytest.raises(ValueError, match=f"asked in the same way; of {name}, a.json has .*, {name}.json has "):
+        with pytest.raises(
+            ValueError, match=f"asked in the same way; of {name}, a.json has .*, {name}.json has "
+        ):
             compare(("a.json", f"{name}.json"))
 
 
@@ -331,11 +395,20 @@ def test_lines_that_a_comparison_cannot_trust_are_refused(ask):
         (rows[:-1], "b.jsonl has 7 lines, b.json speaks of 8 questions"),
         ([rows[0] | {"scores": {"acc": math.nan}}, *rows[1:]], "b.jsonl:1: field scores"),
         ([rows[0] | {"scores": {"acc": 7.0}}, *rows[1:]], "b.jsonl:1: field scores"),
-        ([rows[0] | {"scores": {"f1": 1.0}}, *rows[1:]], "choices 0 has other bytes or other scores in b.json"),
-        ([{k: v for k, v in rows[0].items() if k != "question_sha256"}, *rows[1:]], "b.jsonl:1 .*: evaluate again"),
+        (
+            [rows[0] | {"scores": {"f1": 1.0}}, *rows[1:]],
+            "choices 0 has other bytes or other scores in b.json",
+        ),
+        (
+            [{k: v for k, v in rows[0].items() if k != "question_sha256"}, *rows[1:]],
+            "b.jsonl:1 .*: evaluate again",
+        ),
         ([rows[0], 5], "b.jsonl:2: Expected object"),
         ([rows[0], deep], "b.jsonl:2 is not JSON that can be read .nested too deeply"),
-        ([rows[0], "9" * 5000], "b.jsonl:2 is not JSON that can be read .a number has too many digits"),
+        (
+            [rows[0], "9" * 5000],
+            "b.jsonl:2 is not JSON that can be read .a number has too many digits",
+        ),
         ([rows[0], "", rows[1]], "b.jsonl:2 is not JSON"),
     ):
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in change)
@@ -357,12 +430,17 @@ def test_every_wrong_field_of_a_result_is_one_sentence(ask):
         for value in (*WRONG, "absent"):
             changed = {name: v for name, v in (result | {field: value}).items() if v != "absent"}
             Path("b.json").write_text(json.dumps(changed))
-            readers = (partial(compare, ("a.json", "b.json"), draws=2), partial(read_result, Path("b.json"), result))
+            readers = (
+                partial(compare, ("a.json", "b.json"), draws=2),
+                partial(read_result, Path("b.json"), result),
+            )
             for reader in readers:
                 try:
                     reader()
                 except ValueError as error:
-                    refusals += str(error).startswith(("b.json", "--compare", "--out: b.json", "b.jsonl"))
+                    refusals += str(error).startswith(
+                        ("b.json", "--compare", "--out: b.json", "b.jsonl")
+                    )
     assert refusals > 13 * 10
     Path("b.json").write_text(json.dumps(result))
     for field in ("subject", "index", "question_sha256", "scores", "shots", "cut", "num_tokens"):
@@ -379,17 +457,30 @@ def test_a_comparison_says_what_it_tests(ask, capsys):
         write_result(name, [{"scores": {"acc": float(i < right)}} for i in range(len(rows))])
     eval.main(Config(compare=("a.json", "b.json")))
     out = capsys.readouterr().out
-    assert "more than chance: they differ on such questions\nThis is about these two models; whether" in out
+    assert (
+        "more than chance: they differ on such questions\nThis is about these two models; whether"
+        in out
+    )
     assert out.endswith("whether their settings differ, only more seeds of each can tell\n")
 
 
 def write_result(name: str, answers: list[dict], task: str = "choices"):
     """A result as eval.py writes it, with these answers."""
     protocol = next(iter(eval.PROTOCOLS[task]))
-    same = {"task": task, "protocol": protocol, "shots": 0, "max_prompt": 0, "bos": True, "chat": False}
+    same = {
+        "task": task,
+        "protocol": protocol,
+        "shots": 0,
+        "max_prompt": 0,
+        "bos": True,
+        "chat": False,
+    }
     Path(f"{name}.json").write_text(json.dumps(same | {"questions": len(answers)}))
     known = {"subject": "s", "shots": 0, "num_tokens": 9, "cut": 0}
-    write_lines(f"{name}.jsonl", [known | {"index": i, "question_sha256": f"{i}"} | a for i, a in enumerate(answers)])
+    write_lines(
+        f"{name}.jsonl",
+        [known | {"index": i, "question_sha256": f"{i}"} | a for i, a in enumerate(answers)],
+    )
 
 
 def test_a_comparison_of_perplexity_draws_documents(ask):
@@ -399,7 +490,9 @@ def test_a_comparison_of_perplexity_draws_documents(ask):
         noise = generator.normal(0, 0.1, 200)
         for name, gain in (("a", 0.0), ("b", 1.0)):
             each = enumerate(50 - gain + noise)
-            answers = [{"nats": nats, "bytes": 40, "document": f"{i % documents}"} for i, nats in each]
+            answers = [
+                {"nats": nats, "bytes": 40, "document": f"{i % documents}"} for i, nats in each
+            ]
             write_result(name, answers, "perplexity")
         found = compare(("a.json", "b.json"))
         assert found["documents"] == documents and p[0] <= found["p"] <= p[1]
@@ -415,7 +508,9 @@ def test_windows_of_a_dataset_know_the_document_in_which_they_start(tiny_run, ti
     eval.main(Config(model=(str(run),), task="perplexity", data=str(tiny_data), out="p.json"))
     lines, val = read_lines("p.jsonl"), TokenDataset(tiny_data, "val", 32)
     expected = [val.document(0, 32 * line["index"]) for line in lines]
-    assert [line["document"] for line in lines] == [f"file 0 document {number}" for number in expected]
+    assert [line["document"] for line in lines] == [
+        f"file 0 document {number}" for number in expected
+    ]
     assert 1 < len(set(expected)) < len(lines)
     eval.main(Config(compare=("p.json", "p.json"), out="c.json"))
     assert read("c.json")["documents"] == len(set(expected))
@@ -424,13 +519,19 @@ def test_windows_of_a_dataset_know_the_document_in_which_they_start(tiny_run, ti
 # ---- a model that is dead, a text without blanks ----
 
 
-@pytest.mark.parametrize("place, value", [("norm", math.nan), ("norm", math.inf), ("embedding", math.nan)])
+@pytest.mark.parametrize(
+    "place, value", [("norm", math.nan), ("norm", math.inf), ("embedding", math.nan)]
+)
 def test_a_dead_model_gets_no_score_and_no_text(place, value, ask, monkeypatch):
     model = random_model(TINY)
     getattr(model, place).weight.data[-2 if place == "norm" else 256] = value
     monkeypatch.setattr(eval, "load_model", lambda *_: (model, Tokenizer("bytes")))
     Path("a.md").write_text("A text.")
-    for options in ({}, {"task": "perplexity", "data": "a.md"}, {"task": "passkey", "data": "", "limit": 1}):
+    for options in (
+        {},
+        {"task": "perplexity", "data": "a.md"},
+        {"task": "passkey", "data": "", "limit": 1},
+    ):
         with pytest.raises(ValueError, match="not finite"):
             ask(out="x.json", **options)
         assert not Path("x.json").exists() and not Path("x.md").exists()
@@ -442,12 +543,17 @@ def test_a_dead_model_gets_no_score_and_no_text(place, value, ask, monkeypatch):
     for _ in range(2):  # and the question is not taken for asked
         with pytest.raises(ValueError, match="logits are not finite"):
             chat.answer("Hi", 4, Sampling(), print)
+        assert not chat.turns
 
 
 def test_a_text_without_blanks_has_a_perplexity(ask, capsys):
     Path("zh.txt").write_text("文" * 400)
     scores = ask(task="perplexity", data="zh.txt", out="zh.json")["scores"]
-    assert scores["word_perplexity"] is None and scores["perplexity"] > 1 and scores["bits_per_byte"][0] > 0
+    assert (
+        scores["word_perplexity"] is None
+        and scores["perplexity"] > 1
+        and scores["bits_per_byte"][0] > 0
+    )
     assert "| word_perplexity | more than a number can hold |" in capsys.readouterr().out
 
 
@@ -457,8 +563,14 @@ def test_a_text_without_blanks_has_a_perplexity(ask, capsys):
 def test_flags_that_do_nothing_are_refused(ask):
     Path("a.md").write_text("A text.")
     for change, sentence in (
-        ({"task": "perplexity", "data": "a.md", "bos": False}, "--no_bos does nothing for perplexity"),
-        ({"task": "perplexity", "data": "a.md", "chat": True}, "--chat does nothing for perplexity"),
+        (
+            {"task": "perplexity", "data": "a.md", "bos": False},
+            "--no_bos does nothing for perplexity",
+        ),
+        (
+            {"task": "perplexity", "data": "a.md", "chat": True},
+            "--chat does nothing for perplexity",
+        ),
         ({"task": "passkey"}, "--data ours.jsonl is not read for passkey"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -468,7 +580,11 @@ def test_flags_that_do_nothing_are_refused(ask):
 ONE = questions(1)[0]
 ARC = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
 SWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "0"}
-TRUE = {"question": "q", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
+TRUE = {
+    "question": "q",
+    "mc1_targets": {"a": 1, "b": 0},
+    "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]},
+}
 
 
 @pytest.mark.parametrize("task, text, sentence", [
@@ -483,7 +599,7 @@ TRUE = {"question": "q", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"choic
     ("arc", ARC | {"choices": {"text": ["a", "b"], "label": "AB"}}, "t.jsonl:1: label must be a list of texts"),
     ("hellaswag", SWAG | {"endings": "de"}, "t.jsonl:1: endings must be a list of texts"),
     ("truthfulqa", TRUE | {"mc2_targets": {"choices": "ab", "labels": [1, 0]}}, "choices must be a list of texts"),
-    ("truthfulqa", TRUE | {"mc2_targets": {"choices": ["a", "b"], "labels": [1]}}, "t.jsonl:1: zip"),
+    ("truthfulqa", TRUE | {"mc2_targets": {"choices": ["a", "b"], "labels": [1]}}, "1: choices and labels"),
     ("gsm8k", {"question": None, "answer": "#### 2"}, "t.jsonl:1: question must be a text"),
     ("gsm8k", {"question": "q", "answer": 2}, "t.jsonl:1: answer must be a text and is a int"),
     ("bbh", {"examples": None}, "snarks.json: examples must be a list and is a NoneType"),
@@ -496,7 +612,9 @@ def test_questions_of_a_wrong_form_are_one_sentence(task, text, sentence, ask, t
     path = Path("bbh/snarks.json" if task == "bbh" else "t.jsonl")
     path.write_text(text if isinstance(text, str) else json.dumps(text))
     more = {"subjects": "snarks"} if task == "bbh" else {}
-    config = check(Config(model=("m",), task=task, data="." if task == "bbh" else "t.jsonl", **more))
+    config = check(
+        Config(model=("m",), task=task, data="." if task == "bbh" else "t.jsonl", **more)
+    )
     with pytest.raises(ValueError, match=sentence):
         list(eval.PROTOCOLS[task][config.protocol].questions(config, Tokenizer("bytes"), 2000))
 
@@ -511,7 +629,9 @@ def test_prompts_that_are_no_utf8_are_one_sentence(ask):
         list(eval.bbh(config, Tokenizer("bytes"), 2000))
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000, "[1]", "null", '{"task": "choices"}', '{"task": []}'])
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, "9" * 5000, "[1]", "null", '{"task": "choices"}', '{"task": []}']
+)
 def test_lines_that_cannot_be_read_are_of_another_evaluation(line, ask):
     ask(out="x.json")
     os.remove("x.json")
