@@ -145,14 +145,9 @@ def generate(
         if step % DRAWN == 0:
             uniform = torch.stack([torch.rand(DRAWN, generator=generator) for generator in generators]).to(device)
         finite = logits.isfinite().all(-1)
-<<<<<<< HEAD
         tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step % DRAWN])
-        for row, token, sound in zip(rows, *torch.stack((tokens, finite.long())).tolist()):  # one wait for both
-=======
-        tokens = choose(logits, [contexts[row] for row in rows], sampling, uniform[rows, step])
         picked = torch.stack((tokens, finite.long())).tolist()  # one wait for both
         for row, token, sound in zip(rows, *picked):
->>>>>>> h3
             if not running[row]:
                 continue
             if not sound:
