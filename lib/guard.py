@@ -1,0 +1,71 @@
+"""What keeps a run from harm: steps that are not finite or far off, and signals to stop."""
+
+import math
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Guard:
+    """Judges a step by its loss and gradient norm before they do harm: on the device, so that nobody waits for it.
+
+    The level of each is a running mean and variance, over about the last 50 steps. A spike lies more than `spike`
+    standard deviations above (from step 100 on); it moves the level only as far as that, so one wild step does not hide
+    the next, while a lasting change is followed in time.
+    """
+
+    SETTLED, MEMORY = 100, 50
+
+    def __init__(self, spike: float, device: torch.device):
+        self.spike = spike
+        self.level = torch.zeros(5, device=device)  # steps judged; means of loss and norm; their variances
+        self.passed_over = torch.zeros((), dtype=torch.long)  # steps' worth of data that rolling back has skipped
+
+    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(not finite, a spike), each true or false; the level has then taken notice."""
+        count, mean, variance = self.level[0], self.level[1:3], self.level[3:5]
+        values = torch.stack((loss, norm))
+        bad = ~values.isfinite().all()
+        limit = torch.where(count < self.SETTLED, math.inf, mean + self.spike * variance.sqrt())
+        spike = ~bad & (values > limit).any()
+        share = 1 / (count + 1).clamp(max=self.MEMORY)
+        change = values.minimum(limit) - mean
+        level = torch.cat((count[None] + 1, mean + share * change, (1 - share) * (variance + share * change.square())))
+        self.level.copy_(torch.where(bad, self.level, level))
+        return bad, spike
+
+
+class Stop:
+    """SIGTERM or SIGINT, sent to any process, ends the run on all of them after the same step, with a checkpoint.
+
+    SIGINT is obeyed at once when it comes again after a while; torchrun passes on what the terminal has sent already.
+    """
+
+    PATIENCE = 3.0  # seconds
+
+    def __enter__(self):
+        self.signal, self.since = 0, math.inf
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame):
+        if number == signal.SIGINT and time.monotonic() > self.since + self.PATIENCE:
+            raise KeyboardInterrupt
+        self.signal, self.since = number, min(self.since, time.monotonic())
+
+    def ask_others(self):
+        """Begin to find out whether any rank was told to stop; on the host, beside the work of the step."""
+        self.flag = torch.tensor(self.signal)
+        self.answer = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+
+    def agreed(self) -> str:
+        """The name of the signal that all ranks now obey; empty without one."""
+        self.answer.wait()
+        return signal.Signals(int(self.flag)).name if self.flag else ""

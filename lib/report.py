@@ -1,0 +1,192 @@
+"""What a run says of itself: the progress line, log.jsonl, loss.png and, when asked, wandb."""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lib import forecast
+from lib.files import write_whole
+from lib.plots import draw_losses
+from lib.runs import append_row, read_log
+from lib.world import memory
+
+
+class Report:
+    """What a run says of itself, on rank 0: the progress line, log.jsonl, loss.png and, when asked, wandb."""
+
+    def __init__(self, config: Config, data: Mixture, start: int, step_flops: float, device: torch.device):
+        self.config, self.folder, self.data, self.device, self.wandb = config, Path(config.out), data, device, None
+        self.quiet = dist.get_rank() != 0
+        of_pairs = data.kind == "preference"  # their rows have different lengths
+        self.unit = "pairs" if of_pairs else "tokens"
+        self.in_step = config.batch_size * (1 if of_pairs else config.seq_len)
+        peak = None if of_pairs else gpu_peak(device)
+        self.mfu_of_speed = step_flops / self.in_step / peak / dist.get_world_size() if peak else None
+        self.begin(start)
+        if config.wandb and not self.quiet:
+            self._start_wandb()
+
+    def begin(self, start: int):
+        """What was logged after step start is forgotten: it will be done again, or differently."""
+        self.logged, self.clock, self.bad_in_a_row = start, time.perf_counter(), 0
+        if self.quiet:
+            return
+        log = self.folder / "log.jsonl"
+        try:
+            rows = [row for row in read_log(log) if row["step"] <= start]
+            write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:  # as when a line is written
+            print(f"log.jsonl: what follows step {start} is still there ({error.strerror})", file=sys.stderr)
+
+    def introduce(self, shape: ModelConfig, compiled: bool):
+        """The first words of a run: what, where, how much, and what it will need."""
+        config, world, kind = self.config, dist.get_world_size(), self.device.type
+        where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
+        each = "pairs" if self.unit == "pairs" else f"× {config.seq_len} tokens"
+        size = f"{config.steps} steps of {config.batch_size} {each}, saved every {config.save_every}"
+        epochs = self.data.epochs(config.steps * config.batch_size)
+        read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
+        self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
+        needs = forecast(shape, config, world, compiled, pairs=self.unit == "pairs")
+        self.say(forecasts.describe(needs))
+
+    def read(self, pending: list[tuple[int, float, int, Outcome]], last: int, log_now: bool) -> int | None:
+        """Read the outcomes of the steps since the last reading, on every rank: log the last, and each that went wrong.
+
+        Returns the first step that was a spike, None without one. Raises ValueError after --max_bad_steps in a row.
+        """
+        spike = None
+        for step, _, passed_over, outcome in pending:
+            bad = bool(outcome.bad)
+            self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+            if bad or outcome.spike:
+                self._went_wrong(step, passed_over, outcome)
+                spike = step if spike is None and not bad else spike
+            if self.bad_in_a_row >= self.config.max_bad_steps:
+                what = f"{self.bad_in_a_row} steps in a row up to {step} without a finite loss and gradient"
+                raise ValueError(f"{what}; a lower --learning_rate usually helps, or a look at the data named above")
+        if log_now:
+            step, lr, _, outcome = pending[-1]
+            self._step(step, last, lr, outcome)
+        pending.clear()
+        return spike
+
+    def _went_wrong(self, step: int, passed_over: int, outcome: Outcome):
+        """Log a bad step or a spike with the data it read: of the micro-batches to blame, where these are known."""
+        kind = "bad step" if outcome.bad else "spike"
+        skipped = bool(outcome.bad) or self.config.on_spike == "skip"
+        loss, norm = outcome.loss.item(), outcome.norm.item()
+        blamed = ~outcome.losses.cpu().isfinite()
+        blamed = blamed if blamed.any() else torch.ones_like(blamed)
+        numbers = self.data.numbers(step - 1 + passed_over, self.config.batch_size)
+        each = len(numbers) // blamed.numel()
+        places = [
+            self.data.place(number, self.config.seed)
+            for i in blamed.flatten().nonzero().squeeze(1).tolist()
+            for number in numbers[i * each : (i + 1) * each]
+        ]
+        self.write(step=step, event=kind, skipped=skipped, loss=loss, grad_norm=norm, data=places)
+        more = f" and {len(places) - 1} more places" if len(places) > 1 else ""
+        update = "no update" if skipped else "update made"
+        self.say(f"step {step}: {kind}, loss {loss:.4g}, gradient norm {norm:.4g}, {update}; {places[0]}{more}")
+
+    def _step(self, done: int, last: int, lr: float, outcome: Outcome):
+        """Log a step; the speed is that of the steps since the last one logged."""
+        seconds = (time.perf_counter() - self.clock) / (done - self.logged)
+        speed, left = self.in_step / seconds, round(seconds * (last - done))
+        self.logged, self.clock = done, time.perf_counter()
+        loss, (targets, without) = outcome.loss.item(), outcome.counts.tolist()
+        of_pairs = {} if outcome.pairs is None else Pairs(*outcome.pairs).means(self.config.batch_size)
+        self.write(
+            **of_pairs | dict(step=done, loss=loss),
+            lr=lr,
+            grad_norm=outcome.norm.item(),
+            **{self.unit: done * self.in_step, f"{self.unit}_per_s": round(speed, 0 if speed > 100 else 2)},
+            targets=targets,
+            sequences_without_target=without,
+            epochs=self.data.epochs(done * self.config.batch_size),
+            mfu=self.mfu_of_speed and speed * self.mfu_of_speed,
+            memory=memory(self.device),
+        )
+        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} {self.unit}/s"
+        self.say(f"{progress}  {left // 60}:{left % 60:02} left", passing=True)
+
+    def validation(self, done: int, scores: dict[str, float]):
+        self.write(step=done, **scores)
+        if self.unit == "pairs":
+            more = f"accuracy {scores['val_accuracy']:.1%} of {scores['val_pairs']}, margin {scores['val_margin']:.4f}"
+        else:
+            more = f"{scores['val_bits_per_byte']:.4f} bits a byte"
+        words = f"validation {scores['val_loss']:.4f} nats a {self.unit[:-1]}, {more}"
+        self.say(f"step {done}/{self.config.steps}  {words}")
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Evaluating and saving do not count in the speed."""
+        started = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - started
+
+    def _start_wandb(self):
+        try:
+            import wandb
+
+            mode = None if wandb.api.api_key else "offline"
+            self.wandb = wandb.init(
+                project=self.config.wandb, name=self.folder.name, dir=self.folder, mode=mode, config=vars(self.config)
+            )
+        except Exception as error:  # whatever fails in there, training goes on
+            print(f"wandb is off: {error}", file=sys.stderr)
+
+    def write(self, **fields):
+        if self.quiet:
+            return
+        try:
+            append_row(self.folder / "log.jsonl", fields)
+        except OSError as error:  # a full disk, say, may have room again for the next checkpoint
+            print(f"log.jsonl: step {fields['step']} is missing ({error.strerror})", file=sys.stderr)
+        if self.wandb:
+            try:
+                self.wandb.log(fields, step=fields["step"])
+            except Exception as error:
+                print(f"wandb is off: {error}", file=sys.stderr)
+                self.wandb = None
+
+    def say(self, text: str, passing: bool = False):
+        """Print a line; a passing one is overwritten by the next where the output is a terminal."""
+        if not self.quiet:
+            terminal = sys.stdout.isatty()
+            print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
+
+    def draw(self):
+        """loss.png: training and validation loss against the step, from log.jsonl."""
+        if self.quiet:
+            return
+        with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
+            self._draw()
+
+    def _draw(self):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        rows = read_log(self.folder / "log.jsonl")
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1)
+        axes.set(xlabel="step", ylabel=f"loss (nats a {self.unit[:-1]})", title=str(self.folder))
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(self.folder / "loss.png", dpi=120)
+        plt.close(figure)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish()
