@@ -20,8 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, render_prompt
+from data import Tokenizer
+from lib.chat_formats import Turn
 from lib.runs import is_record, read_run
+from lib.templates import TEMPLATES, render_prompt
+from lib.tokenizer import find_tokenizer
 from model import KVCache, Transformer, check_code, load, read_adapter, read_config, save, save_adapter
 
 DRAWN = 256  # random numbers that a row has in advance
