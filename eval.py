@@ -41,8 +41,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import TokenDataset, Tokenizer, find_files, read_documents, read_meta
+from data import TokenDataset, Tokenizer, read_meta
 from lib import probe
+from lib.documents import read_documents
 from lib.files import write_whole
 from lib.identity import weights_sha256
 from lib.records import parse_json, read_json
@@ -57,6 +58,7 @@ from lib.results import (
     write_all,
 )
 from lib.runs import read_run
+from lib.sources import find_files
 from model import KVCache, Transformer
 from sample import TextStream, generate, load_model, new_cache
 

@@ -20,10 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, render_prompt
+from data import Tokenizer
+from lib.chat_formats import Turn
 from lib.peft import save_adapter
 from lib.probe import check_code
 from lib.runs import is_record, read_run
+from lib.templates import TEMPLATES, render_prompt
+from lib.tokenizer import find_tokenizer
 from lib.weights import read_adapter, read_config
 from model import KVCache, ModelConfig, Transformer, load, save
 

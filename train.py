@@ -49,7 +49,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from data import Batch, Mixture, Tokenizer, find_tokenizer, mixture_weights, read_meta
+from data import Batch, Mixture, Tokenizer, mixture_weights, read_meta
 from lib import forecast as forecasts
 from lib import kernels, lora, probe
 from lib.checkpoint_index import Reader
@@ -75,6 +75,7 @@ from lib.peft import adapter_settings
 from lib.processes import end_with_parent
 from lib.records import read_json
 from lib.runs import append_row, held, is_record, read_log, read_run
+from lib.tokenizer import find_tokenizer
 from lib.weights import find_base, fingerprint, is_known, load_weights, read_config
 from model import SIZES, ModelConfig, Transformer
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 from msgspec import Meta
 
 from lib.records import checked, read_json
+from lib.tokenizer import Tokenizer
 
 FORMAT = "plainllama tokens 1"
 Count = Annotated[int, Meta(ge=1, le=2**62)]
@@ -76,4 +77,21 @@ def read_dataset_meta(path: Path) -> DatasetMeta:
         if there != (kind != "text"):
             problem = "is missing" if kind != "text" else "does not belong there"
             raise ValueError(f"{path}: it is of kind {kind}, and field {name} {problem}")
+    return meta
+
+
+def read_meta(folder: str | Path) -> DatasetMeta:
+    """meta.json of a dataset folder, its fields checked, its tokenizer file against the hash too. Raises ValueError."""
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
+        made = f"python data.py --source PATH --out {folder}"
+        raise ValueError(f"{folder} holds no dataset (no meta.json); make one: {made}")
+    meta, tokenizer = read_dataset_meta(folder / "meta.json"), Tokenizer(folder)
+    file, expected = meta["tokenizer"]["file"], meta["tokenizer"]["sha256"]
+    if tokenizer.sha256 != expected:
+        found = tokenizer.sha256[:12]
+        raise ValueError(f"{folder}: {file} has SHA-256 {found}…, the dataset was made with {expected[:12]}…")
+    for name, told in (("vocab_size", tokenizer.vocab_size), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        if meta[name] != told:
+            raise ValueError(f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}")
     return meta

@@ -26,9 +26,16 @@ import data
 import eval
 import sample
 from conftest import ROOT
-from data import FORMATS, Cleaner, Cleaning, Config, Mixture, Tokenizer, Turn, prepare, prepare_chats, render, usable
+from data import Config, Mixture, Tokenizer, prepare, prepare_chats
+from lib import cleaning_steps, documents, sources
+from lib.chat_formats import FORMATS, Turn, read_conversations
+from lib.chats import usable
+from lib.cleaning import Cleaner, Cleaning
 from lib.cli import run_command
+from lib.meta import read_meta
 from lib.peft import Adapter, adapter_settings, save_adapter
+from lib.templates import render
+from lib.tokenizer import train_tokenizer
 from model import ModelConfig, Transformer, load, save
 
 LOCAL = {str(ROOT), str(ROOT / "lib")}
@@ -37,7 +44,7 @@ LOCAL = {str(ROOT), str(ROOT / "lib")}
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """Workers take seconds to start; here their work is done without them."""
-    monkeypatch.setattr(data, "_map_in_order", lambda function, tasks, workers: map(function, tasks))
+    monkeypatch.setattr(data, "map_in_order", lambda function, tasks, workers: map(function, tasks))
 
 
 def write_lines(path: Path, records: list) -> Path:
@@ -110,7 +117,7 @@ def test_an_empty_piece_of_a_tiktoken_file_is_refused(tmp_path):
 
 
 def test_ids_beyond_the_tokenizer_decode_to_nothing(tmp_path):
-    data.train_tokenizer(iter(["A text of some words, and then of more.\n" * 40]), 310, tmp_path / "tokenizer.model")
+    train_tokenizer(iter(["A text of some words, and then of more.\n" * 40]), 310, tmp_path / "tokenizer.model")
     for tokenizer in (Tokenizer(tmp_path), Tokenizer("bytes")):
         ids = tokenizer.encode("some words")
         padded = [tokenizer.vocab_size, *ids[:3], tokenizer.vocab_size + 999, *ids[3:], 32_063]
@@ -118,7 +125,7 @@ def test_ids_beyond_the_tokenizer_decode_to_nothing(tmp_path):
 
 
 def test_a_model_with_more_rows_than_its_tokenizer_is_sampled_from(tmp_path, capsys):
-    data.train_tokenizer(iter(["A text of some words, and then of more.\n" * 40]), 310, tmp_path / "tokenizer.model")
+    train_tokenizer(iter(["A text of some words, and then of more.\n" * 40]), 310, tmp_path / "tokenizer.model")
     torch.manual_seed(0)
     save(Transformer(ModelConfig(32, 2, 4, 2, 64, vocab_size=4096)), tmp_path / "m", Tokenizer(tmp_path))
     sample.main(sample.Config(str(tmp_path / "m"), ("some words",), max_new_tokens=20, temperature=3.0))
@@ -159,7 +166,7 @@ def test_a_parquet_text_that_is_not_utf8_is_named(tmp_path):
     broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, broken.buffers())
     path = parquet_of(tmp_path / "a.parquet", text=broken)
     with pytest.raises(ValueError, match="a.parquet: a text after row 0 is not UTF-8"):
-        list(data.read_documents(path))
+        list(documents.read_documents(path))
 
 
 def test_a_damaged_parquet_file_is_one_sentence_wherever_the_damage_is(tmp_path):
@@ -171,7 +178,7 @@ def test_a_damaged_parquet_file_is_one_sentence_wherever_the_damage_is(tmp_path)
             damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         try:
-            list(data.read_documents(path))
+            list(documents.read_documents(path))
         except Exception as error:
             assert said_in_one_sentence(error), repr(error)
             said.append(str(error))
@@ -185,12 +192,12 @@ def test_a_damaged_parquet_file_is_one_sentence_wherever_the_damage_is(tmp_path)
 def test_a_line_of_text_that_python_cannot_read_is_named(line, problem, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "fine"}, line])
     with pytest.raises(ValueError, match=f"a.jsonl:2: the line is not JSON that can be read .*{problem}"):
-        list(data.read_documents(path))
+        list(documents.read_documents(path))
 
 
 def test_an_empty_gz_file_is_damaged(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"")
-    for reader in (data.read_documents, data.read_conversations):
+    for reader in (documents.read_documents, read_conversations):
         with pytest.raises(ValueError, match="a.jsonl.gz is damaged .it has 0 bytes"):
             list(reader(tmp_path / "a.jsonl.gz"))
 
@@ -225,7 +232,7 @@ def test_a_long_text_is_cut_in_linear_time(separator):
     copied = []
     for num in (400, 800):
         text, Counted.copied = separator.join(f"word {i} of a text" for i in range(num)), 0
-        assert "".join(piece.text for piece in data.cut([Counted(text)], 50)) == text
+        assert "".join(piece.text for piece in documents.cut([Counted(text)], 50)) == text
         copied.append(Counted.copied / len(text))
     assert copied[1] < 1.1 * copied[0] < 8
 
@@ -249,7 +256,7 @@ def test_a_text_is_cut_where_it_was_before():
         block = draw.randint(1, 120)
         blocks = [text[i : i + block] for i in range(0, len(text), block)]
         size = draw.randint(3, 40)
-        assert list(data.cut(blocks, size)) == list(cut_before(blocks, size))
+        assert list(documents.cut(blocks, size)) == list(cut_before(blocks, size))
 
 
 # ---- conversations ----
@@ -342,7 +349,7 @@ def test_one_bad_record_is_counted_with_its_place_and_reason(record, problem, tm
 def test_one_number_with_too_many_digits_costs_a_list_one_record(tmp_path):
     records = [json.dumps(messages("c", "d")), '{"instruction": "a", "output": "b", "more": [{"id": ' + LONG + "}]}"]
     (tmp_path / "a.json").write_text(f"[{', '.join([*records, records[0]])}]")
-    problems = [record.problem for record in data.read_conversations(tmp_path / "a.json")]
+    problems = [record.problem for record in read_conversations(tmp_path / "a.json")]
     assert problems == ["", "not JSON that can be read (a number has too many digits)", ""]
 
 
@@ -372,7 +379,7 @@ def test_turns_that_were_joined_do_not_count_as_removed(tmp_path):
 def test_blanks_in_an_answer_take_no_time():
     """The square of their number would be many seconds of work, their number is milliseconds: far from the bound."""
     begun = time.process_time()
-    assert data._tidy("a" + " " * 50_000 + "b") == "a" + " " * 50_000 + "b"
+    assert cleaning_steps._tidy("a" + " " * 50_000 + "b") == "a" + " " * 50_000 + "b"
     assert time.process_time() - begun < 2
     turns = [Turn("user", "a"), Turn("assistant", "a" + " " * 200_000 + "b" + "\t" * 200_000)]
     (_, answer) = Cleaner(Cleaning(near_duplicates=0))(turns)
@@ -384,7 +391,7 @@ def test_blanks_are_left_off_as_a_regular_expression_would():
     for _ in range(3000):
         text = "".join(draw.choice(" \n\tab\u1680\u2003\x85\u180e") for _ in range(draw.randint(0, 9)))
         tidied = re.sub(r"\n{4,}", "\n\n\n", text.replace("\x85", ""))
-        assert data._tidy(text) == re.sub(ends, "", tidied)
+        assert cleaning_steps._tidy(text) == re.sub(ends, "", tidied)
 
 
 def questions(folder: Path) -> dict[str, set]:
@@ -472,7 +479,7 @@ def sets(tmp_path_factory) -> dict[str, Path]:
     """A small set of each kind."""
     folder = tmp_path_factory.mktemp("sets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_map_in_order", lambda function, tasks, workers: map(function, tasks))
+        patch.setattr(data, "map_in_order", lambda function, tasks, workers: map(function, tasks))
         texts = write_lines(folder / "texts.jsonl", [{"text": f"Document {i} of a set. " * 4} for i in range(40)])
         chats = write_lines(folder / "chats.jsonl", [messages(f"Q{i}?", f"Number {i}.") for i in range(40)] * 2)
         pairs = [{"prompt": f"Q{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(40)]
@@ -564,7 +571,7 @@ def test_a_field_that_is_missing_in_meta_json_is_named_and_one_that_is_unknown_i
     later["splits"]["train"]["files"][0]["more"] = "x"
     folder = edited("text", later)
     use(folder)
-    assert data.read_meta(folder) == later
+    assert read_meta(folder) == later
 
 
 @pytest.mark.parametrize("text, message", [
@@ -767,9 +774,9 @@ def test_a_full_disk_ends_a_download_without_blaming_the_network(tmp_path, monke
     def full(url, part):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data, "_fetch", full)
+    monkeypatch.setattr(sources, "_fetch", full)
     with pytest.raises(OSError) as error:
-        data.download("http://x/a.txt", tmp_path, data.CORPORA["tinyshakespeare"])
+        sources.download("http://x/a.txt", tmp_path, sources.CORPORA["tinyshakespeare"])
     assert error.value.filename == str(tmp_path / "a.txt.part") and error.value.errno == errno.ENOSPC
 
 

@@ -15,28 +15,11 @@ import pytest
 
 import eval
 from conftest import command
-from data import (
-    FORMATS,
-    IGNORE,
-    TEMPLATES,
-    ChatDataset,
-    Cleaning,
-    Mixture,
-    PackedDataset,
-    PreferenceDataset,
-    Tokenizer,
-    Turn,
-    bracketed,
-    fit,
-    in_order,
-    prepare,
-    prepare_chats,
-    read_conversations,
-    render,
-    render_prompt,
-    show,
-    usable,
-)  # fmt: skip
+from data import IGNORE, ChatDataset, Mixture, PackedDataset, PreferenceDataset, Tokenizer, prepare, prepare_chats, show
+from lib.chat_formats import FORMATS, Turn, read_conversations
+from lib.chats import in_order, usable
+from lib.cleaning import Cleaning
+from lib.templates import TEMPLATES, bracketed, render, render_prompt, split_to_fit
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Response: <|im_end|> <|endoftext|> ASSISTANT: <unk> <0x0A> [/INST]"
 SAID = [("Hi, who\nare you?", "A program."), ("And\n\nthen? {0}", "  Nothing {}:\n    more.\n"), ("Bye", "👋 Adieu")]
@@ -407,7 +390,7 @@ def test_an_exchange_fills_a_piece_to_its_last_token_and_no_further():
     turns, tokenizer = talk(0, 20, 20), Tokenizer("bytes")
     both, one = (len(render(some, "plain", tokenizer)[0]) for some in (turns, turns[:2]))
     for max_len, pieces, dropped in ((both, 1, 0), (both - 1, 2, 0), (one, 2, 0), (one - 1, 0, 2)):
-        made, left_out = fit(turns, "plain", tokenizer, max_len)
+        made, left_out = split_to_fit(turns, "plain", tokenizer, max_len)
         assert (len(made), left_out) == (pieces, dropped)
 
 
@@ -545,8 +528,8 @@ def test_a_set_in_many_files_made_by_many_workers_holds_the_same(kind, tmp_path,
         (str(source),), tmp_path / out, "bytes", "plain", val_fraction=0.2, workers=workers
     )
     make("one", 1)
-    monkeypatch.setattr("data.TASK_CHARS", 200)
-    monkeypatch.setattr("data.SHARD_TOKENS", 300)
+    monkeypatch.setattr("lib.shards.TASK_CHARS", 200)
+    monkeypatch.setattr("lib.shards.SHARD_TOKENS", 300)
     meta = make("many", 2)
     assert len(meta["splits"]["train"]["files"]) > 2
     one, many = (Mixture((str(tmp_path / out),), "train", 100).parts[0] for out in ("one", "many"))

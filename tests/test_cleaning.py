@@ -9,9 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-import data
 from conftest import ROOT, command
-from data import Cleaner, Cleaning, Turn, is_refusal
+from data import is_refusal
+from lib.chat_formats import Turn
+from lib.cleaning import Cleaner, Cleaning
+from lib.cleaning_steps import html_to_markdown, mend_roles, tidy_characters
+from lib.refusals import refusal_score, refusal_signs
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import refusals  # noqa: E402
@@ -45,7 +48,7 @@ HTML = (
 
 
 def test_an_answer_in_html_becomes_markdown_and_its_code_a_fenced_block():
-    (_, answer) = data.html_to_markdown(chat("Q", HTML))
+    (_, answer) = html_to_markdown(chat("Q", HTML))
     code = "```python\ndef f(x):\n    if x < 1:\n        return 2\n```"
     assert answer.text == f"Use `a < b` & **so** 2 * 3_4:\n\n{code}\n\n- One\n- Two"
 
@@ -62,7 +65,7 @@ def test_an_answer_in_html_becomes_markdown_and_its_code_a_fenced_block():
     ],
 )
 def test_html_that_is_the_answer_and_text_with_tags_in_it_stay(question, answer):
-    assert data.html_to_markdown(chat(question, answer)) == chat(question, answer)
+    assert html_to_markdown(chat(question, answer)) == chat(question, answer)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_html_that_is_the_answer_and_text_with_tags_in_it_stay(question, answer)
     ],
 )
 def test_control_characters_and_odd_blanks_go_and_indentation_stays(before, after):
-    assert data.tidy_characters(chat(before)) == chat(after)
+    assert tidy_characters(chat(before)) == chat(after)
 
 
 @pytest.mark.parametrize("texts", [("", "a"), ("q", " \n"), ("q",)])
@@ -105,9 +108,9 @@ def test_a_conversation_in_which_one_side_says_nothing_is_dropped(texts):
 def test_turns_out_of_order_are_joined_or_left_out_or_the_conversation_dropped(roles, after):
     names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
     turns = [Turn(names[role], str(i)) for i, role in enumerate(roles)]
-    mended = data.mend_roles(turns)
+    mended = mend_roles(turns)
     assert " ".join(turn.role[0] + turn.text.replace("\n\n", "+") for turn in mended) == (after or "")
-    assert not mended or data.mend_roles(mended) == mended
+    assert not mended or mend_roles(mended) == mended
 
 
 def test_conversations_in_another_language_are_dropped_and_code_tells_none():
@@ -221,7 +224,7 @@ MODELS = ("gpt4", "llama2orig")
 
 
 def found_by(model: dict, texts: list[str]) -> np.ndarray:
-    return np.array([data.refusal_score(text, model) > 0 for text in texts])
+    return np.array([refusal_score(text, model) > 0 for text in texts])
 
 
 @pytest.mark.parametrize("learnt, tested", [MODELS, MODELS[::-1]])
@@ -268,9 +271,9 @@ def test_ordinary_answers_are_not_taken_for_refusals(shared):
 
 def test_the_filter_reads_the_opening_as_sentences():
     late = "One. Two. Three. I'm sorry."
-    opening, anywhere = data.refusal_signs(late, [r"\bsorry\b", "two", "absent"])
+    opening, anywhere = refusal_signs(late, [r"\bsorry\b", "two", "absent"])
     assert opening.tolist() == [False, True, False] and anywhere.tolist() == [True, True, False]
-    assert data.refusal_signs(late, ["two", "three"], 2)[1].tolist() == [True, False]
+    assert refusal_signs(late, ["two", "three"], 2)[1].tolist() == [True, False]
 
 
 def test_a_file_without_labels_is_refused_in_one_sentence(tmp_path):

@@ -18,27 +18,11 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, command, flags
-from data import (
-    CHAT_SUFFIXES,
-    CORPORA,
-    IGNORE,
-    PIECE_CHARS,
-    SUFFIXES,
-    Corpus,
-    Mixture,
-    PackedDataset,
-    ShardWriter,
-    TokenDataset,
-    Tokenizer,
-    download,
-    find_files,
-    prepare,
-    read_documents,
-    shuffled,
-    split_documents,
-    token_dtype,
-    train_tokenizer,
-)  # fmt: skip
+from data import IGNORE, Mixture, PackedDataset, TokenDataset, Tokenizer, prepare, shuffled
+from lib.documents import PIECE_CHARS, read_documents, split_documents
+from lib.shards import ShardWriter, token_dtype
+from lib.sources import CHAT_SUFFIXES, CORPORA, SUFFIXES, Corpus, download, find_files
+from lib.tokenizer import train_tokenizer
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Assistant: <|endoftext|> <unk> <0x0A> [/INST]"
 
@@ -195,7 +179,7 @@ def test_a_long_document_is_whole_where_there_are_separators_and_a_very_long_one
     long = "line of text\n" * 9_000
     (tmp_path / "a.txt").write_text(f"{long}<|endoftext|>short<|endoftext|>{long}end")
     assert list(read_documents(tmp_path / "a.txt")) == [long.strip(), "short", f"{long}end"]
-    monkeypatch.setattr("data.DOCUMENT_CHARS", 10_000)
+    monkeypatch.setattr("lib.documents.DOCUMENT_CHARS", 10_000)
     (tmp_path / "b.md").write_text("".join(f"{i} line of text\n" for i in range(9_000)))
     pieces = [text for _, text in split_documents([tmp_path / "b.md"], 0.1, tmp_path / "seen.db", Counter())]
     assert "".join(pieces) == (tmp_path / "b.md").read_text() and max(map(len, pieces)) < 11_000
@@ -345,7 +329,7 @@ def test_every_named_corpus_has_an_address_a_format_and_a_licence():
 
 
 def test_the_files_of_a_corpus_do_not_take_each_others_place(tmp_path, monkeypatch):
-    monkeypatch.setattr("data._fetch", lambda url, part: part.write_text(url) and (None, ""))
+    monkeypatch.setattr("lib.sources._fetch", lambda url, part: part.write_text(url) and (None, ""))
     monkeypatch.setitem(CORPORA, "tinyshakespeare", Corpus(CORPORA["tinyshakespeare"].urls, ".txt", "public domain"))
     files = find_files(tuple(CORPORA), tmp_path)
     assert len(set(files)) == sum(len(corpus.urls) for corpus in CORPORA.values())
@@ -423,7 +407,7 @@ def test_the_hash_of_a_document_says_where_it_goes_the_same_documents_for_valida
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.TASK_CHARS", 2_000)
+    monkeypatch.setattr("lib.shards.TASK_CHARS", 2_000)
     write_texts(tmp_path / "in", range(300))
     for workers in (1, 2, 3):
         prepare((str(tmp_path / "in"),), tmp_path / f"d{workers}", "train:400", 0.1, workers)
@@ -437,8 +421,8 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path, monkeypat
 
 
 def test_token_files_are_divided_and_read_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.SHARD_TOKENS", 1_000)
-    monkeypatch.setattr("data.TASK_CHARS", 500)
+    monkeypatch.setattr("lib.shards.SHARD_TOKENS", 1_000)
+    monkeypatch.setattr("lib.shards.TASK_CHARS", 500)
     write_texts(tmp_path / "in", range(200))
     meta = prepare((str(tmp_path / "in"),), tmp_path / "d", "bytes", 0.2, workers=1)
     files = meta["splits"]["train"]["files"]
@@ -652,7 +636,7 @@ def test_an_id_outside_the_vocabulary_is_refused(kind, tiny_data, tmp_path):
 MEASURE = """
 import os, re, resource, sys, time
 sys.path.insert(0, {root!r})
-from data import main, Config
+from data import Config, main
 if __name__ == "__main__":
     started = time.perf_counter()
     main(Config(({source!r},), {out!r}, {tokenizer!r}, workers={workers}))

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
 import train
 from conftest import ROOT, TINY_RUN, command, flags, run_ranks
-from data import ChatDataset, Mixture, ShardWriter, mixture_weights
+from data import ChatDataset, Mixture, mixture_weights
 from eval import Config as EvalConfig
 from eval import World, curves
-from lib import files
+from lib import files, shards
 from lib.datasets import HASHES, changed_file
 from lib.runs import held, read_log
+from lib.shards import ShardWriter
 from model import IGNORE, Transformer
 from sample import find_template
 from test_chat import chat_set, talk
@@ -284,7 +284,7 @@ def test_a_data_file_that_was_changed_is_refused_when_a_run_begins_or_goes_on(na
 
 
 def test_masks_and_bounds_have_their_hashes_in_meta_json_over_several_writes_and_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 10)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
     writer = ShardWriter(tmp_path, np.dtype("<u2"))
     for first in range(4):
         writer.write("train", np.arange(first, first + 6), 2, 9, np.arange(6) % 2, [2, 4])

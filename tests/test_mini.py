@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from conftest import ROOT, command, random_model
-from data import TEMPLATES, Tokenizer, Turn, prepare_chats, render, render_prompt
+from data import Tokenizer, prepare_chats
+from lib.chat_formats import Turn
 from lib.records import read_json
+from lib.templates import TEMPLATES, render, render_prompt
 from model import ModelConfig
 from sample import Chat, Sampling, find_template, load_model, read
 

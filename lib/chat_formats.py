@@ -1,0 +1,188 @@
+"""Conversations and preference pairs as the usual formats write them."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.documents import open_text, parse_line
+
+
+class Turn(NamedTuple):
+    """What one side of a conversation says."""
+
+    role: str  # "system", "user" or "assistant"
+    text: str
+
+
+class Record(NamedTuple):
+    """A conversation, or the two of a preference pair, chosen and rejected; for a bad record, what is wrong with it."""
+
+    place: str  # file:line, or file:number for a record of a .json file
+    sides: tuple[list[Turn], ...] = ()
+    problem: str = ""
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+INPUT = "\n\n### Input:\n"     # stands between the instruction and the input of an Alpaca record
+
+
+def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
+    """The records of a .json or .jsonl file, bad ones with their problem; auto goes by the fields of each record.
+
+    Raises ValueError where the file itself cannot be read.
+    """
+    with open_text(path) as file:
+        lines = ".jsonl" in path.suffixes
+        for number, item in enumerate(file if lines else _load_list(path, file), 1):
+            place = f"{path}:{number}"
+            if lines and not item.strip():
+                continue
+            try:
+                record = parse_line(item) if lines else item
+                if isinstance(record, ValueError):
+                    raise record
+                if not isinstance(record, dict):
+                    raise ValueError(f"a {type(record).__name__}, not an object")
+                record = {name: value for name, value in record.items() if value is not None}
+                sides = FORMATS[detect(record) if format == "auto" else format](record)
+                "".join(turn.text for side in sides for turn in side).encode()
+            except UnicodeEncodeError:
+                yield Record(place, problem="half of a surrogate pair, not Unicode text")
+            except ValueError as error:
+                yield Record(place, problem=str(error))
+            else:
+                yield Record(place, sides)
+
+
+def _load_list(path: Path, file) -> list:
+    """The records of a .json file; in the place of one with a number too long for Python stands a ValueError."""
+    too_long, found = ValueError("not JSON that can be read (a number has too many digits)"), []
+
+    def whole_number(digits: str):
+        try:
+            return int(digits)
+        except ValueError:
+            found.append(digits)
+            return too_long
+
+    try:
+        records = json.load(file, parse_int=whole_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read (nested too deeply)") from None
+    records = records if isinstance(records, list) else [records]
+    return [too_long if found and _holds(record, too_long) else record for record in records]
+
+
+def _holds(record, part) -> bool:
+    """Whether part is somewhere in a record of JSON."""
+    waiting = [record]
+    for value in waiting:  # grows on the way
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(value is part for value in waiting)
+
+
+def detect(record: dict) -> str:
+    """The format of a record, by its fields. Raises ValueError for an unknown one."""
+    if {"chosen", "rejected"} & record.keys():
+        for name in ("chosen", "rejected"):
+            _field(record, name, kind=object)
+        return "hh-rlhf" if isinstance(record["chosen"], str) and "prompt" not in record else "pairs"
+    if "conversations" in record or "messages" in record:
+        return "sharegpt" if "conversations" in record else "openai"
+    if "instruction" in record:
+        return "dolly" if {"category", "context", "response"} & record.keys() else "alpaca"
+    if any("### Human:" in str(record.get(name)) for name in ("input", "text")):
+        return "oasst"
+    raise ValueError(f"no known format has the fields {', '.join(record)}")
+
+
+def _field(record, *names: str, kind: type = str):
+    """The first of these fields that is there. Raises ValueError without one, and for another type."""
+    name = next((name for name in names if isinstance(record, dict) and name in record), None)
+    if name is None:
+        raise ValueError(f"no field `{names[0]}`")
+    if not isinstance(record[name], kind):
+        raise ValueError(f"field `{name}` is {type(record[name]).__name__}, not {kind.__name__}")
+    return record[name]
+
+
+def _messages(record: dict) -> tuple[list[Turn]]:
+    """ShareGPT and OpenAI; an answer whose label is false was marked as a bad one."""
+    if record.get("label") is False:
+        raise ValueError("its label is false: answers not to learn from")
+    items = _field(record, "conversations", "messages", kind=list)
+    turns = [Turn("system", record["system"])] if isinstance(record.get("system"), str) else []
+    for number, item in enumerate(items, 1):
+        role = _field(item, "from", "role")
+        if role not in ROLES:
+            raise ValueError(f"turn {number} is from {role!r}, neither system nor user nor assistant")
+        if item.get("weight", 1) == 0:
+            raise ValueError(f"turn {number} has weight 0: an answer not to learn from")
+        turns.append(Turn(ROLES[role], _field(item, "value", "content")))
+    return (turns,)
+
+
+def _instruction(record: dict) -> tuple[list[Turn]]:
+    """Alpaca and Dolly; the input becomes a paragraph below the instruction, under INPUT. Exchanges may go before."""
+    more = next((record[name] for name in ("context", "input") if record.get(name)), "")
+    if not isinstance(more, str):
+        raise ValueError(f"the input is {type(more).__name__}, not str")
+    question = _field(record, "instruction") + (INPUT + more if more.strip() else "")
+    turns = [Turn("system", _field(record, "system"))] if record.get("system") else []
+    for pair in _field(record, "history", kind=list) if record.get("history") else []:
+        if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
+            raise ValueError("field `history` is not pairs of a question and its answer")
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    return ([*turns, Turn("user", question), Turn("assistant", _field(record, "output", "response"))],)
+
+
+def _dialogue(text: str, names: str) -> list[Turn]:
+    start, *parts = re.split(names, text)
+    if start.strip():
+        raise ValueError(f"it begins with {start.strip()[:20]!r}, not with a name")
+    return [Turn(ROLES[name.lower()], said) for name, said in zip(parts[::2], parts[1::2])]
+
+
+def _oasst(record: dict) -> tuple[list[Turn]]:
+    """`### Human:` and `### Assistant:` in one text, the last answer perhaps in a field of its own."""
+    turns = _dialogue(_field(record, "input", "text"), r"### (Human|Assistant):")
+    if turns and "output" in record:
+        begun = turns.pop().text if turns[-1].role == "assistant" else ""
+        turns.append(Turn("assistant", begun + _field(record, "output")))
+    return (turns,)
+
+
+def _hh(record: dict) -> tuple[list[Turn], list[Turn]]:
+    return tuple(_dialogue(_field(record, name), r"\n\n(Human|Assistant):") for name in ("chosen", "rejected"))
+
+
+def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
+    """ShareGPT with two answers; or a prompt and two answers, each a text, a message, or all messages of its side."""
+    prompt = record.get("prompt", [])
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    asked = next((record[name] for name in ("conversations", "messages") if name in record), asked)
+    if not isinstance(asked, list):
+        raise ValueError(f"what was asked is {type(asked).__name__}, neither a text nor a list of messages")
+    sides = []
+    for name in ("chosen", "rejected"):
+        answer = _field(record, name, kind=object)
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
+        whole = answer if len(answer) > 1 else [*asked, *answer]
+        sides.append(_messages(record | {"conversations": whole})[0])
+    return tuple(sides)
+
+
+FORMATS = {
+    "sharegpt": _messages,
+    "openai": _messages,
+    "alpaca": _instruction,
+    "dolly": _instruction,
+    "oasst": _oasst,
+    "hh-rlhf": _hh,
+    "pairs": _pairs,
+}

@@ -1,0 +1,179 @@
+"""The documents of a corpus' files, and long ones in pieces."""
+
+import contextlib
+import gzip
+import itertools
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lib.records import parse_json
+from lib.shards import drop_copies_and_split
+
+SEPARATOR = "<|endoftext|>"    # divides the documents of a .txt file that has it
+PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blank line after this many characters
+DOCUMENT_CHARS = 1_000_000     # any longer document is cut likewise, so that memory stays bounded
+TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of one file, in order, holding one in memory at a time. Raises ValueError naming file and line.
+
+    A .py or .md file is one document, a line of .jsonl and a row of .parquet another (their field `text`). A .txt
+    file is divided at `<|endoftext|>`; one without it, a book or a play, is cut into pieces at blank lines.
+    """
+    if path.name.endswith(".parquet"):
+        yield from _read_parquet(path)
+        return
+    with open_text(path) as file:
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _read_jsonl(path, file)
+        elif path.name.endswith(".txt"):
+            yield from _split_text(file)
+        else:
+            yield file.read()
+
+
+@contextlib.contextmanager
+def open_text(path: Path):
+    """A text file, packed with gzip or not. Raises ValueError naming the line that is not UTF-8, and for damage."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    if opener is gzip.open and not path.stat().st_size:
+        raise ValueError(f"{path} is damaged (it has 0 bytes, and even an empty text is packed into some)")
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    except UnicodeDecodeError as error:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+        raise
+
+
+def _read_jsonl(path: Path, file) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_line(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        try:
+            text = record["text"]
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: no field `text`") from None
+        if not isinstance(text, str):
+            raise ValueError(f"{path}:{number}: field `text` is {type(text).__name__}, not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}:{number}: field `text` has half of a surrogate pair, not Unicode text") from None
+        yield text
+
+
+def parse_line(line: str):
+    """What a line of JSON says. Raises ValueError with the reason alone; the reader knows the place."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
+    except (RecursionError, ValueError):
+        return parse_json(line, "the line")
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            raise ValueError(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
+        for batch in table.iter_batches(256, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if isinstance(text, str):
+                    yield text
+                elif text is not None:
+                    raise ValueError(f"{path}: row {row}: field `text` is {type(text).__name__}, not a string")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a text after row {row} is not UTF-8 ({error.reason})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+
+
+def _split_text(file) -> Iterator[str]:
+    blocks = lambda: iter(lambda: file.read(PIECE_CHARS), "")
+    tail, separated = "", False
+    for block in blocks():
+        separated = SEPARATOR in tail + block
+        if separated:
+            break
+        tail = block[-len(SEPARATOR) :]
+    file.seek(0)
+    if not separated:
+        yield from cut(blocks(), PIECE_CHARS)
+        return
+    parts, tail = [], ""  # the document so far, and its last characters, where a separator may have begun
+    for block in blocks():
+        *documents, rest = (tail + block).split(SEPARATOR)
+        for document in documents:
+            yield "".join([*parts, document]).strip()
+            parts = []
+        tail = rest[-len(SEPARATOR) :]
+        parts.append(rest[: len(rest) - len(tail)])
+    yield "".join([*parts, tail]).strip()
+
+
+def cut(blocks: Iterable[str], size: int) -> Iterator[str]:
+    """Cut a text that comes in blocks into pieces of about size characters, without losing one: after the first
+    blank line past size; where there is none up to 4 * size after a line, and without a line right there."""
+    buffer, start = "", 0  # what comes before start is done with; it goes with the next block, not with every piece
+    for block in itertools.chain(blocks, [""]):
+        buffer, start = buffer[start:] + block, 0
+        while len(buffer) - start > (4 if block else 1) * size:  # far enough ahead to choose; at the end, the rest
+            first, last = start + size, start + 4 * size
+            ends = (buffer.find(mark, first, last) + len(mark) for mark in ("\n\n", "\n"))
+            end = next((end for end in ends if end >= first), first)
+            yield buffer[start:end]
+            start = end
+    if start < len(buffer):
+        yield buffer[start:]
+
+
+def split_documents(
+    files: list[Path], val_fraction: float, database: Path, counts: Counter
+) -> Iterator[tuple[str, str]]:
+    """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one."""
+
+    def texts() -> Iterator[str]:
+        for text in (piece for path in files for document in read_documents(path) for piece in cut_document(document)):
+            if text.strip():
+                yield text
+            else:
+                counts["empty"] += 1
+
+    return drop_copies_and_split(texts(), str.encode, val_fraction, database, counts)
+
+
+def cut_document(text: str) -> Iterable[str]:
+    return cut([text], DOCUMENT_CHARS) if len(text) > DOCUMENT_CHARS else [text]
+
+
+def tokenizer_texts(files: list[Path], val_fraction: float, database: Path, total: int) -> Iterator[str]:
+    """Training documents for the tokenizer, about TOKENIZER_CHARS of them spread over the whole corpus."""
+    read = kept = 0
+    for split, text in split_documents(files, val_fraction, database, Counter()):
+        read += len(text)
+        if split == "train" and kept <= read * min(1.0, TOKENIZER_CHARS / total) and kept < TOKENIZER_CHARS:
+            kept += len(text)
+            yield text
