@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -758,16 +759,18 @@ def test_all_ranks_together_read_the_mixture_that_one_reads(tiny_data, tmp_path)
 @pytest.mark.parametrize("sources, message", [
     (("DATA:0.5", "DATA:zero"), "DATA:zero: zero is no number; write FOLDER or FOLDER:WEIGHT"),
     (("DATA:-1",), "DATA:-1: the weight must be above 0"),
-    (("DATA:1", "DATA:1e-5"), "its share is below 1 in 1000"),
+    (("DATA:1", "COPY:1e-5"), "its share is below 1 in 1000"),
     (("DATA", "OTHER"), "OTHER was made with another tokenizer than"),
 ])  # fmt: skip
 def test_an_impossible_mixture_is_refused(sources, message, tiny_data, tmp_path):
     write_texts(tmp_path / "in", range(60))
     prepare((str(tmp_path / "in"),), tmp_path / "other", "train:400", 0.1, workers=1)
-    named = [source.replace("DATA", str(tiny_data)).replace("OTHER", str(tmp_path / "other")) for source in sources]
-    message = message.replace("DATA", str(tiny_data)).replace("OTHER", str(tmp_path / "other"))
+    shutil.copytree(tiny_data, tmp_path / "copy")
+    places = {"DATA": str(tiny_data), "OTHER": str(tmp_path / "other"), "COPY": str(tmp_path / "copy")}
+    for name, place in places.items():
+        sources, message = tuple(source.replace(name, place) for source in sources), message.replace(name, place)
     with pytest.raises(ValueError, match=message):
-        Mixture(tuple(named), "train", 16)
+        Mixture(sources, "train", 16)
 
 
 def test_a_target_that_does_not_count_is_called_the_same_everywhere():
