@@ -998,10 +998,10 @@ def check_code(path: str | Path, anyway: bool):
     With anyway that is only said, on stderr. Other models do not say by what code they were trained.
     """
     folder = checkpoint_folder(Path(path))
-    if (folder / probe.FILE).exists():
+    if (theirs := probe.read(folder)) is not None:
         with readable(folder):
             config = config_from_hugging_face(read_json(folder / "config.json"), folder)
-        probe.check(folder, code_probe(config), anyway)
+        probe.check(folder, theirs, code_probe(config), anyway)
 
 
 def find_base(settings: dict, path: Path) -> Path:

@@ -83,13 +83,12 @@ def write(folder: Path, found: list[float]):
     (folder / FILE).write_text(json.dumps(found))
 
 
-def check(folder: Path, mine: list[float], anyway: bool):
-    """Raise ValueError where the checkpoint in folder was trained by code that computes something else than mine.
+def check(folder: Path, theirs: list[float], mine: list[float], anyway: bool):
+    """Raise ValueError where theirs, the probe of the checkpoint in folder, is of other code than mine.
 
     With anyway that is only said, on stderr.
     """
-    theirs = read(folder)
-    if theirs is None or (found := difference(mine, theirs)) <= TOLERANCE:
+    if (found := difference(mine, theirs)) <= TOLERANCE:
         return
     what = f"{folder} was trained by other code than this: the logits of a probe of the model differ by {found:.2g}"
     what += " of the largest"
