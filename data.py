@@ -19,7 +19,7 @@ A dataset is read by `TokenDataset` as windows of its text, by `PackedDataset` a
 sequences a step trains on is a pure function of (seed, step).
 """
 
-from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import run_command  # isort: skip (lib refuses old Pythons, Windows)
 
 import base64
 import bisect

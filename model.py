@@ -966,15 +966,18 @@ def adapter_settings(base: str | Path, rank: int, alpha: float, targets: list[st
 
 
 def fingerprint(path: str | Path, of: Callable[[Named], str] = weights_sha256) -> str:
-    """The SHA-256 of all weights of the model at path, to know it again by, or what else `of` makes of its tensors.
+    """The SHA-256 of all weights of the model at path, to know it again by; or what else `of` makes
+    of its tensors.
 
-    It is computed once as long as the files stay the same, for it reads all of them. Raises ValueError like `load`.
+    It reads all of them, so it is computed once as long as the files stay the same. Raises
+    ValueError like `load`.
     """
     path = checkpoint_folder(Path(path))
     with readable(path):
-        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+        files = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
         states = ((file.name, file.stat()) for file in files)
-        return _fingerprint(path.resolve(), of, tuple((name, s.st_size, s.st_mtime_ns) for name, s in states))
+        states = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+        return _fingerprint(path.resolve(), of, states)
 
 
 @functools.cache
@@ -983,7 +986,8 @@ def _fingerprint(path: Path, of: Callable[[Named], str], files: tuple) -> str:
 
 
 def is_known(path: str | Path, known: str) -> bool:
-    """Whether the model at path has the weights that a run wrote down, or an older run: of its first rows alone."""
+    """Whether the model at path has the fingerprint that a run wrote down, also an older run's, of
+    the first rows alone."""
     return known == fingerprint(path) or known == fingerprint(path, first_rows_sha256)
 
 
@@ -993,9 +997,9 @@ def code_probe(config: ModelConfig) -> list[float]:
 
 
 def check_code(path: str | Path, anyway: bool):
-    """Raise ValueError where path is a run or checkpoint that was trained by code that computes something else.
+    """Raise ValueError where path is a run or checkpoint of code that computes something else.
 
-    With anyway that is only said, on stderr. Other models do not say by what code they were trained.
+    With anyway that is only said, on stderr. Other models do not say what code trained them.
     """
     folder = checkpoint_folder(Path(path))
     if (theirs := probe.read(folder)) is not None:

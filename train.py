@@ -11,7 +11,7 @@ Every run joins a process group and shards its model over it, also a run of one 
 is a pure function of (dataset, seed, step); processes and micro-batches only divide the work.
 """
 
-from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import git_commit, run_command  # isort: skip (lib refuses old Pythons, Windows)
 
 import contextlib
 import ctypes
@@ -93,7 +93,7 @@ class Config:
     out: str = "out/stdlib"             # the run's folder: checkpoints, log.jsonl, loss.png
     resume: str = ""                    # folder of a run to continue; its own flags are taken
     init_from: str = ""                 # model to start from: anything that model.load reads
-    anyway: bool = False                # also go on with a run of code that computes something else than this
+    anyway: bool = False                # also go on with a run of code that computes something else
     # what
     size: str = "laptop"                # a name in model.SIZES; the vocabulary is always the dataset's
     dim: int = 0                        # width; 0 here and in the next four takes the number of --size
@@ -269,7 +269,7 @@ def on_first_rank(action: Callable[[], None], group: dist.ProcessGroup | None = 
 
 
 def from_first_rank(find: Callable[[], str]) -> str:
-    """What `find` returns on the first rank, on all of them. Raises ValueError on all where it does so there."""
+    """What find returns on the first rank, on all. Raises ValueError on all where it does there."""
     found, problem = "", ""
     if dist.get_rank() == 0:
         try:
@@ -1248,7 +1248,7 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
         "model": dataclasses.asdict(shape),
         "probe": code_probe(shape),
         "init_from": first,
-        "init_sha256": from_first_rank(functools.partial(fingerprint, first)) if first and of_pairs else "",
+        "init_sha256": from_first_rank(lambda: fingerprint(first)) if first and of_pairs else "",
         "dataset": describe_data(config, metas),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
@@ -1261,7 +1261,7 @@ def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: 
 def describe_adapter(config: Config) -> dict:
     """The adapter_config.json of every checkpoint, by which the base model is found again."""
     settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
-    known = from_first_rank(functools.partial(fingerprint, config.init_from))
+    known = from_first_rank(lambda: fingerprint(config.init_from))
     return settings | {"base_sha256": known, "quantize": config.quantize}
 
 
@@ -1488,7 +1488,7 @@ def train(config: Config, record: dict | None, device: torch.device, stop: Stop)
 
 
 def check_reference(record: dict, folder: Path) -> str:
-    """The model that the run in folder began with and does not move away from; ValueError if it is another by now."""
+    """The model that the run in folder began with. Raises ValueError if it is another by now."""
     first = record["init_from"]
     if first and not is_known(first, record["init_sha256"]):
         raise ValueError(f"{first} holds other weights than when {folder} began")
