@@ -10,7 +10,7 @@ two are compared their rounds take turns, each with a model of its own that is g
 then need no more memory than one, and what else the machine does meets both.
 """
 
-from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import git_commit, run_command  # isort: skip (lib refuses old Pythons, Windows)
 
 import contextlib
 import dataclasses

@@ -20,7 +20,7 @@ A dataset is read by `TokenDataset` as windows of its text, by `PackedDataset` a
 sequences a step trains on is a pure function of (seed, step).
 """
 
-from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import run_command  # isort: skip (lib refuses old Pythons, Windows)
 
 import bisect
 import functools

@@ -13,7 +13,7 @@ A score here is that of the protocol's reference code, and depends neither on th
 your own task, write lines {"context": ..., "choices": [...], "answer": 0} for --task choices, or a function like `arc`.
 """
 
-from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import git_commit, run_command  # isort: skip (lib refuses old Pythons, Windows)
 
 import contextlib
 import copy
@@ -157,7 +157,7 @@ class Config:
     batch_tokens: int = 0
     """tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a GPU, 2,048 on a CPU"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    anyway: bool = False                # also measure a run of code that computes something else than this
+    anyway: bool = False                # also measure a run of code that computes something else
 
 
 # ---- questions ----
@@ -906,7 +906,8 @@ def make_questions(
     if not questions:
         raise ValueError(f"--data {config.data} has no questions")
     digests = [digest(question) for question in questions]
-    model_hash = world.agree(weights_sha256(reader.model.named_parameters()) if world.rank == 0 else None)
+    weights = reader.model.named_parameters()
+    model_hash = world.agree(weights_sha256(weights) if world.rank == 0 else None)
     about = f"{model_hash} {reader.model.norm.weight.dtype} {config.protocol}".encode()
     sources = [question.sha256.encode() for question in questions]
     wholes = (about + digest + source for digest, source in zip(digests, sources))
@@ -1256,7 +1257,8 @@ def curves(config: Config, world: World):
         steps = sorted(path for path in folder.glob("step_????????") if (path / ".metadata").exists())
         if not steps:
             raise ValueError(f"--model {folder}: this run has no checkpoints")
-        flags = {key: value for key, value in record.items() if key not in ("seed", "out", "resume", "anyway")}
+        own = ("seed", "out", "resume", "anyway")
+        flags = {key: value for key, value in record.items() if key not in own}
         setting = json.dumps([flags, probe.number(probe.read(steps[-1]), codes)])
         for path in steps:
             file = out.with_suffix("") / f"{folder.name}_{path.name}.json"

@@ -8,7 +8,7 @@
 `generate` works on token ids, a batch of prompts of any lengths at once; `complete` puts text around it, `Chat` turns.
 """
 
-from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import run_command  # isort: skip (lib refuses old Pythons, Windows)
 
 import math
 import sys
@@ -52,7 +52,8 @@ class Sampling:
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise ValueError(f"--top_p {self.top_p} and --min_p {self.min_p} must lie between 0 and 1, top_p above 0")
         if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"--repetition_penalty {self.repetition_penalty} must be a number above 0")
+            penalty = self.repetition_penalty
+            raise ValueError(f"--repetition_penalty {penalty} must be a number above 0")
 
 
 def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ def choose(logits: Tensor, contexts: list[list[int]], sampling: Sampling, unifor
     keep = torch.ones_like(logits, dtype=torch.bool)
     if sampling.top_k:
         keep[:, sampling.top_k :] = False  # by rank, so that equal logits do not let more than k through
-    p = (logits / sampling.temperature).masked_fill(~keep, -math.inf).softmax(-1)  # top_p counts what top_k leaves
+    # top_p counts what top_k leaves, as in transformers
+    p = (logits / sampling.temperature).masked_fill(~keep, -math.inf).softmax(-1)
     keep &= p.cumsum(-1) - p < sampling.top_p
     keep &= p >= sampling.min_p * p[:, :1]
     mass = (p * keep).cumsum(-1)
@@ -364,8 +366,8 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer, from its folder unless named.
 
-    dtype is fp32, bf16 or auto: bf16 on a GPU, else fp32. Raises ValueError when either is missing or they do not fit,
-    and without anyway for a run of code that computes something else.
+    dtype is fp32, bf16 or auto: bf16 on a GPU, else fp32. Raises ValueError when either is missing or they do not fit.
+    A run of code that computes something else is taken only with anyway, see `check_code`.
     """
     check_code(Transformer, ModelConfig, path, anyway)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -402,7 +404,7 @@ class Config:
     chat: bool = False                  # talk on the terminal, with lines from it or from a pipe
     template: str = ""                  # of a chat; where the model's run does not name it
     system: str = ""                    # an instruction before a chat
-    anyway: bool = False                # also take a run of code that computes something else than this
+    anyway: bool = False                # also take a run of code that computes something else
     export: str = ""                    # instead write the model there as a Hugging Face folder, auto being fp32
     export_adapter: str = ""            # instead write the adapter of a LoRA run there, as PEFT does
 

@@ -11,7 +11,7 @@ Every run joins a process group and shards its model over it, also a run of one 
 is a pure function of (dataset, seed, step); processes and micro-batches only divide the work.
 """
 
-from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import git_commit, run_command  # isort: skip (lib refuses old Pythons, Windows)
 
 import contextlib
 import ctypes
@@ -91,7 +91,7 @@ class Config:
     out: str = "out/stdlib"             # the run's folder: checkpoints, log.jsonl, loss.png
     resume: str = ""                    # folder of a run to continue; its own flags are taken
     init_from: str = ""                 # model to start from: anything that model.load reads
-    anyway: bool = False                # also go on with a run of code that computes something else than this
+    anyway: bool = False                # also go on with a run of code that computes something else
     # what
     size: str = "laptop"                # a name in model.SIZES; the vocabulary is always the dataset's
     dim: int = 0                        # width; 0 here and in the next four takes the number of --size

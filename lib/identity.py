@@ -1,4 +1,4 @@
-"""A model is known again by all its weights: by their names, shapes and values, not by how or where they are stored."""
+"""A model is known again by names, shapes and values of all its weights, however it is stored."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,8 +13,9 @@ PART = 2**24  # numbers that are converted at a time
 def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The SHA-256 of every number of a model's named tensors, in hexadecimal digits.
 
-    They may come in any order, one at a time, and of any type: each number counts as the fp32 number that it becomes,
-    so a model in bf16 and its copy in fp32 are the same. A tied matrix is named once.
+    They may come in any order, one at a time, and of any type: each number counts as the fp32
+    number that it becomes, so a model in bf16 and its copy in fp32 are the same. A tied matrix is
+    named once.
     """
     lines = []
     for name, tensor in tensors:
@@ -27,7 +28,7 @@ def weights_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 @torch.no_grad()
 def first_rows_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """What older runs know a model by: a hash of the first row of each tensor, in the order of its files."""
+    """What older runs know a model by: the first row of each tensor, in the order of its files."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

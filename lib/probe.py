@@ -1,8 +1,9 @@
-"""What the code of a model computes, in a few numbers: a run remembers them, so that no other code goes on with it.
+"""What the code of a model computes, in a few numbers that a run remembers, so that no other code
+goes on with it.
 
-The probe is some logits of a tiny model of the same kind. Code that is renamed, moved or made faster gives the same
-ones; another activation, attention, norm or position does not. Whatever is changed in this file changes the probes of
-all runs, and none would be continued any more.
+The probe is some logits of a tiny model of the same kind. Code that is renamed, moved or made
+faster gives the same ones; another activation, attention, norm or position does not. A change of
+the tiny model or of its weights would make every run that there is one of other code.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from lib.naming import HF_NAMES, readable, translate
 from lib.records import checked, parse_json
 
 FILE = "probe.json"  # in every checkpoint
-TOLERANCE = 1e-3     # of the largest logit; processors differ by some 1e-6, changes of the code by more than 1e-2
-WRITERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")  # what adds to the residual stream
+TOLERANCE = 1e-3     # of the largest logit; processors differ by 1e-6, other code by above 1e-2
+WRITERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")  # to the residual stream
 
 
 @torch.no_grad()
@@ -35,7 +36,8 @@ def probe(transformer: Callable, config) -> list[float]:
     neither its name in the code nor the order of the parameters matters.
     """
     kv_heads = {1: 1, config.num_heads: 4}.get(config.num_kv_heads, 2)
-    shape = dict(dim=32, num_layers=2, num_heads=4, num_kv_heads=kv_heads, ffn_dim=48, vocab_size=64, max_seq_len=64)
+    shape = dict(dim=32, num_layers=2, num_heads=4, num_kv_heads=kv_heads, ffn_dim=48)
+    shape |= dict(vocab_size=64, max_seq_len=64)
     with torch.random.fork_rng(devices=[]):
         model = transformer(dataclasses.replace(config, **shape)).eval()
     for name, weight in model.named_parameters():
@@ -47,8 +49,8 @@ def probe(transformer: Callable, config) -> list[float]:
 def _weights(name: str, shape: torch.Size) -> torch.Tensor:
     """Numbers from the hash of a name, scaled so that every part of the model is felt.
 
-    The residual stream is so small that its mean square is near the usual epsilons of norms, 1e-5 and 1e-6, and
-    queries and keys are so large that attention is far from even.
+    The residual stream is so small that its mean square is near the usual epsilons of norms, 1e-5
+    and 1e-6, and queries and keys are so large that attention is far from even.
     """
     data = hashlib.shake_256(name.encode()).digest(2 * shape.numel())
     uniform = torch.from_numpy(np.frombuffer(data, "<u2") / 2**15 - 1).float().view(shape)
@@ -60,7 +62,8 @@ def _weights(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 def difference(mine: list[float], theirs: list[float]) -> float:
-    """The largest difference of two probes as a share of the largest logit; infinite where they cannot be compared."""
+    """The largest difference of two probes as a share of the largest logit; infinite where they
+    cannot be compared."""
     if len(mine) != len(theirs):
         return float("inf")
     found = np.abs(np.subtract(mine, theirs)).max() / np.abs(mine).max()
@@ -68,7 +71,7 @@ def difference(mine: list[float], theirs: list[float]) -> float:
 
 
 def number(found: list[float] | None, kinds: list[list[float] | None]) -> int:
-    """The place of a probe among those of other codes; one of a new code gets a place at the end."""
+    """The place of a probe among those of other codes; a new one is added at the end."""
     for place, other in enumerate(kinds):
         if found is other or found and other and difference(found, other) <= TOLERANCE:
             return place
@@ -77,9 +80,14 @@ def number(found: list[float] | None, kinds: list[list[float] | None]) -> int:
 
 
 def read(folder: Path) -> list[float] | None:
-    """The probe in a checkpoint's folder; None in one that was written before there were probes. Raises ValueError."""
+    """The probe in a checkpoint's folder; None where there is none, as in those of older runs.
+
+    Raises ValueError for a file that is not a list of numbers.
+    """
     path = folder / FILE
-    return checked(parse_json(path.read_bytes(), path), list[float], path) if path.exists() else None
+    if not path.exists():
+        return None
+    return checked(parse_json(path.read_bytes(), path), list[float], path)
 
 
 def write(folder: Path, found: list[float]):
@@ -103,12 +111,12 @@ def check(folder: Path, mine: list[float], anyway: bool):
 
     With anyway that is only said, on stderr.
     """
-    theirs = read(folder)
-    if theirs is None or (found := difference(mine, theirs)) <= TOLERANCE:
+    if (found := difference(mine, theirs)) <= TOLERANCE:
         return
-    what = f"{folder} was trained by other code than this: the logits of a probe of the model differ by {found:.2g}"
-    what += " of the largest"
+    what = f"{folder} was trained by other code than this: of a tiny model, its probe, the logits"
+    what += f" differ by {found:.2g} of the largest"
     if not anyway:
-        raise ValueError(f"{what}; go back to that code, or use --anyway of train.py, sample.py or eval.py")
+        remedy = "go back to that code, or use --anyway of train.py, sample.py or eval.py"
+        raise ValueError(f"{what}; {remedy}")
     if os.environ.get("RANK", "0") == "0":  # under torchrun once
         print(f"{what}; going on, as --anyway says", file=sys.stderr)

@@ -31,7 +31,8 @@ LORA = dict(lora_rank=2, steps=4, save_every=2)
 def base(tiny_data, tmp_path):
     """A Hugging Face folder with the tokenizer of the tests' data."""
     vocabulary = Tokenizer(tiny_data).vocab_size
-    save(random_model(dataclasses.replace(SHAPE, vocab_size=vocabulary)), tmp_path / "base", Tokenizer(tiny_data))
+    model = random_model(dataclasses.replace(SHAPE, vocab_size=vocabulary))
+    save(model, tmp_path / "base", Tokenizer(tiny_data))
     return tmp_path / "base"
 
 
@@ -168,18 +169,19 @@ def test_a_run_remembers_its_code_and_is_not_continued_by_another(tiny_run, monk
     with monkeypatch.context() as changed:
         changed.setattr(FeedForward, "forward", squared_relu)
         tiny_run("second", **options)
-        with pytest.raises(ValueError, match=r"first.step_00000002 was trained by other code .*--anyway"):
+        with pytest.raises(ValueError, match="first.step_00000002 was trained by other .*--anyway"):
             tiny_run("first", steps=4)
     tiny_run(resume="first")
     for again in (lambda: tiny_run("second", steps=4), lambda: tiny_run(resume="second")):
-        with pytest.raises(ValueError, match=r"second.step_00000002 was trained by other code .*--anyway"):
+        with pytest.raises(ValueError, match="second.step_00000002 was trained by other .*--anyway"):
             again()
     capsys.readouterr()
     second = tiny_run("second", steps=4, anyway=True)
     assert "second/step_00000002 was trained by other code" in (said := capsys.readouterr().err), said
     assert "going on, as --anyway says" in said
     same, other = (json.loads((run / "run.json").read_text())["probe"] for run in (first, second))
-    assert same == json.loads((first / "step_00000004" / "probe.json").read_text()) and len(same) == 16
+    assert json.loads((first / "step_00000004" / "probe.json").read_text()) == same
+    assert len(same) == 16
     assert max(abs(a - b) for a, b in zip(same, other)) > 0.1 * max(map(abs, same))
     assert json.loads((second / "step_00000002" / "probe.json").read_text()) == other
     assert json.loads((second / "step_00000004" / "probe.json").read_text()) == same
@@ -251,13 +253,15 @@ class Renamed(torch.nn.Module):
 SDPA = F.scaled_dot_product_attention
 CHANGES = {
     "a squared ReLU": (FeedForward, "forward", squared_relu),
-    "gate and up swapped": (FeedForward, "forward", lambda self, x: self.down(F.silu(self.up(x)) * self.gate(x))),
+    "gate and up swapped": (
+        FeedForward, "forward", lambda self, x: self.down(F.silu(self.up(x)) * self.gate(x))
+    ),
     "another epsilon": (
         RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps / 10)
     ),
     "no rotary embedding": (module, "rotate", lambda x, rope: x),
     "another attention scale": (
-        F, "scaled_dot_product_attention", lambda q, *a, **k: SDPA(q, *a, **k, scale=1.2 * q.size(-1) ** -0.5)
+        F, "scaled_dot_product_attention", lambda q, *a, **k: SDPA(q, *a, **k, scale=1.2 / q.size(-1) ** 0.5)
     ),
     "no causal mask": (
         F, "scaled_dot_product_attention", lambda *a, is_causal, **k: SDPA(*a, **k, is_causal=False)
@@ -265,7 +269,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"tie_embeddings": True, "norm_eps": 1e-6}])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, dict(tie_embeddings=True, norm_eps=1e-6)])
 def test_the_probe_knows_what_code_computes_and_not_how_it_is_written(changes, monkeypatch):
     from lib.naming import HF_NAMES
     from lib.probe import TOLERANCE, difference, probe
@@ -300,19 +304,22 @@ def test_runs_of_two_codes_are_two_curves(tiny_run, tiny_data, tmp_path, monkeyp
         runs.append(str(tiny_run("relu2_0", steps=1)))
     seen = []
     monkeypatch.setattr(eval, "draw", lambda points, *_: seen.extend(point[:2] for point in points))
-    config = eval.Config(tuple(runs), "perplexity", str(tiny_data), str(tmp_path / "curve.json"), checkpoints="all")
+    out = str(tmp_path / "curve.json")
+    config = eval.Config(tuple(runs), "perplexity", str(tiny_data), out, checkpoints="all")
     with pytest.raises(ValueError, match="relu2_0.step_00000000 was trained by other code"):
         eval.main(config)
     eval.main(dataclasses.replace(config, anyway=True))
-    settings = {run: {setting for setting, name in seen if name == run} for run in ("swiglu_0", "swiglu_1", "relu2_0")}
-    assert settings["swiglu_0"] == settings["swiglu_1"] != settings["relu2_0"] and len(settings["relu2_0"]) == 1
+    names = ("swiglu_0", "swiglu_1", "relu2_0")
+    first, again, other = ({setting for setting, run in seen if run == name} for name in names)
+    assert first == again != other and len(first) == len(other) == 1
 
 
 # ---- how the next token is drawn ----
 
 
 def drawn_as_in_transformers(logits, sampling: Sampling, uniform) -> torch.Tensor:
-    """The token at the same place of the distribution that transformers' warpers leave; -1 within rounding of two."""
+    """The token at the same place of the distribution that transformers' warpers leave; -1 where
+    that is within rounding of another token."""
     from transformers.generation import logits_process as theirs
 
     warpers = [theirs.TemperatureLogitsWarper(sampling.temperature)]
@@ -324,7 +331,8 @@ def drawn_as_in_transformers(logits, sampling: Sampling, uniform) -> torch.Tenso
     p, tokens = logits.double().softmax(-1).sort(descending=True)
     mass = p.cumsum(-1)
     at_an_edge = (mass - uniform[:, None]).abs().min(-1).values < 1e-5
-    return tokens.gather(-1, (mass <= uniform[:, None]).sum(-1, keepdim=True))[:, 0].where(~at_an_edge, -1)
+    place = (mass <= uniform[:, None]).sum(-1, keepdim=True)
+    return tokens.gather(-1, place)[:, 0].where(~at_an_edge, -1)
 
 
 def test_top_k_top_p_and_min_p_keep_what_they_keep_in_transformers():
@@ -334,12 +342,15 @@ def test_top_k_top_p_and_min_p_keep_what_they_keep_in_transformers():
     for number, logits in enumerate(random.repeat_interleave(500, 0).split(500)):
         pick = torch.rand(4, generator=generator).tolist()
         top_k, top_p, min_p = int(1 + 11 * pick[0]), 0.3 + 0.69 * pick[1], 0.3 * pick[2]
-        for changes in ({"top_p": 1.0}, {"min_p": 0.0}, {"top_k": 0}, {}, {"top_p": 0.8, "top_k": 8, "min_p": 0.0}):
-            options = dict(temperature=0.5 + pick[3], top_k=top_k, top_p=top_p, min_p=min_p) | changes
+        every = dict(temperature=0.5 + pick[3], top_k=top_k, top_p=top_p, min_p=min_p)
+        two = dict(top_k=8, top_p=0.8, min_p=0.0)
+        for changes in ({"top_p": 1.0}, {"min_p": 0.0}, {"top_k": 0}, {}, two):
+            options = every | changes
             mine = choose(logits.clone(), [[]] * 500, sampling := Sampling(**options), uniform)
             expected = drawn_as_in_transformers(logits, sampling, uniform)
             clear = expected >= 0
-            assert clear.float().mean() > 0.95 and torch.equal(mine[clear], expected[clear]), (number, options)
+            assert clear.float().mean() > 0.95, (number, options)
+            assert torch.equal(mine[clear], expected[clear]), (number, options)
 
 
 def test_random_numbers_are_drawn_when_they_are_needed_and_stay_those_of_the_seed(monkeypatch):
@@ -389,16 +400,20 @@ for script in sys.argv[1:]:
             print("it ran")
         except BaseException as error:
             name = "version" if old else "windows"
-            print(name, os.path.basename(script), type(error).__name__, error, repr(sys.stderr.getvalue()), sep="|")
+            said = repr(sys.stderr.getvalue())
+            print(name, os.path.basename(script), type(error).__name__, error, said, sep="|")
 """
 
 
 def test_an_old_python_and_windows_are_named_in_one_sentence_before_anything_else():
     scripts = [str(ROOT / f"{name}.py") for name in ("data", "train", "sample", "eval", "bench")]
-    done = subprocess.run([sys.executable, "-c", FAKE, *scripts], capture_output=True, text=True, cwd=ROOT)
+    words = [sys.executable, "-c", FAKE, *scripts]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     lines = [line.split("|") for line in done.stdout.splitlines()]
     assert len(lines) == 10, done.stdout + done.stderr
     for _, script, kind, code, said in lines:
         assert (kind, code) == ("SystemExit", "2"), (script, kind, code, said)
-        assert "needs Python 3.11 or newer on Linux, macOS or Windows' WSL" in said and said.count("\\n") == 1
-    assert Transformer.__module__ == "model" and "WSL" in (ROOT / "README.md").read_text()
+        assert "needs Python 3.11 or newer on Linux, macOS or Windows' WSL" in said
+        assert said.count("\\n") == 1
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "Python 3.11 or newer, on Linux, macOS or Windows' WSL" in readme
