@@ -3,10 +3,21 @@
 import math
 import signal
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass
+class Flags:
+    # when a step goes wrong
+    max_bad_steps: int = 10             # stop after this many in a row whose loss or gradient is not finite, and after
+    #                                     as many rollbacks to one checkpoint
+    spike: float = 10.0                 # a loss or gradient norm this many standard deviations above its level
+    on_spike: Literal["log", "skip", "rollback"] = "log"  # or no update, or the last checkpoint and on past that data
 
 
 class Guard:
@@ -36,6 +47,22 @@ class Guard:
         level = torch.cat((count[None] + 1, mean + share * change, (1 - share) * (variance + share * change.square())))
         self.level.copy_(torch.where(bad, self.level, level))
         return bad, spike
+
+    def step(self, optimizer: torch.optim.Optimizer, lr: float, excess: Tensor, skip: Tensor):
+        """Update with the gradients divided by excess, but not where skip is true; then forget them.
+
+        The host does not know yet whether there is an update. A fused optimizer takes both numbers on the device, by
+        the protocol made for scaled fp16 gradients: it divides by grad_scale, and does nothing where found_inf is 1.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if optimizer.defaults.get("fused"):
+            optimizer.grad_scale, optimizer.found_inf = excess, skip.float()
+            optimizer.step()
+        elif not skip:  # here the host has to wait for the answer
+            torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"]], excess)
+            optimizer.step()
+        optimizer.zero_grad()
 
 
 class Stop:

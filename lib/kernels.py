@@ -3,6 +3,7 @@ the loss and log-probabilities of targets, whose logits exist for a few tokens a
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from typing import NamedTuple
 
@@ -14,6 +15,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 IGNORE = -100      # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
+
+
+@dataclass
+class Flags:
+    # regularization: in the gradient alone, the loss that is reported stays the plain one
+    label_smoothing: float = 0.0        # share of each target that is spread over the whole vocabulary
+    z_loss: float = 0.0                 # weight of the squared logarithm of softmax's normalizer
 
 
 class Documents(NamedTuple):
@@ -209,10 +217,15 @@ class CrossEntropy:
         return found.new_zeros(targets.shape).index_put(places, found)
 
 
-def cross_entropy(config, compiled: bool) -> CrossEntropy:
-    """The loss of a run, by its flags."""
+def choose(model, config, compiled: bool, device_type: str):
+    """Put the kernels that suit a run into its model: its loss, and compiled on a CPU its attention."""
     of_logits = torch.compile(loss_of_logits, fullgraph=True) if compiled else loss_of_logits
-    return CrossEntropy(config.label_smoothing, config.z_loss, of_logits)
+    model.unembedding.cross_entropy = CrossEntropy(config.label_smoothing, config.z_loss, of_logits)
+    if compiled:
+        model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
+    if compiled and device_type == "cpu":
+        for block in model.blocks:
+            block.attention.attend = attend_on_cpu
 
 
 KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention", "varlen_attn")  # of attention, in names

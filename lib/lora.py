@@ -3,12 +3,25 @@
 import contextlib
 import fnmatch
 import functools
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.rows import fill_normal, local_rows
+
+
+@dataclass
+class Flags:
+    # LoRA
+    lora_rank: int = 0                  # train adapters of this rank on the frozen --init_from; 0 trains all weights
+    lora_alpha: float = 16.0            # their product counts lora_alpha / lora_rank times
+    lora_targets: str = "query,key,value,out,gate,up,down"  # the matrices of each block that get one
+    quantize: Literal["none", "nf4"] = "none"  # how the blocks' frozen matrices are kept; nf4 is QLoRA
+    freeze: tuple[str, ...] = ()        # parameters that stay as they are: names such as 'embedding.*' 'blocks.[0-7].*'
+
 
 TARGETS = {  # the matrices of a block that adapters may go on, by the last word of their names
     "query": "attention", "key": "attention", "value": "attention", "out": "attention",

@@ -9,28 +9,53 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from lib import probe
 from lib.checkpoints import checkpoint_folder, has_checkpoint
 from lib.cli import ROOT, git_commit
 from lib.datasets import changed_file
 from lib.files import write_whole
 from lib.forecast import GPUS
 from lib.lora import TARGETS
+from lib.meta import read_meta
 from lib.peft import adapter_settings
 from lib.runs import is_record, read_run
+from lib.tokenizer import Tokenizer
 from lib.weights import fingerprint, is_known
 from lib.world import device_name, from_first_rank
 
 
-FREE = {"resume", "out", "data", "micro_batch", "stop_at", "log_every", "eval_every", "save_every", "keep", "sample"}
+@dataclass
+class Flags:
+    """The flags of a run's beginning, and of a shape other than --size."""
+
+    resume: str = ""                    # folder of a run to continue; its own flags are taken
+    anyway: bool = False                # also go on with a run of code that computes something else than this
+    # shape
+    dim: int = 0                        # width; 0 here and in the next four takes the number of --size
+    num_layers: int = 0                 # blocks
+    num_heads: int = 0                  # query heads
+    num_kv_heads: int = 0               # key/value heads; with --num_heads given, as many
+    ffn_dim: int = 0                    # width of the feed-forward layers
+    rope_scale: float = 0.0             # position interpolation; 0 keeps the model's
+    # length
+    epochs: float = 0.0                 # instead of --steps: passes over the data, rounded up to a step
+    stop_at: int = 0                    # leave after this step with a checkpoint, to be resumed; 0 is never
 
 
-def in_steps(config: Config, epoch: float) -> Config:
+# Flags that may differ when a run is continued: they change how its results are computed, saved or told, and but for
+# rounding not what they are. What is in --data is compared by its record, not by the name of its folder.
+MAY_CHANGE_ON_RESUME = set(
+    """resume out data micro_batch stop_at log_every eval_every save_every keep sample wandb compile checkpointing
+    shard_over reshard_after_forward deterministic keep_every max_bad_steps reduce_each plan gpus gpu anyway""".split()
+)
+
+
+def in_steps(config, epoch: float):
     """The same run with all its lengths in steps, rounded up; an epoch has `epoch` of them.
 
     So the last step of --epochs takes what it lacks from the next epoch. Raises ValueError for a length it cannot read.
@@ -48,7 +73,7 @@ def in_steps(config: Config, epoch: float) -> Config:
     return dataclasses.replace(config, **lengths)
 
 
-def check(config: Config, world: int):
+def check(config, world: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
     shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale", "lora_rank")
     terms = ("weight_decay", "neftune", "z_loss")
@@ -64,7 +89,7 @@ def check(config: Config, world: int):
             raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
         if name in finite and getattr(config, name) == math.inf:
             raise ValueError(f"--{name} {getattr(config, name)} must be a finite number")
-    if config.epochs and config.steps != Config.steps:
+    if config.epochs and config.steps != type(config).steps:
         raise ValueError(f"--steps {config.steps} does not go with --epochs {config.epochs}")
     for name in ("final_lr", "decay", "label_smoothing", "beta1", "beta2"):
         if not 0 <= getattr(config, name) <= (0.999999 if name.startswith("beta") else 1):
@@ -94,7 +119,7 @@ def check(config: Config, world: int):
         raise ValueError(f"--gpu {config.gpu} is not one of {', '.join(GPUS)}")
 
 
-def choose_run(config: Config) -> dict | None:
+def choose_run(config, config_class: type) -> dict | None:
     """The record of the run that config continues, None for a new one. Raises ValueError where the two differ."""
     folder = Path(config.out)
     # not begun; run.json may be that of a start that failed
@@ -106,83 +131,112 @@ def choose_run(config: Config) -> dict | None:
         return None
     if config.resume and folder != Path(config.resume):
         raise ValueError(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
-    record = read_run(folder, config=Config, model=ModelConfig)
+    record = read_run(folder, config=type(config), model=config_class)
     for name, theirs in record["config"].items():
         mine = getattr(config, name)
-        if name not in FREE and mine != theirs and not (name == "dtype" and mine == "auto"):
+        if name not in MAY_CHANGE_ON_RESUME and mine != theirs and not (name == "dtype" and mine == "auto"):
             flag = "--resume" if config.resume else "--out"
             raise ValueError(f"{flag} {folder} holds a run with --{name} {theirs}, not {mine}; choose another --out")
     return record
 
 
-def describe_run(config: Config, shape: ModelConfig, metas: list[dict], device: torch.device) -> dict:
-    """run.json: everything needed to know later what was run."""
-    first = str(checkpoint_folder(Path(config.init_from)).resolve()) if config.init_from else ""
-    known = ""
+def resumed(first):
+    """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
+    kind = type(first)
+    if not first.resume:
+        return kind()
+    saved = kind(**read_run(Path(first.resume), config=kind)["config"])
+    return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0, anyway=False)
+
+
+def describe_run(config, shape, probed: list[float], metas: list[dict], shares: list[float], device) -> dict:
+    """run.json: everything needed to know later what was run. probed is the probe of the code (lib/probe.py)."""
+    first, known = "", ""
+    if config.init_from:
+        first = str(checkpoint_folder(Path(config.init_from)).resolve())
     if first and any(meta.get("kind") == "preference" for meta in metas):
-        known = from_first_rank(functools.partial(fingerprint, first, ModelConfig))
-    return {
+        known = from_first_rank(functools.partial(fingerprint, first, type(shape)))
+    record = {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
-        "probe": probe.probe(Transformer, shape),
+        "probe": probed,
         "init_from": first,
         "init_sha256": known,
-        "dataset": describe_data(config, metas),
+        "dataset": describe_data(metas, shares),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": device_name(device),
         "processes": dist.get_world_size(),
-    } | ({"adapter": describe_adapter(config)} if config.lora_rank else {})
+    }
+    if config.lora_rank:
+        record["adapter"] = describe_adapter(config, type(shape))
+    return record
 
 
-def describe_adapter(config: Config) -> dict:
+def describe_adapter(config, config_class: type) -> dict:
     """The adapter_config.json of every checkpoint, by which the base model is found again."""
-    settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
-    known = from_first_rank(functools.partial(fingerprint, config.init_from, ModelConfig))
+    targets = config.lora_targets.split(",")
+    settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, targets)
+    known = from_first_rank(functools.partial(fingerprint, config.init_from, config_class))
     return settings | {"base_sha256": known, "quantize": config.quantize}
 
 
-def describe_data(config: Config, metas: list[dict]) -> list[dict]:
+def describe_data(metas: list[dict], shares: list[float]) -> list[dict]:
     """What makes up the data; sample.py finds the template of a chat here."""
-    shares, names = mixture_weights(config.data)[1], ("tokenizer", "splits", "template")
+    names = ("tokenizer", "splits", "template")
     return [
-        {"share": share} | {name: meta[name] for name in names if name in meta} for share, meta in zip(shares, metas)
+        {"share": share} | {name: meta[name] for name in names if name in meta}
+        for share, meta in zip(shares, metas)
     ]
 
 
-def prepare_default():
+def prepare_default(folder: str):
     """Make the dataset that a run without flags trains on, by the command that anybody could type."""
-    (folder,) = Config.data
-    command = [sys.executable, str(HERE / "data.py"), "--source", "stdlib", "--out", folder]
+    command = [sys.executable, str(ROOT / "data.py"), "--source", "stdlib", "--out", folder]
     print(f"first the data: python data.py --source stdlib --out {folder}", flush=True)
     if subprocess.run(command).returncode:
         raise ValueError(f"--data {folder} could not be prepared")
 
 
-def show_sample(config: Config):
+def show_sample(config):
+    """Let sample.py continue --sample with the run's model."""
     words = ["sample.py", "--model", config.out, f"--prompt={config.sample}", "--max_new_tokens", "200"]
-    words += ["--anyway"] * config.anyway
+    if config.anyway:
+        words.append("--anyway")
     print(f"\npython {shlex.join(words)}\n", flush=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the sample is drawn by a process of its own
-    subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]])
+    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]])
 
 
-def check_reference(record: dict, folder: Path) -> str:
+def check_reference(record: dict, folder: Path, config_class: type) -> str:
     """The model that the run in folder began with and does not move away from; ValueError if it is another by now."""
     first = record["init_from"]
-    if first and not is_known(first, record["init_sha256"], ModelConfig):
+    if first and not is_known(first, record["init_sha256"], config_class):
         raise ValueError(f"{first} holds other weights than when {folder} began")
     return first
 
 
-def check_files(data: Mixture):
-    """Raise ValueError on all ranks where a file of the data is not as prepared; those of one machine share the work.
+def check_data(config, record: dict | None, folders: list[str], shares: list[float]):
+    """Raise ValueError where a run goes on with other data than it began with."""
+    metas = [read_meta(folder) for folder in folders]
+    if record and record["dataset"] != describe_data(metas, shares):
+        raise ValueError(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
 
-    All files are read once, also those for validation.
+
+def check_terms(config, kind: str):
+    """Raise ValueError for terms of the loss that pairs do not have."""
+    for name in ("neftune", "label_smoothing", "z_loss"):
+        if kind == "preference" and getattr(config, name):
+            raise ValueError(f"--{name} {getattr(config, name)} does not go with preference pairs")
+
+
+def check_files(sources: list[tuple[Path, dict]]):
+    """Raise ValueError on all ranks where a file of these datasets, each a folder and its meta.json, has changed.
+
+    All files are read once, also those for validation; the ranks of one machine share the work.
     """
-    sources = [(Path(part.folder), part.meta) for part in data.parts]
     place = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     count = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     problems = [""] * dist.get_world_size()
@@ -191,8 +245,8 @@ def check_files(data: Mixture):
         raise ValueError(max(problems))
 
 
-def prepare_folder(config: Config, record: dict):
-    folder, tokenizer = Path(config.out), Tokenizer(mixture_weights(config.data)[0][0])
+def prepare_folder(folder: Path, record: dict, tokenizer: Tokenizer):
+    """Write a new run's record and tokenizer."""
     begun = has_checkpoint(folder)
     if not begun:
         write_whole(folder / "run.json", json.dumps(record, indent=2))

@@ -100,14 +100,14 @@ def check_code(transformer: Callable, config_class: type, path: str | Path, anyw
     With anyway that is only said, on stderr. Other models do not say by what code they were trained.
     """
     folder = checkpoint_folder(Path(path))
-    if (folder / FILE).exists():
+    if (theirs := read(folder)) is not None:
         with readable(folder):
             config = config_from_hugging_face(config_class, folder)
-        check(folder, probe(transformer, config), anyway)
+        check(folder, theirs, probe(transformer, config), anyway)
 
 
-def check(folder: Path, mine: list[float], anyway: bool):
-    """Raise ValueError where the checkpoint in folder was trained by code that computes something else than mine.
+def check(folder: Path, theirs: list[float], mine: list[float], anyway: bool):
+    """Raise ValueError where theirs, the checkpoint's probe, is of other code than mine.
 
     With anyway that is only said, on stderr.
     """

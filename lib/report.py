@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,17 +17,26 @@ from lib.runs import append_row, read_log
 from lib.world import memory
 
 
+@dataclass
+class Flags:
+    log_every: int = 10                 # steps
+    wandb: str = ""                     # project name; offline when nobody is logged in
+
+
 class Report:
     """What a run says of itself, on rank 0: the progress line, log.jsonl, loss.png and, when asked, wandb."""
 
-    def __init__(self, config: Config, data: Mixture, start: int, step_flops: float, device: torch.device):
-        self.config, self.folder, self.data, self.device, self.wandb = config, Path(config.out), data, device, None
+    def __init__(self, config, data, objective, start: int, step_flops: float, device: torch.device):
+        """data is the Mixture that is trained on, step_flops the floating-point operations of a step."""
+        self.config, self.folder, self.data = config, Path(config.out), data
+        self.objective, self.device, self.wandb = objective, device, None
         self.quiet = dist.get_rank() != 0
-        of_pairs = data.kind == "preference"  # their rows have different lengths
-        self.unit = "pairs" if of_pairs else "tokens"
-        self.in_step = config.batch_size * (1 if of_pairs else config.seq_len)
-        peak = None if of_pairs else gpu_peak(device)
-        self.mfu_of_speed = step_flops / self.in_step / peak / dist.get_world_size() if peak else None
+        self.unit, self.in_step = objective.unit, config.batch_size
+        self.mfu_of_speed, self.pending = None, []
+        if self.unit == "tokens":  # pairs have different lengths
+            self.in_step *= config.seq_len
+            if peak := forecast.gpu_peak(device):
+                self.mfu_of_speed = step_flops / self.in_step / peak / dist.get_world_size()
         self.begin(start)
         if config.wandb and not self.quiet:
             self._start_wandb()
@@ -34,6 +44,7 @@ class Report:
     def begin(self, start: int):
         """What was logged after step start is forgotten: it will be done again, or differently."""
         self.logged, self.clock, self.bad_in_a_row = start, time.perf_counter(), 0
+        self.pending.clear()
         if self.quiet:
             return
         log = self.folder / "log.jsonl"
@@ -43,25 +54,30 @@ class Report:
         except OSError as error:  # as when a line is written
             print(f"log.jsonl: what follows step {start} is still there ({error.strerror})", file=sys.stderr)
 
-    def introduce(self, shape: ModelConfig, compiled: bool):
-        """The first words of a run: what, where, how much, and what it will need."""
-        config, world, kind = self.config, dist.get_world_size(), self.device.type
-        where = f"{config.dtype} arithmetic on {kind}, {world} process{'es' * (world > 1)}{', compiled' * compiled}"
+    def introduce(self, shape, compiled: bool, needs: dict[str, int]):
+        """The first words of a run: what, where, how much, and what it will need, a forecast."""
+        config, world = self.config, dist.get_world_size()
+        where = f"{config.dtype} arithmetic on {self.device.type}, {world} process"
+        where += "es" if world > 1 else ""
+        where += ", compiled" if compiled else ""
         each = "pairs" if self.unit == "pairs" else f"× {config.seq_len} tokens"
         size = f"{config.steps} steps of {config.batch_size} {each}, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
-        self.say(f"{count_parameters(shape):,} parameters, {where}; {size}, {read}")
-        needs = forecast(shape, config, world, compiled, pairs=self.unit == "pairs")
-        self.say(forecasts.describe(needs))
+        self.say(f"{forecast.count_parameters(shape):,} parameters, {where}; {size}, {read}")
+        self.say(forecast.describe(needs))
 
-    def read(self, pending: list[tuple[int, float, int, Outcome]], last: int, log_now: bool) -> int | None:
-        """Read the outcomes of the steps since the last reading, on every rank: log the last, and each that went wrong.
+    def take(self, step: int, lr: float, passed_over: int, outcome):
+        """Keep a step's outcome, which is on the device, until `read`."""
+        self.pending.append((step, lr, passed_over, outcome))
+
+    def read(self, last: int, log_now: bool) -> int | None:
+        """Read the outcomes since the last reading, on every rank: log the last, and each that went wrong.
 
         Returns the first step that was a spike, None without one. Raises ValueError after --max_bad_steps in a row.
         """
         spike = None
-        for step, _, passed_over, outcome in pending:
+        for step, _, passed_over, outcome in self.pending:
             bad = bool(outcome.bad)
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
             if bad or outcome.spike:
@@ -71,12 +87,12 @@ class Report:
                 what = f"{self.bad_in_a_row} steps in a row up to {step} without a finite loss and gradient"
                 raise ValueError(f"{what}; a lower --learning_rate usually helps, or a look at the data named above")
         if log_now:
-            step, lr, _, outcome = pending[-1]
+            step, lr, _, outcome = self.pending[-1]
             self._step(step, last, lr, outcome)
-        pending.clear()
+        self.pending.clear()
         return spike
 
-    def _went_wrong(self, step: int, passed_over: int, outcome: Outcome):
+    def _went_wrong(self, step: int, passed_over: int, outcome):
         """Log a bad step or a spike with the data it read: of the micro-batches to blame, where these are known."""
         kind = "bad step" if outcome.bad else "spike"
         skipped = bool(outcome.bad) or self.config.on_spike == "skip"
@@ -95,15 +111,14 @@ class Report:
         update = "no update" if skipped else "update made"
         self.say(f"step {step}: {kind}, loss {loss:.4g}, gradient norm {norm:.4g}, {update}; {places[0]}{more}")
 
-    def _step(self, done: int, last: int, lr: float, outcome: Outcome):
+    def _step(self, done: int, last: int, lr: float, outcome):
         """Log a step; the speed is that of the steps since the last one logged."""
         seconds = (time.perf_counter() - self.clock) / (done - self.logged)
         speed, left = self.in_step / seconds, round(seconds * (last - done))
         self.logged, self.clock = done, time.perf_counter()
-        loss, (targets, without) = outcome.loss.item(), outcome.counts.tolist()
-        of_pairs = {} if outcome.pairs is None else Pairs(*outcome.pairs).means(self.config.batch_size)
+        loss, (_, targets, without) = outcome.loss.item(), outcome.counts.tolist()
         self.write(
-            **of_pairs | dict(step=done, loss=loss),
+            **self.objective.scores(outcome.means.tolist()) | dict(step=done, loss=loss),
             lr=lr,
             grad_norm=outcome.norm.item(),
             **{self.unit: done * self.in_step, f"{self.unit}_per_s": round(speed, 0 if speed > 100 else 2)},
@@ -118,10 +133,7 @@ class Report:
 
     def validation(self, done: int, scores: dict[str, float]):
         self.write(step=done, **scores)
-        if self.unit == "pairs":
-            more = f"accuracy {scores['val_accuracy']:.1%} of {scores['val_pairs']}, margin {scores['val_margin']:.4f}"
-        else:
-            more = f"{scores['val_bits_per_byte']:.4f} bits a byte"
+        more = self.objective.in_words(scores)
         words = f"validation {scores['val_loss']:.4f} nats a {self.unit[:-1]}, {more}"
         self.say(f"step {done}/{self.config.steps}  {words}")
 
@@ -168,24 +180,8 @@ class Report:
         if self.quiet:
             return
         with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
-            self._draw()
-
-    def _draw(self):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        rows = read_log(self.folder / "log.jsonl")
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1)
-        axes.set(xlabel="step", ylabel=f"loss (nats a {self.unit[:-1]})", title=str(self.folder))
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(self.folder / "loss.png", dpi=120)
-        plt.close(figure)
+            rows = read_log(self.folder / "log.jsonl")
+            draw_losses(rows, self.folder / "loss.png", str(self.folder), self.unit[:-1])
 
     def close(self):
         if self.wandb:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,16 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lib import probe
 from lib.checkpoint_index import Reader
-from lib.checkpoints import HASHES, check_hashes, has_checkpoint, hashes, named_by_last, newest_first, remove, remove_old
+from lib.checkpoints import (
+    HASHES,
+    check_hashes,
+    has_checkpoint,
+    hashes,
+    named_by_last,
+    newest_first,
+    remove,
+    remove_old,
+)
 from lib.configs import config_to_hugging_face
 from lib.files import sync, write_whole
 from lib.guard import Guard
@@ -28,6 +38,13 @@ from lib.records import read_json
 from lib.world import all_agree, local, my_share, on_all, on_first_rank
 
 
+@dataclass
+class Flags:
+    save_every: int | str = 500         # steps, or `0.5epoch`; the last step is always saved
+    keep: int = 2                       # newest checkpoints to keep
+    keep_every: int = 0                 # steps; a checkpoint of a multiple of this is kept for good
+
+
 class Checkpoints:
     """Saves a run in the background: training waits only until its tensors are copied to the host's memory.
 
@@ -35,14 +52,11 @@ class Checkpoints:
     at any moment leaves the one before. It holds tensors alone: weights, moments, and the state of the guard.
     """
 
-    def __init__(
-        self, folder: Path, config: Config, model, optimizers: list, guard: Guard, device: torch.device, adapter=None
-    ):
-        self.folder, self.config, self.model, self.adapter = folder, config, model, adapter
-        # found now, for while FSDP has a layer's weights gathered, the model names others than the optimizer
-        self.tensors = checkpoint_tensors(model, optimizers, guard)
-        self.probe = probe.probe(Transformer, model.config)
-        cuda = device.type == "cuda"
+    def __init__(self, folder: Path, config, model: nn.Module, tensors: dict, probed: list[float], adapter=None):
+        """tensors are those of `checkpoint_tensors`, probed the probe of the code, adapter LoRA's settings."""
+        self.folder, self.config, self.model = folder, config, model
+        self.tensors, self.probe, self.adapter = tensors, probed, adapter
+        cuda = model.norm.weight.device.type == "cuda"
         how = dict(use_pinned_memory=cuda, use_non_blocking_copy=cuda, use_shared_memory=False, use_async_staging=False)
         self.stager = DefaultStager(StagingOptions(**how))
         self.group = dist.new_group(backend="gloo")  # what it says to other ranks must not mix with the training's
@@ -119,10 +133,11 @@ def reason(error: BaseException) -> str:
     return (str(first).strip().splitlines() or [type(first).__name__])[-1]
 
 
-def checkpoint_tensors(model: Transformer, optimizers: list, guard: Guard) -> dict:
+def checkpoint_tensors(model: nn.Module, optimizers: list, guard: Guard) -> dict:
     """What a checkpoint holds; a tied matrix once, and beside adapters no frozen weights.
 
-    Learning rate, order of the data and so on follow from the flags.
+    Learning rate, order of the data and so on follow from the flags. It is asked for once, before the first step: while
+    FSDP has a layer's weights gathered, the model names others than the optimizer.
     """
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: moments for optimizer in optimizers for p, moments in optimizer.state.items()}
@@ -152,7 +167,7 @@ def flat(tensors: dict) -> Iterator[Tensor]:
         yield from flat(t) if isinstance(t, dict) else [t]
 
 
-def restore(folder: Path, shape: ModelConfig, tensors: dict) -> int:
+def restore(folder: Path, shape, tensors: dict) -> int:
     """Read the last checkpoint, on any number of ranks, and return its step; -1 where there is none.
 
     One that is damaged is passed over, with a word about it, for the one before. Raises ValueError when none is whole,
@@ -177,7 +192,7 @@ def restore(folder: Path, shape: ModelConfig, tensors: dict) -> int:
     raise problem
 
 
-def _read_checkpoint(checkpoint: Path, shape: ModelConfig, tensors: dict):
+def _read_checkpoint(checkpoint: Path, shape, tensors: dict):
     reader = Reader(checkpoint)
 
     def check():

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lib.processes import end_with_parent
+
+
+@dataclass
+class Flags:
+    shard_over: int = 0                 # neighbouring processes that share one copy of the model; 0 is all of them
+    deterministic: bool = False         # on a GPU: the same bits again, slower; a CPU always does that
 
 
 def join_world(deterministic: bool = False) -> torch.device:
@@ -140,9 +147,9 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def make_mesh(config: Config, device: torch.device) -> DeviceMesh:
-    """All ranks in a row; with --shard_over in rows of that many, which share a copy and send each other gradients."""
-    world, size = dist.get_world_size(), config.shard_over
+def make_mesh(shard_over: int, device: torch.device) -> DeviceMesh:
+    """All ranks in a row; with shard_over in rows of that many, which share a copy and send each other gradients."""
+    world, size = dist.get_world_size(), shard_over
     if not size or size == world:
         return init_device_mesh(device.type, (world,))
     return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))

@@ -1,0 +1,109 @@
+"""What a run minimises beside the next token: preferences, and noise on the embeddings.
+
+An objective has `names`, of the sums that it gives of a batch; the gradient is that of the first, divided by the first
+of its counts over the whole step. `unit` is what the counts count, and the sums' means are made into `scores`.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.kernels import IGNORE
+from lib.lora import without_adapters
+
+
+@dataclass
+class Flags:
+    # regularization: in the gradient alone, the loss that is reported stays the plain one
+    neftune: float = 0.0                # noise on the embeddings, uniform up to this / sqrt(tokens * width)
+    # preference pairs, which a dataset of pairs is trained on (DPO)
+    dpo_beta: float = 0.1               # how much moving away from the first weights costs
+
+
+def count_targets(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How many targets (B, T) count, and how many of the B sequences have none."""
+    counted = targets != IGNORE
+    return counted.sum(), (~counted.any(1)).sum()
+
+
+class DPO:
+    """Direct preference optimization (Rafailov et al. 2023, equation 7) of rows that are chosen, rejected, chosen, …
+
+    A reward is beta times the log-probability of an answer's targets, less that under the reference: the model as it
+    was before training; with LoRA, the same model without its adapters.
+    """
+
+    unit, names = "pairs", ("loss", "margin", "correct", "drift", "targets")
+
+    def __init__(self, beta: float, reference: nn.Module | None = None):
+        self.beta, self.reference = beta, reference
+
+    def counts(self, batch) -> Tensor:
+        """Pairs, their targets, and rows without any; what fills a batch up has no targets and is no pair."""
+        pairs = (batch.targets[::2] != IGNORE).any(1).sum()
+        return torch.stack((pairs, *count_targets(batch.targets)))
+
+    def log_probs(self, batch) -> Tensor:
+        """The log-probability of each target (B, T) under the reference."""
+        with torch.no_grad(), without_adapters(self.reference):
+            return self.reference.log_probs(batch.tokens, batch.targets, batch.documents)
+
+    def sums(self, model: nn.Module, batch) -> Tensor:
+        """Of all pairs: the loss in nats; by how much the chosen answer's reward exceeds the rejected one's; whether
+        it does; the log-probability of the chosen answer's targets, less that under the reference; these targets."""
+        before = self.log_probs(batch)
+        drifts = (model.log_probs(batch.tokens, batch.targets, batch.documents) - before).sum(1)
+        chosen, rejected = drifts.unflatten(0, (-1, 2)).unbind(1)
+        margin = self.beta * (chosen - rejected)
+        targets = (batch.targets[::2] != IGNORE).sum(1).to(margin.device, non_blocking=True)
+        moved = margin.detach()
+        rows = (-F.logsigmoid(margin), moved, (moved > 0).float(), chosen.detach(), targets.float())
+        return (torch.stack(rows) * (targets > 0)).sum(1)
+
+    def scores(self, means: list[float]) -> dict[str, float]:
+        """kl is a proxy for the distance from the reference: the drift a target."""
+        loss, margin, correct, drift, targets = means
+        return dict(loss=loss, margin=margin, accuracy=correct, kl=drift / targets if targets else 0.0)
+
+    def validation(self, sums: Tensor, val) -> dict[str, float]:
+        """Scores of validation sums (sources, 1 + names), the first the pairs."""
+        pairs, *totals = sums.sum(0).tolist()
+        scores = self.scores([total / pairs for total in totals])
+        return {f"val_{name}": mean for name, mean in scores.items()} | {"val_pairs": int(pairs)}
+
+    def in_words(self, scores: dict[str, float]) -> str:
+        pairs = scores["val_pairs"]
+        return f"accuracy {scores['val_accuracy']:.1%} of {pairs}, margin {scores['val_margin']:.4f}"
+
+
+def noise(batch, dim: int, alpha: float, seed: int) -> Tensor:
+    """Noise (B, T, D) for the embeddings, uniform up to alpha / sqrt(T · D) (Jain et al. 2023).
+
+    On one kind of device that of a sequence is a function of the seed and of its number in the run alone.
+    """
+    drawn = torch.empty(*batch.tokens.shape, dim, device=batch.tokens.device)
+    for number, row in zip(batch.numbers, drawn, strict=True):
+        digest = hashlib.sha256(f"{seed} neftune {number}".encode()).digest()
+        generator = torch.Generator(drawn.device).manual_seed(int.from_bytes(digest[:7]))
+        row.uniform_(-1, 1, generator=generator)
+    return drawn.mul_(alpha / math.sqrt(drawn[0].numel()))
+
+
+@contextlib.contextmanager
+def noisy(model: nn.Module, batch, alpha: float, seed: int) -> Iterator[None]:
+    """Inside, what is trained has `noise` on its embeddings; without an alpha, and in evaluation, nothing changes."""
+    if not alpha or not torch.is_grad_enabled():
+        yield
+        return
+    added = noise(batch, model.config.dim, alpha, seed)
+    hook = model.embedding.register_forward_hook(lambda module, inputs, x: x + added.to(x.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
