@@ -40,9 +40,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import train
 from data import Batch
-from lib import forecast
+from lib import forecast, opening, world
 from lib.configs import config_to_hugging_face
 from lib.results import check_out, write_all
+from lib.rows import local_rows
+from lib.shapes import model_config
 from model import SIZES, ModelConfig
 
 
@@ -104,8 +106,8 @@ class Ours:
     """A model, and the step that train.py takes with it."""
 
     def __init__(self, setting: Setting, config: Config, shape: ModelConfig, device: torch.device):
-        train.keep_freed_memory(True)
-        self.config, dtype = setting.train_config(config), train.compute_dtype(setting.dtype, device)
+        world.keep_freed_memory(True)
+        self.config, dtype = setting.train_config(config), world.compute_dtype(setting.dtype, device)
         self.model = train.build(shape, self.config, device, dtype, compiled=setting.compile == "blocks")
         self.model.init_weights(self.config.seed)
         self.optimizers = train.make_optimizers(self.model, self.config)
@@ -130,8 +132,8 @@ class HuggingFace:
 
         self.config, self.batches = setting.train_config(config), random_batches(setting, config, shape, device)
         theirs = LlamaConfig(**config_to_hugging_face(shape), attn_implementation="sdpa")
-        self.here, dtype = setting.side == "hf here", train.compute_dtype(setting.dtype, device)
-        train.keep_freed_memory(self.here)
+        self.here, dtype = setting.side == "hf here", world.compute_dtype(setting.dtype, device)
+        world.keep_freed_memory(self.here)
         with torch.device("meta" if self.here else device):
             self.model = model = LlamaForCausalLM(theirs)
         if setting.checkpointing == "full":
@@ -148,7 +150,7 @@ class HuggingFace:
     def _shard(self, shape: ModelConfig, theirs, config: Config, dtype: torch.dtype, device: torch.device):
         model = self.model
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        unit = functools.partial(fully_shard, mp_policy=policy, mesh=train.make_mesh(self.config, device))
+        unit = functools.partial(fully_shard, mp_policy=policy, mesh=world.make_mesh(self.config.shard_over, device))
         for layer in model.model.layers:
             unit(layer, reshard_after_forward=config.reshard_after_forward)
         unit(model).to_empty(device=device)
@@ -156,7 +158,7 @@ class HuggingFace:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(device)  # its wavelengths were not kept
         for p in model.parameters():
-            weights = train.local_rows(p)[1]
+            weights = local_rows(p)[1]
             weights.fill_(1) if p.dim() == 1 else weights.normal_(0, 0.02)
 
     def step(self) -> torch.Tensor:
@@ -213,7 +215,7 @@ def timed(action: Callable, times: int, device: torch.device) -> float:
 def matrix_product(dtype: str, device: torch.device) -> float:
     """FLOP/s of a large square matrix product: what this machine reaches today."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(train.compute_dtype(dtype, device)) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(world.compute_dtype(dtype, device)) for _ in range(2))
     return 2 * n**3 / median([timed(lambda: a @ b, 1, device) for _ in range(7)])
 
 
@@ -232,7 +234,7 @@ def peak_memory(trial: Ours | HuggingFace, device: torch.device) -> int:
         trial.step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return sum(train.local(t).nbytes for t in before) + int(np.cumsum(changes).max())
+    return sum(world.local(t).nbytes for t in before) + int(np.cumsum(changes).max())
 
 
 @contextlib.contextmanager
@@ -393,11 +395,11 @@ def variants(base: Setting, side: str, config: Config, device: torch.device) -> 
 
 def run(config: Config, device: torch.device) -> dict:
     """Measure what was asked for. Returns the contents of --out."""
-    dtype = "bf16" if train.compute_dtype(config.dtype, device) == torch.bfloat16 else "fp32"
-    way = "blocks" if train.should_compile(config.compile, device, math.inf) else "off"
+    dtype = "bf16" if world.compute_dtype(config.dtype, device) == torch.bfloat16 else "fp32"
+    way = "blocks" if world.should_compile(config.compile, device, math.inf) else "off"
     base = Setting("plainllama", dtype, way, config.micro_batch, config.checkpointing, config.pack)
-    train.check(base.train_config(config), dist.get_world_size())
-    shape = train.model_config(base.train_config(config))
+    opening.check(base.train_config(config), dist.get_world_size())
+    shape = model_config(base.train_config(config), SIZES)
     bench, results = Bench(config, shape, device), describe(config, shape, device)
     bench.say(f"{config.size}, {results['parameters']:,} parameters; {results['processes']} × {results['device']}")
     bench.say(TITLES)
@@ -421,7 +423,7 @@ def describe(config: Config, shape: ModelConfig, device: torch.device) -> dict:
     packages = ["torch", "transformers"] if config.peer == "hf" else ["torch"]
     return {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "device": train.device_name(device),
+        "device": world.device_name(device),
         "processes": dist.get_world_size(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "git_commit": git_commit(),

@@ -102,6 +102,13 @@ def assert_same_but_for_rounding(mine, theirs, additions: int, size: float = 0.0
     assert difference <= bound * size, f"{difference:.3g} is {difference / size:.3g} of {size:.3g}, above {bound:.3g}"
 
 
+def checkpoints_of(folder: Path, config, model, optimizers, guard, adapter=None):
+    """What saves a run of this model."""
+    from lib.saving import Checkpoints, checkpoint_tensors
+
+    return Checkpoints(folder, config, model, checkpoint_tensors(model, optimizers, guard), [0.0], adapter)
+
+
 TINY_RUN = dict(
     size="260K", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, seq_len=32, batch_size=4,
     eval_tokens=512, log_every=1, eval_every=10, save_every=100, learning_rate=1e-2, dtype="fp32", sample="",
@@ -112,13 +119,14 @@ TINY_RUN = dict(
 def tiny_run(tiny_data, tmp_path, monkeypatch):
     """A function that trains a tiny model in this process and returns the run's folder; flags change the defaults."""
     import train
+    from lib import opening
 
     monkeypatch.chdir(tmp_path)
 
     def run(out: str = "run", **flags) -> Path:
         if "resume" in flags:
             flags |= {"data": (flags["data"],)} if "data" in flags else {}
-            config = dataclasses.replace(train.resumed(train.Config(resume=flags["resume"])), **flags)
+            config = dataclasses.replace(opening.resumed(train.Config(resume=flags["resume"])), **flags)
         else:
             shape = dict.fromkeys(("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"), 0)
             shape |= {"size": train.Config.size}

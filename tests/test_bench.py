@@ -16,6 +16,7 @@ from bench import Config, Setting
 from conftest import command, flags, torchrun
 from lib import forecast, naming
 from lib.cli import git_commit
+from lib.world import local
 
 TINY = dict(size="260K", seq_len=32, micro_batch=2, steps=2, warmup=1, repeats=2, compile="off", dtype="fp32")
 
@@ -105,7 +106,7 @@ def test_the_peer_is_the_same_model(peer, size, checkpointing):
         for name, p in ours.model.named_parameters():
             same = weights.pop(naming.translate(name, naming.HF_NAMES))
             assert same.shape == p.shape
-            train.local(same.detach()).copy_(train.local(p.detach()))
+            local(same.detach()).copy_(local(p.detach()))
         assert not weights
         whole = [torch.cat((batch.tokens, batch.targets[:, -1:]), 1) for batch in ours.batches]
         theirs.batches = [train.MicroBatch(rows, rows, None) for rows in whole]

@@ -15,11 +15,12 @@ import torch
 
 import sample
 import train
-from conftest import TINY_RUN, random_model, run_ranks
+from conftest import TINY_RUN, checkpoints_of, random_model, run_ranks
 from data import Tokenizer
-from lib import formats, peft
+from lib import formats, opening, peft
 from lib.checkpoints import checkpoint_folder
 from lib.weights import read_config
+from lib.world import local
 from model import ModelConfig, Transformer, load, save
 from test_train import CPU, build, micro_batch, rows, same_bits, world  # noqa: F401
 from train import Config
@@ -49,7 +50,7 @@ def copy(a_run, tmp_path, monkeypatch):
 
 def resume(run, **flags) -> int:
     """Continue a run in this process; returns the step of its last checkpoint."""
-    resumed = train.resumed(Config(resume=run.name))
+    resumed = opening.resumed(Config(resume=run.name))
     train.main(dataclasses.replace(resumed, **flags))
     return int((run / "last").read_text()[5:])
 
@@ -206,7 +207,7 @@ def flips_on_two_processes(folder):
     train.join_world()
     model = build()
     optimizers, guard = train.make_optimizers(model, Config()), train.Guard(6.0, CPU)
-    checkpoints = train.Checkpoints(folder, Config(), model, optimizers, guard, CPU, {"r": 1})
+    checkpoints = checkpoints_of(folder, Config(), model, optimizers, guard, {"r": 1})
     for step in (1, 2):
         with torch.no_grad():
             for p in model.parameters():
@@ -224,7 +225,7 @@ def flips_on_two_processes(folder):
             flip_a_bit(folder / "step_00000002" / name, draw)
         train.dist.barrier()
         assert train.restore(folder, model.config, checkpoints.tensors) == 1, name
-        assert all(bool((train.local(p) == 1).all()) for p in model.parameters()), name
+        assert all(bool((local(p) == 1).all()) for p in model.parameters()), name
         train.dist.barrier()
         if first:
             (folder / "step_00000002" / name).write_bytes(kept)
@@ -296,7 +297,7 @@ def test_a_run_is_never_begun_anew_over_its_checkpoints(again, copy, tiny_data):
     for step in copy.glob("step_*"):
         (step / ".metadata").unlink()
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    config = train.resumed(Config(resume="run"))
+    config = opening.resumed(Config(resume="run"))
     if again != "resume":
         config.resume = ""
     with pytest.raises(ValueError, match="cannot be read"):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import train
 from conftest import TINY_RUN, additions, assert_same_but_for_rounding, run_ranks
 from data import Mixture, Tokenizer
+from lib.objectives import DPO
 from model import IGNORE, load
 from ranks import CONFIG
 from test_train import log, read_checkpoint, same_bits
@@ -82,8 +83,8 @@ def one_step(path, micro_batch: int):
         parts = zip(tokens.split(2 * micro_batch), targets.split(2 * micro_batch))
         batches = [train.MicroBatch(*part, documents=None) for part in parts]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        config, guard = Config(grad_clip=float("inf"), dpo_beta=BETA), train.Guard(6.0, device)
-        outcome = train.train_step(model, [optimizer], batches, 1.0, config, guard, reference)
+        config, guard = Config(grad_clip=float("inf")), train.Guard(6.0, device)
+        outcome = train.train_step(model, [optimizer], batches, 1.0, config, guard, DPO(BETA, reference))
         grads = {name: before[name] - p.detach().full_tensor() for name, p in model.named_parameters()}
         theirs = {name: p.detach().full_tensor() for name, p in reference.named_parameters()}
         if dist.get_rank() == 0:
@@ -127,7 +128,7 @@ def test_dpo_is_the_formula_of_the_paper_however_it_is_divided(ranks, micro_batc
     means, expected = by_the_paper(before, reference)
     assert 0 < means["accuracy"] < 1 and abs(means["loss"] - math.log(2)) > 0.1
     assert outcome["loss"].item() == pytest.approx(means["loss"], rel=1e-5)
-    found = train.Pairs(*outcome["pairs"]).means(4)
+    found = DPO(BETA).scores(outcome["means"].tolist())
     size = math.log(CONFIG.vocab_size)  # of the log-probabilities whose differences these are
     assert found.keys() == means.keys()
     assert_same_but_for_rounding([found[name] for name in means], [*means.values()], additions(CONFIG, 16), size)
@@ -173,9 +174,14 @@ def test_a_run_begins_at_log_2_and_ends_above_chance_on_pairs_held_out(dpo_run):
 def test_the_reference_is_the_first_model_also_after_the_run_was_resumed(dpo_run, monkeypatch):
     straight = dpo_run("straight", steps=8)
     seen = []
-    monkeypatch.setattr(train.Run, "save", lambda self, step, ends, save=train.Run.save: (seen.append(
-        {name: p.detach().full_tensor().clone() for name, p in self.reference.named_parameters()}
-    ), save(self, step, ends)))
+    save = train.save
+
+    def look(run, step, ends):
+        reference = run.objective.reference
+        seen.append({name: p.detach().full_tensor().clone() for name, p in reference.named_parameters()})
+        save(run, step, ends)
+
+    monkeypatch.setattr(train, "save", look)
     cut = dpo_run("cut", steps=8, stop_at=3)
     dpo_run("cut", steps=8)
     assert same_bits(cut, straight) and log(cut, "loss") == log(straight, "loss")
@@ -183,7 +189,7 @@ def test_the_reference_is_the_first_model_also_after_the_run_was_resumed(dpo_run
     base = dict(load(straight.parent / "base").named_parameters())
     assert len(seen) == 2 and all(torch.equal(reference[name], base[name]) for reference in seen for name in base)
     dpo_run("other", steps=8, stop_at=3)
-    monkeypatch.setattr(train, "is_known", lambda path, known, config_class: False)
+    monkeypatch.setattr("lib.opening.is_known", lambda path, known, config_class: False)
     with pytest.raises(ValueError, match="holds other weights than when .*other began"):
         dpo_run("other", steps=8)
 
@@ -222,13 +228,13 @@ def test_pairs_give_the_same_losses_on_any_number_of_processes(pairs, tmp_path):
 
 def test_a_bad_step_with_pairs_is_skipped_and_named(dpo_run, monkeypatch, capsys):
     """Trap 16."""
-    draw = train.compare
+    sums = DPO.sums
 
-    def poisoned(model, reference, batch, beta):
-        pairs = draw(model, reference, batch, beta)
-        return pairs._replace(loss=pairs.loss * math.nan) if [*batch.numbers][:1] == [8] else pairs
+    def poisoned(self, model, batch):
+        factor = math.nan if [*batch.numbers][:1] == [8] else 1.0
+        return sums(self, model, batch) * factor
 
-    monkeypatch.setattr(train, "compare", poisoned)
+    monkeypatch.setattr(DPO, "sums", poisoned)
     run = dpo_run("run", steps=3)
     assert "step 2: bad step" in capsys.readouterr().out
     assert all(p.isfinite().all() for p in read_checkpoint(run).values())

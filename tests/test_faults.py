@@ -20,7 +20,7 @@ from conftest import ROOT, TINY_RUN, command, flags, run_ranks
 from data import ChatDataset, Mixture, mixture_weights
 from eval import Config as EvalConfig
 from eval import World, curves
-from lib import files, shards
+from lib import files, opening, saving, shards
 from lib.datasets import HASHES, changed_file
 from lib.runs import held, read_log
 from lib.shards import ShardWriter
@@ -76,8 +76,8 @@ def test_a_run_holds_the_lock_of_its_folder_from_before_it_writes_until_its_end(
 
         return call
 
-    for name in ("choose_run", "prepare_folder", "evaluate"):
-        monkeypatch.setattr(train, name, watched(getattr(train, name)))
+    for place, name in ((opening, "choose_run"), (opening, "prepare_folder"), (train, "evaluate")):
+        monkeypatch.setattr(place, name, watched(getattr(place, name)))
     tiny_run(steps=1)
     assert len(seen) >= 3 and all(seen)
     os.close(files.lock(tmp_path / "run"))
@@ -230,7 +230,7 @@ def test_a_full_disk_when_the_log_is_begun_anew_does_not_end_a_run(tiny_run, mon
             raise OSError(28, "No space left on device", str(path))
         files.write_whole(path, text)
 
-    monkeypatch.setattr(train, "write_whole", full)
+    monkeypatch.setattr("lib.report.write_whole", full)
     monkeypatch.setattr(train.Tokenizer, "save", lambda self, folder: 1 / 0)  # it would leave half of the one there
     tiny_run(resume="run", stop_at=0)
     assert "log.jsonl: what follows step 2 is still there (No space left on device)" in capsys.readouterr().err
@@ -245,15 +245,15 @@ def test_a_tokenizer_that_was_deleted_from_a_run_comes_back_when_it_goes_on(tiny
 
 def test_a_checkpoint_under_way_is_finished_when_a_run_ends_with_an_error(tiny_data, tmp_path, monkeypatch):
     """Its writing waits until somebody asks for it."""
-    monkeypatch.setattr(Transformer, "forward", Transformer.forward)
-    asked, save = threading.Event(), train.dcp.save
+    monkeypatch.setattr(Transformer, "loss", Transformer.loss)
+    asked, save = threading.Event(), saving.dcp.save
     begin, finish = train.Checkpoints.begin, train.Checkpoints.finish
 
     def slowly(*args, **kwargs):
         asked.wait(5)
         save(*args, **kwargs)
 
-    monkeypatch.setattr(train.dcp, "save", slowly)
+    monkeypatch.setattr(saving.dcp, "save", slowly)
     monkeypatch.setattr(train.Checkpoints, "begin", lambda self, step: asked.clear() or begin(self, step))
     monkeypatch.setattr(train.Checkpoints, "finish", lambda self: asked.set() or finish(self))
     options = TINY_RUN | {"data": (str(tiny_data),), "out": "run", "steps": 40, "max_bad_steps": 4, "micro_batch": 2}
@@ -301,7 +301,7 @@ def test_masks_and_bounds_have_their_hashes_in_meta_json_over_several_writes_and
 def check_files(folder: str):
     train.join_world()
     with pytest.raises(ValueError, match="train_00000.bin has SHA-256"):
-        train.check_files(Mixture((folder,), "train", 32))
+        opening.check_files([(Path(folder), Mixture((folder,), "train", 32).parts[0].meta)])
 
 
 def test_processes_share_the_reading_of_the_data_and_all_learn_what_is_wrong(tiny_data, tmp_path):
@@ -412,4 +412,4 @@ def test_the_last_step_has_the_final_learning_rate(schedule, steps):
 @pytest.mark.parametrize("name", ["learning_rate", "lora_alpha", "dpo_beta"])
 def test_a_flag_that_is_infinite_is_refused(name):
     with pytest.raises(ValueError, match=f"--{name} inf must be a finite number"):
-        train.check(Config(**{name: math.inf}), 1)
+        opening.check(Config(**{name: math.inf}), 1)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import train
 from conftest import additions, assert_same_but_for_rounding, byte_data, command
 from data import TokenDataset
-from lib.kernels import cross_entropy
+from lib import kernels
+from lib.objectives import noise
 from model import IGNORE, Transformer, load
 from ranks import CONFIG
 from test_train import log, read_checkpoint, same_bits
@@ -98,7 +99,7 @@ def test_smoothing_and_z_loss_are_in_the_gradient_and_not_in_the_loss(smoothing,
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     flags = train.Config(label_smoothing=smoothing, z_loss=z_loss)
-    model.unembedding.cross_entropy = cross_entropy(flags, compiled)
+    kernels.choose(model, flags, compiled, "cpu")
     loss = model.loss(tokens, targets)
     loss.backward()
     assert loss.item() == pytest.approx(F.cross_entropy(logits[kept], targets[kept], reduction="sum").item(), rel=1e-5)
@@ -122,7 +123,7 @@ def test_a_run_takes_the_terms_and_reports_the_plain_loss(tiny_run):
 
 def noise_of(numbers: range, seed: int = 0) -> torch.Tensor:
     tokens = torch.zeros(len(numbers), 16, dtype=torch.long)
-    return train.neftune(train.MicroBatch(tokens, tokens, None, numbers), 32, Config(neftune=5.0, seed=seed))
+    return noise(train.MicroBatch(tokens, tokens, None, numbers), 32, 5.0, seed)
 
 
 def test_the_noise_of_a_sequence_depends_on_the_seed_and_its_number_alone():

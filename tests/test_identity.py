@@ -17,7 +17,7 @@ import sample
 import train
 from conftest import ROOT, random_model
 from data import Tokenizer
-from lib import weights
+from lib import opening, weights
 from model import SIZES, FeedForward, ModelConfig, RMSNorm, load, save
 from sample import Sampling, choose, generate, load_model
 from test_dpo import OPTIONS as DPO
@@ -87,7 +87,7 @@ def test_a_run_of_before_is_known_by_the_first_rows_that_it_wrote_down(tiny_run,
 
     known = weights.fingerprint(base, ModelConfig, first_rows_sha256)
     with monkeypatch.context() as before:
-        before.setattr(train, "fingerprint", lambda path, config_class: known)
+        before.setattr("lib.opening.fingerprint", lambda path, config_class: known)
         run = tiny_run("lora", init_from=str(base), stop_at=2, **LORA)
     load_model(str(tiny_run(resume="lora")))
     change_last_row(base, row=0)
@@ -207,7 +207,7 @@ def test_a_run_of_other_code_is_not_scored_sampled_exported_or_trained_further(
         capsys.readouterr()
         use(anyway=True)
         assert "step_00000002 was trained by other code" in capsys.readouterr().err
-    resumed = train.resumed(train.Config(resume=str(tmp_path / "more")))
+    resumed = opening.resumed(train.Config(resume=str(tmp_path / "more")))
     assert not resumed.anyway  # it is said anew each time
 
 

@@ -21,9 +21,10 @@ import torch.distributed as dist
 import simulate
 import test_train
 import train
-from conftest import ROOT, TINY_RUN, command, flags, run_ranks, start_ranks
+from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags, run_ranks, start_ranks
 from data import Batch, Mixture
-from lib import forecast
+from lib import forecast, opening, saving
+from lib import world as world_of
 from model import IGNORE, SIZES, Transformer, load, save
 from ranks import CONFIG
 from test_train import CPU, build, log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
@@ -235,7 +236,7 @@ def test_copies_of_the_model_in_groups_of_processes_train_as_one(options, tmp_pa
     for field in ("loss", "grad_norm", "val_loss"):
         assert log(tmp_path / "copies", field) == pytest.approx(log(tmp_path / "one", field), rel=1e-5)
     with pytest.raises(ValueError, match="--shard_over 3 must divide the 4 processes"):
-        train.check(Config(shard_over=3), 4)
+        opening.check(Config(shard_over=3), 4)
 
 
 def test_muon_trains_alike_on_any_number_of_processes_and_resumes_exactly(options, tmp_path, tiny_run):
@@ -334,7 +335,7 @@ def test_a_restarted_attempt_does_not_see_what_the_one_before_left_in_the_store(
     kept, stores = dist.HashStore(), []
     monkeypatch.setattr(dist, "rendezvous", lambda where: iter([(kept, 0, 1)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, store, **ranks: stores.append(store))
-    monkeypatch.setattr(train, "tune_cpu", lambda: None)
+    monkeypatch.setattr("lib.world.tune_cpu", lambda: None)
     monkeypatch.setenv("RANK", "0")
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
@@ -348,17 +349,17 @@ def test_a_restarted_attempt_does_not_see_what_the_one_before_left_in_the_store(
 
 def poisoned_run(folder, options: dict, ranks: list[int], steps: list[int], micro: int, factor: float):
     """Train with the loss of one micro-batch of some steps multiplied on some ranks."""
-    forward, calls = Transformer.forward, [0]
+    loss_of, calls = Transformer.loss, [0]
 
-    def poisoned(self, tokens, targets=None, *args, **kwargs):
-        loss = forward(self, tokens, targets, *args, **kwargs)
+    def poisoned(self, tokens, targets, documents=None):
+        loss = loss_of(self, tokens, targets, documents)
         if not torch.is_grad_enabled():
             return loss
         step, part = divmod(calls[0], 2)
         calls[0] += 1
         return loss * factor if dist.get_rank() in ranks and step + 1 in steps and part == micro else loss
 
-    Transformer.forward = poisoned
+    Transformer.loss = poisoned
     train_here(folder, options)
 
 
@@ -394,7 +395,7 @@ def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(optimizer, wo
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_advice(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(Transformer, "forward", Transformer.forward)
+    monkeypatch.setattr(Transformer, "loss", Transformer.loss)
     bad = options | {"steps": 40, "max_bad_steps": 4, "micro_batch": 2, "save_every": 5, "out": "run", "log_every": 50}
     with pytest.raises(ValueError, match="4 steps in a row up to 12 .*a lower --learning_rate usually helps"):
         poisoned_run(tmp_path, bad, [0], [3, 4, 5, *range(9, 40)], 0, float("inf"))
@@ -537,16 +538,16 @@ def test_a_checkpoint_is_read_again_before_it_counts(tiny_run, monkeypatch, tmp_
         few = {name: weight for name, weight in tensors["model"].items() if name != "norm.weight"}
         saved(tensors | {"model": few}, *args, **kwargs)
 
-    saved = train.dcp.save
-    monkeypatch.setattr(train.dcp, "save", spoilt)
+    saved = saving.dcp.save
+    monkeypatch.setattr(saving.dcp, "save", spoilt)
     with pytest.raises(ValueError, match="no checkpoint of step 0 .*there is none yet"):
         tiny_run(steps=3)
 
     def infinite(tensors, *args, **kwargs):
-        train.local(tensors["model"]["norm.weight"])[0] = float("inf")
+        world_of.local(tensors["model"]["norm.weight"])[0] = float("inf")
         saved(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(train.dcp, "save", infinite)
+    monkeypatch.setattr(saving.dcp, "save", infinite)
     with pytest.raises(ValueError, match="it holds numbers that are not finite"):
         tiny_run(steps=3)
     assert not list((tmp_path / "run").glob("step_*"))
@@ -566,14 +567,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(world, tmp_path, monkeyp
     """What is written are the weights of the step at which the save began."""
     model = build()
     optimizers, guard = train.make_optimizers(model, Config()), train.Guard(6.0, CPU)
-    checkpoints = train.Checkpoints(tmp_path, Config(), model, optimizers, guard, CPU)
-    save, trained = train.dcp.save, threading.Event()
+    checkpoints = checkpoints_of(tmp_path, Config(), model, optimizers, guard)
+    save, trained = saving.dcp.save, threading.Event()
 
     def wait_and_save(*args, **kwargs):
         assert trained.wait(300), "a step waits for the checkpoint"
         save(*args, **kwargs)
 
-    monkeypatch.setattr(train.dcp, "save", wait_and_save)
+    monkeypatch.setattr(saving.dcp, "save", wait_and_save)
     before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
     checkpoints.begin(1)
     train.train_step(model, optimizers, [micro_batch(rows())], 1e-1, Config(), guard)
@@ -605,7 +606,7 @@ def test_a_save_stalls_training_for_a_fraction_of_what_writing_takes(world, tmp_
     model = train.build(SIZES["110M"], Config(), CPU, torch.float32, compiled=False)
     model.init_weights(0)
     optimizers, guard = train.make_optimizers(model, Config()), train.Guard(6.0, CPU)
-    checkpoints = train.Checkpoints(tmp_path, Config(keep=1), model, optimizers, guard, CPU)
+    checkpoints = checkpoints_of(tmp_path, Config(keep=1), model, optimizers, guard)
     ratios = []
     for step in range(6):
         started = time.monotonic()

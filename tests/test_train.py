@@ -21,6 +21,7 @@ from conftest import ROOT, TINY_RUN, byte_data, command, flags, torchrun
 from data import TokenDataset, prepare
 from lib import forecast
 from lib.checkpoints import checkpoint_folder
+from lib.world import should_compile
 from model import IGNORE, SIZES, Transformer, load, save
 from ranks import CONFIG, one_step
 from train import Config, learning_rate
@@ -617,8 +618,8 @@ def test_compiling_is_chosen_where_it_pays(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr("shutil.which", lambda name: "/bin/" + name)
     assert [
-        train.should_compile(*choice)
+        should_compile(*choice)
         for choice in (("auto", cpu, 1e13), ("auto", cpu, 1e16), ("on", cpu, 1), ("off", cpu, 1e16))
     ] == [False, True, True, False]
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not train.should_compile("auto", cpu, 1e16)
+    assert not should_compile("auto", cpu, 1e16)
