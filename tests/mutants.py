@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -508,6 +509,7 @@ def begin_pytest(folder: Path, words: list[str]) -> int:
         os.dup2(output, stream)
     sys.path[:] = [path for path in sys.path if path and not Path(path).resolve().is_relative_to(ROOT)]
     sys.path.insert(0, str(folder))  # as `python -m pytest` has it
+    sys.modules["__main__"] = types.ModuleType("__main__")  # else new processes import this file
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-rfE"]
     code = 3
     try:
