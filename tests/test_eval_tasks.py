@@ -235,7 +235,8 @@ def test_your_own_task_is_a_file_of_contexts_choices_and_answers(model, saved, t
 
 def test_choices_are_also_weighed_by_their_characters():
     question = Question("s", 0, [1], gold=[1], sizes=[1, 10, 4])
-    assert eval.grade_choice(question, [-1.0, -5.0, -3.0])["scores"] == {"acc": 0.0, "acc_norm": 1.0}
+    scores = eval.grade_choice(question, [-1.0, -5.0, -3.0])["scores"]
+    assert scores == {"acc": 0.0, "acc_norm": 1.0}
 
 
 def test_arc_hellaswag_and_truthfulqa_are_read_as_published(tmp_path):
