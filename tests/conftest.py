@@ -145,6 +145,17 @@ def command(*words: str, cwd=None, env: dict | None = None, check: bool = True) 
     return done
 
 
+@pytest.fixture
+def one_thread():
+    """This process takes one thread, as those of run_ranks do: then they agree to the last bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def start_ranks(world: int, function, *args) -> list[multiprocessing.Process]:
     """Begin function(*args) in `world` processes that find each other as under torchrun, but start in a second."""
     context = multiprocessing.get_context("forkserver")

@@ -319,7 +319,7 @@ def test_the_command_writes_scores_a_line_a_question_and_a_table(shared, tmp_pat
     assert again.returncode == 2 and "a.json exists; choose another name" in again.stderr
 
 
-def test_scores_are_equal_for_any_batch_and_any_number_of_processes(shared, tmp_path):
+def test_scores_are_equal_for_any_batch_and_any_number_of_processes(shared, tmp_path, one_thread):
     options = story_flags(shared, subjects="anatomy,virology", limit=12)
     first = run(**options, out=str(tmp_path / "a.json"))
     others = [run(**options, out=str(tmp_path / "b.json"), batch_tokens=300)]

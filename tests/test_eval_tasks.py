@@ -189,7 +189,9 @@ def test_rows_that_have_ended_leave_the_batch(model):
 @pytest.mark.parametrize("task, data, protocol", [
     ("bbh", "bbh", "instructeval"), ("gsm8k", "gsm8k/test.jsonl", "cot"), ("mmlu", "mmlu/data", "instructeval"),
 ])  # fmt: skip
-def test_tasks_with_written_answers_run_on_any_number_of_processes(task, data, protocol, shared, saved, tmp_path):
+def test_tasks_with_written_answers_run_on_any_number_of_processes(
+    task, data, protocol, shared, saved, tmp_path, one_thread
+):
     subjects = {"bbh": "navigate,snarks", "mmlu": "virology", "gsm8k": ""}[task]
     options = {"model": saved, "task": task, "data": str(shared(data)), "protocol": protocol, "subjects": subjects,
                "limit": 2}  # fmt: skip
