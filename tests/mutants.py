@@ -1,12 +1,13 @@
-"""Put bugs back, one at a time, and see whether a test notices each. Run by hand; pytest does not collect it.
+"""Put bugs back, one at a time, and see whether a test notices each. Run by hand.
 
     python tests/mutants.py             # all of them
-    python tests/mutants.py -k cache    # those with this word in their sentence
+    python tests/mutants.py -k cache    # those with this word in their name
     python tests/mutants.py --jobs 1    # one at a time; the default is two
 
-A copy of the project gets one bug, and the tests that should notice run there. The tests that did notice run once more
-at the end on the code as it is: what fails there too has noticed nothing. The exit code is 1 where a bug survives, and
-where its line in the code has changed so that it can no longer be put back.
+A copy of the project gets one bug, and the tests that should notice run there. The tests that did
+notice run once more at the end on the code as it is: what fails there too has noticed nothing. The
+exit code is 1 where a bug survives, and where its line in the code has changed so that it can no
+longer be put back.
 """
 
 import argparse
@@ -20,13 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a bug of the same size in the same second would not be read
+# with compiled files, a bug of the same size in the same second would not be read
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 os.environ.setdefault("PLAINLLAMA_TEST_DATA", str(ROOT.parent / "shared" / "data"))
 sys.dont_write_bytecode = True
 
@@ -46,7 +49,7 @@ class Mutant(NamedTuple):
     file: str
     old: str    # is there exactly once
     new: str
-    tests: str  # "model train: words", the words being pytest's -k, for tests/test_model.py and tests/test_train.py
+    tests: str  # "model train: words" is pytest tests/test_model.py tests/test_train.py -k "words"
 
 
 MUTANTS = [
@@ -159,7 +162,7 @@ MUTANTS = [
     Mutant("where a document goes depends on the process", "lib/shards.py",
            "digest = hashlib.sha256(content(item)).digest()",
            'digest = hashlib.sha256(b"%d %s" % (os.getpid(), content(item))).digest()',
-           "data: same_documents_for_validation"),
+           "data: hash_of_a_text"),
     Mutant("copies are told by one byte of their hash", "lib/shards.py",
            "digest[:16],", "digest[:1],", "data: holds_every_document"),
     Mutant("bytes are counted as characters", "lib/shards.py",
@@ -498,7 +501,7 @@ def copy_of_the_project(folder: Path) -> Path:
 
 
 def begin_pytest(folder: Path, words: list[str]) -> int:
-    """Run tests in a child of this process, which has its libraries already; its output goes to FOLDER.txt."""
+    """Run tests in a child of this process, which has its libraries; they print to FOLDER.txt."""
     if child := os.fork():
         return child
     os.setsid()  # so that what the tests start can be ended with them
@@ -506,8 +509,8 @@ def begin_pytest(folder: Path, words: list[str]) -> int:
     output = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
-    sys.path[:] = [path for path in sys.path if path and not Path(path).resolve().is_relative_to(ROOT)]
-    sys.path.insert(0, str(folder))  # as `python -m pytest` has it
+    sys.path[0] = str(folder)  # as `python -m pytest` has it; here it is tests/ of the project
+    sys.modules["__main__"] = types.ModuleType("__main__")  # else new processes import this file
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-rfE"]
     code = 3
     try:
@@ -534,15 +537,16 @@ class Trial:
         self.path = folder / mutant.file
         self.text = self.path.read_text()
         files, _, expression = mutant.tests.partition(": ")
-        self.words = [f"tests/test_{name}.py" for name in files.split()] + (["-k", expression] if expression else [])
+        self.words = [*(f"tests/test_{name}.py" for name in files.split()), "-k", expression]
         if self.text.count(mutant.old) == 1:
             self.path.write_text(self.text.replace(mutant.old, mutant.new))
-            self.child, self.ends = begin_pytest(folder, ["-x", *self.words]), time.monotonic() + SECONDS
+            self.child = begin_pytest(folder, ["-x", *self.words])
+            self.ends = time.monotonic() + SECONDS
 
     def verdict(self) -> tuple[str, str] | None:
-        """("caught", the test), ("SURVIVED", the tests) or ("STALE", why); None while the tests run."""
+        """("caught", the test), ("SURVIVED", the tests) or ("STALE", why); None while they run."""
         if not self.child:
-            return "STALE", f"its line is {self.text.count(self.mutant.old)} times in {self.mutant.file}"
+            return "STALE", f"its line is there {self.text.count(self.mutant.old)} times"
         ended, status = os.waitpid(self.child, os.WNOHANG)
         if not ended and time.monotonic() < self.ends:
             return None
@@ -552,12 +556,12 @@ class Trial:
         self.path.write_text(self.text)
         if not ended:
             return "caught", "a test that does not end"
-        output = Path(f"{self.folder}.txt").read_text()
+        output, command = Path(f"{self.folder}.txt").read_text(), f"pytest {shlex.join(self.words)}"
         if failed := failed_tests(output):
             return "caught", failed[0]
         if code := os.waitstatus_to_exitcode(status):
-            return "STALE", f"pytest {shlex.join(self.words)} ended with {code}: {output.strip().splitlines()[-1:]}"
-        return "SURVIVED", f"pytest {shlex.join(self.words)}"
+            return "STALE", f"{command} ended with {code}: {output.strip().splitlines()[-1:]}"
+        return "SURVIVED", command
 
 
 def try_out(mutants: list[Mutant], copies: list[Path]) -> dict[Mutant, tuple[str, str]]:
@@ -568,8 +572,8 @@ def try_out(mutants: list[Mutant], copies: list[Path]) -> dict[Mutant, tuple[str
             running.append(Trial(waiting.pop(0), copies.pop()))
         for trial in list(running):
             if verdict := trial.verdict():
-                found[trial.mutant] = verdict
-                print(f"{verdict[0]}: {trial.mutant.what} ({trial.mutant.file}) — {verdict[1]}", flush=True)
+                found[trial.mutant] = word, reason = verdict
+                print(f"{word}: {trial.mutant.what} ({trial.mutant.file}): {reason}", flush=True)
                 running.remove(trial)
                 copies.append(trial.folder)
         time.sleep(0.05)
@@ -578,14 +582,15 @@ def try_out(mutants: list[Mutant], copies: list[Path]) -> dict[Mutant, tuple[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-k", default="", metavar="WORD", help="only bugs with this word in their sentence")
+    parser.add_argument("-k", default="", metavar="NAME", help="only bugs with this in their name")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.k.lower() in mutant.what.lower()]
     with tempfile.TemporaryDirectory(prefix="mutants-") as top:
         copies = [copy_of_the_project(Path(top, str(number))) for number in range(arguments.jobs)]
         found = try_out(chosen, copies)
-        noticed = sorted({reason for verdict, reason in found.values() if verdict == "caught" and "::" in reason})
+        reasons = {reason for verdict, reason in found.values() if verdict == "caught"}
+        noticed = sorted(reason for reason in reasons if "::" in reason)
         fails_anyway = []
         if noticed:
             os.waitpid(begin_pytest(copies[0], noticed), 0)
@@ -593,8 +598,8 @@ def main() -> int:
     for mutant, (_, reason) in found.items():
         if reason in fails_anyway:
             found[mutant] = "STALE", reason
-            print(f"STALE: {mutant.what} — {reason} fails without it too")
-    counts = Counter(verdict for verdict, _ in found.values())
+            print(f"STALE: {mutant.what} ({mutant.file}): {reason} fails without it too")
+    counts = Counter(word for word, _ in found.values())
     stale = f", {counts['STALE']} stale" * bool(counts["STALE"])
     print(f"{len(found)} mutants: {counts['caught']} caught, {counts['SURVIVED']} survived{stale}")
     return int(counts["caught"] < len(found))

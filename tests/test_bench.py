@@ -98,8 +98,9 @@ def test_the_peer_is_the_same_model(peer, size, checkpointing):
     device = train.join_world()
     try:
         setting = Setting("plainllama", "fp32", "off", 2, checkpointing, False)
+        config = Config(**TINY, accumulate=2)
         ours, theirs = (
-            bench.SIDES[side](dataclasses.replace(setting, side=side), Config(**TINY, accumulate=2), shape, device)
+            bench.SIDES[side](dataclasses.replace(setting, side=side), config, shape, device)
             for side in ("plainllama", peer)
         )
         weights = dict(theirs.model.named_parameters())

@@ -398,7 +398,7 @@ def test_adding_data_moves_no_document_from_validation_to_training(tmp_path):
     assert set(documents(tmp_path / "a", "train")) <= set(documents(tmp_path / "b", "train"))
 
 
-def test_the_hash_of_a_document_says_where_it_goes_the_same_documents_for_validation_everywhere(tmp_path):
+def test_the_hash_of_a_text_says_whether_it_is_for_validation(tmp_path):
     texts = [f"document {i}" for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare((str(tmp_path / "a.jsonl"),), tmp_path / "d", "bytes", 0.2, workers=1)
@@ -541,10 +541,11 @@ def test_shuffled_is_a_permutation_that_differs_by_epoch(size):
 @pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
 def test_every_epoch_goes_through_the_data_in_another_order(kind, tiny_data):
     data = kind(tiny_data, "train", 48)
-    epoch = lambda number, seed: [data.index(i + number * len(data), seed) for i in range(len(data))]
-    orders = [epoch(0, 7), epoch(1, 7), epoch(2, 7), epoch(0, 8)]
-    assert all(sorted(order) == list(range(len(data))) for order in orders)
-    assert len(set(map(tuple, orders))) == 4 and len(data) > 100
+    size = len(data)
+    epochs = [(0, 7), (1, 7), (2, 7), (0, 8)]  # with their seeds
+    orders = [[data.index(epoch * size + i, seed) for i in range(size)] for epoch, seed in epochs]
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4 and size > 100
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

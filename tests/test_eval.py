@@ -16,7 +16,15 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 import eval
-from conftest import ROOT, additions, assert_same_but_for_rounding, command, flags, random_model, run_ranks
+from conftest import (
+    ROOT,
+    additions,
+    assert_same_but_for_rounding,
+    command,
+    flags,
+    random_model,
+    run_ranks,
+)
 from data import Tokenizer
 from eval import CATEGORIES, Config, Question, Reader, check, compare, estimate, make_batches, pair, read_mmlu, rows_of
 from lib.cli import run_command
@@ -125,10 +133,12 @@ def test_an_example_that_just_fits_stays(llama):
     """Also where the parts, each of which sentencepiece begins with a blank, add up to more."""
     examples = [f"{i}. Is it so?\nYes.\n\n" for i in range(5)]
     for tokenizer in (llama, Tokenizer("bytes")):
-        whole = [len(tokenizer.encode("Ask.\n\n" + "".join(examples[:n]) + "And now?", bos=True)) for n in range(6)]
-        for room in range(whole[0], whole[5] + 2):
+        texts = ["Ask.\n\n" + "".join(examples[:n]) + "And now?" for n in range(6)]
+        sizes = [len(tokenizer.encode(text, bos=True)) for text in texts]
+        for room in range(sizes[0], sizes[5] + 2):
             fitted = eval.Prompts(Config(), tokenizer, "Ask.\n\n", examples, room).fit("And now?")
-            assert fitted["shots"] == max(n for n in range(6) if whole[n] <= room) and not fitted["cut"]
+            most = max(n for n in range(6) if sizes[n] <= room)
+            assert (fitted["shots"], fitted["cut"]) == (most, 0)
 
 
 def test_cells_are_read_as_they_are(shared, tmp_path):
@@ -268,6 +278,9 @@ def test_letters_are_compared_in_fp32(model):
 # ---- the command ----
 
 
+STORIES = additions(SIZES["260K"], 512)  # behind a log-probability of stories260K
+
+
 def story_flags(shared, **options) -> dict:
     return {"model": str(shared("stories260K/stories260K.bin")), "task": "mmlu", "data": str(shared("mmlu/data")),
             "tokenizer": str(shared("stories260K/tok512.rebuilt.model"))} | options  # fmt: skip
@@ -306,7 +319,7 @@ def test_the_command_writes_scores_a_line_a_question_and_a_table(shared, tmp_pat
     assert again.returncode == 2 and "a.json exists; choose another name" in again.stderr
 
 
-def test_scores_are_equal_for_any_batch_and_any_number_of_processes(shared, tmp_path):
+def test_scores_are_equal_for_any_batch_and_any_number_of_processes(shared, tmp_path, one_thread):
     options = story_flags(shared, subjects="anatomy,virology", limit=12)
     first = run(**options, out=str(tmp_path / "a.json"))
     others = [run(**options, out=str(tmp_path / "b.json"), batch_tokens=300)]
@@ -316,7 +329,7 @@ def test_scores_are_equal_for_any_batch_and_any_number_of_processes(shared, tmp_
     for name, other in zip("bc", others):
         assert other["scores"] == first["scores"] and other["prompts_sha256"] == first["prompts_sha256"]
         for a, b in zip(lines_of(tmp_path / "a.json"), lines_of(tmp_path / f"{name}.json"), strict=True):
-            assert_same_but_for_rounding(a["logprobs"], b["logprobs"], additions(SIZES["260K"], 512))
+            assert_same_but_for_rounding(a["logprobs"], b["logprobs"], STORIES)
             assert a["pick"] == b["pick"]
     run_ranks(2, eval.main, dataclasses.replace(config, subjects="anatomy", limit=1, out=str(tmp_path / "d.json")))
     assert lines_of(tmp_path / "d.json")[0]["pick"] == lines_of(tmp_path / "a.json")[0]["pick"]  # one had nothing to do
@@ -343,8 +356,8 @@ def test_a_killed_evaluation_continues_from_its_lines(shared, tmp_path):
     options = story_flags(shared, subjects="anatomy,virology,marketing", limit=60, batch_tokens=600)
     whole = run(**options, out=str(tmp_path / "whole.json"))
     words, lines = flags(options | {"out": tmp_path / "k.json"}), tmp_path / "k.jsonl"
-    process = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
-    assert process.returncode == -signal.SIGKILL
+    words = [sys.executable, "-c", KILLED, *words]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     kept = lines.read_bytes()[: lines.read_bytes().rfind(b"\n") + 1]
     assert 20 <= kept.count(b"\n") < 180 and not (tmp_path / "k.json").exists()
     lines.write_bytes(kept + b'{"task": "mm')  # as a kill in the middle of a line leaves it
@@ -356,7 +369,7 @@ def test_a_killed_evaluation_continues_from_its_lines(shared, tmp_path):
         if (a["subject"], a["index"]) == (first["subject"], first["index"]):
             assert b["logprobs"] == first["logprobs"]
         else:
-            assert_same_but_for_rounding(a["logprobs"], b["logprobs"], additions(SIZES["260K"], 512))
+            assert_same_but_for_rounding(a["logprobs"], b["logprobs"], STORIES)
     assert resumed["scores"]["scores"] == whole["scores"]["scores"]
     (tmp_path / "k.json").unlink()
     with pytest.raises(ValueError, match=r"k.jsonl:1 is of another evaluation; choose another name"):
@@ -379,7 +392,7 @@ def test_scores_have_both_averages_and_wilsons_intervals():
     found = eval.summarize(records, "mmlu")
     acc = found["scores"]["acc"]
     assert (acc["micro"][0], acc["macro"][0]) == (0.5, pytest.approx(2 / 3)) and found["ties"] == 2
-    half = 1.96 * math.sqrt(0 / 1 + (2 / 9) / 3) / 2  # each subject's variance by its number of questions
+    half = 1.96 * math.sqrt(0 / 1 + (2 / 9) / 3) / 2  # each subject's variance by its questions
     assert acc["macro"][1:] == pytest.approx([2 / 3 - half, 2 / 3 + half])
     assert acc["categories"] == {"other": acc["micro"]}
     assert estimate([1.0] * 8 + [0.0] * 2) == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)  # Wilson 1927

@@ -189,7 +189,9 @@ def test_rows_that_have_ended_leave_the_batch(model):
 @pytest.mark.parametrize("task, data, protocol", [
     ("bbh", "bbh", "instructeval"), ("gsm8k", "gsm8k/test.jsonl", "cot"), ("mmlu", "mmlu/data", "instructeval"),
 ])  # fmt: skip
-def test_tasks_with_written_answers_run_on_any_number_of_processes(task, data, protocol, shared, saved, tmp_path):
+def test_tasks_with_written_answers_run_on_any_number_of_processes(
+    task, data, protocol, shared, saved, tmp_path, one_thread
+):
     subjects = {"bbh": "navigate,snarks", "mmlu": "virology", "gsm8k": ""}[task]
     options = {"model": saved, "task": task, "data": str(shared(data)), "protocol": protocol, "subjects": subjects,
                "limit": 2}  # fmt: skip
@@ -235,7 +237,8 @@ def test_your_own_task_is_a_file_of_contexts_choices_and_answers(model, saved, t
 
 def test_choices_are_also_weighed_by_their_characters():
     question = Question("s", 0, [1], gold=[1], sizes=[1, 10, 4])
-    assert eval.grade_choice(question, [-1.0, -5.0, -3.0])["scores"] == {"acc": 0.0, "acc_norm": 1.0}
+    scores = eval.grade_choice(question, [-1.0, -5.0, -3.0])["scores"]
+    assert scores == {"acc": 0.0, "acc_norm": 1.0}
 
 
 def test_arc_hellaswag_and_truthfulqa_are_read_as_published(tmp_path):

@@ -116,7 +116,7 @@ def test_the_norm_takes_its_mean_of_squares_in_fp32():
     x = (torch.randn(200, 512, generator=torch.Generator().manual_seed(0)) * sizes).bfloat16()
     norm, exact = RMSNorm(512, 1e-5).bfloat16(), x.double()
     exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert (norm(x) != exact.bfloat16()).float().mean() < 1e-3  # with a mean in bf16 it is every third number
+    assert (norm(x) != exact.bfloat16()).float().mean() < 1e-3  # with a mean in bf16 a third is
 
 
 def test_only_residual_writers_start_smaller():

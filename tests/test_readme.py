@@ -132,8 +132,8 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
 
 @pytest.mark.parametrize("script", ["data.py", "train.py", "sample.py", "eval.py", "bench.py"])
 def test_help_answers_quickly(script):
-    """In less processor time, as other tests run beside it, than three times what `import torch` takes; data.py, which
-    does without, in less than once."""
+    """In less processor time, as other tests run beside it, than three times `import torch`;
+    data.py, which does without, in less than once."""
 
     def seconds(*words: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -141,7 +141,8 @@ def test_help_answers_quickly(script):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    ratios = [seconds(str(ROOT / script), "--help") / seconds("-c", "import torch") for _ in range(2)]
+    asked, torch = (str(ROOT / script), "--help"), ("-c", "import torch")
+    ratios = [seconds(*asked) / seconds(*torch) for _ in range(2)]
     assert min(ratios) < (1 if script == "data.py" else 3)
 
 

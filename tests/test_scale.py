@@ -331,10 +331,13 @@ def test_torchrun_restarts_a_run_that_crashed(options, tmp_path):
 
 
 def test_a_restarted_attempt_does_not_see_what_the_one_before_left_in_the_store(monkeypatch):
-    """torchrun's agent keeps the store: the addresses of processes that have ended would be found in it."""
+    """Else it would find there the addresses of processes that have ended."""
     kept, stores = dist.HashStore(), []
     monkeypatch.setattr(dist, "rendezvous", lambda where: iter([(kept, 0, 1)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, store, **ranks: stores.append(store))
+    def join(backend, store, **ranks):
+        stores.append(store)
+
+    monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr("lib.world.tune_cpu", lambda: None)
     monkeypatch.setenv("RANK", "0")
     for attempt in ("0", "1"):

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -320,7 +321,8 @@ class Disk:
     """Remembers the order in which files are synced and named, and what was in them then."""
 
     def __init__(self, monkeypatch):
-        self.synced, self.named = {}, []  # inode: the file's (size, time of change); (old name, new name, unsynced)
+        self.synced = {}  # inode: the file's size and time of change
+        self.named = []   # new name, and which files were not synced when it was given
         fsync, rename, replace = os.fsync, os.rename, os.replace
 
         def sync(handle):
@@ -330,11 +332,11 @@ class Disk:
 
         def naming(function):
             def name(old, new, **options):
-                files = [path for path in (Path(old).rglob("*") if Path(old).is_dir() else [Path(old)])]
-                late = [path.name for path in files if path.is_file() and not self.is_on_the_disk(path)]
+                files = filter(Path.is_file, [Path(old), *Path(old).rglob("*")])
+                late = [path.name for path in files if not self.is_on_the_disk(path)]
                 function(old, new, **options)
-                self.named.append((Path(old).name, Path(new).name, late))
-                self.synced.pop(Path(new).parent.stat().st_ino, None)  # the new name itself is in memory alone
+                self.named.append((Path(new).name, late))
+                self.synced.pop(Path(new).parent.stat().st_ino, None)  # the name is in memory alone
 
             return name
 
@@ -347,11 +349,11 @@ class Disk:
         return self.synced.get(found.st_ino) == (found.st_size, found.st_mtime_ns)
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_last_says_so(tiny_run, monkeypatch):
-    """Write, fsync, rename: else a power failure leaves a checkpoint, or a `last`, that is empty."""
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_last_names_it(tiny_run, monkeypatch):
+    """Write, fsync, rename: else a power failure leaves an empty checkpoint, or an empty `last`."""
     disk = Disk(monkeypatch)
     run = tiny_run(steps=1)
-    named = [(new, late) for _, new, late in disk.named if new.startswith("step_") and "." not in new or new == "last"]
+    named = [(new, late) for new, late in disk.named if re.fullmatch("step_[0-9]{8}|last", new)]
     assert named == [("step_00000000", []), ("last", []), ("step_00000001", []), ("last", [])]
     assert run.stat().st_ino in disk.synced and (run / "last").read_text() == "step_00000001"
 
