@@ -117,8 +117,6 @@ def _built(described, folder: Path) -> Metadata:
         file, start, length = _fields(value, "_StorageInfo", **place)
         if value.state.get("transform_descriptors"):
             raise ValueError(f"its index says that {name} is compressed or encrypted")
-        if Path(file).name != file or not (folder / file).is_file():
-            raise ValueError(f"its index names {file}, which is no file in there")
         stored[MetadataIndex(name, offset)] = _StorageInfo(file, start, length)
     _check_room(stored, folder)
 
@@ -156,17 +154,19 @@ def _fields(thing, kind: str, **types: type) -> list:
 
 
 def _check_room(stored: dict, folder: Path):
-    """Raise ValueError where the index describes more than is in the files."""
-    used = Counter()
+    """Raise ValueError where the index names other files than the folder's, or more than is in them."""
+    used, end = Counter(), Counter()
     for info in stored.values():
         if info.offset < 0 or info.length < 0:
             raise ValueError("its index describes a negative length")
-        used[info.relative_path] += info.length
-    for info in stored.values():
-        there = (folder / info.relative_path).stat().st_size
-        if max(info.offset + info.length, used[info.relative_path]) > there:
-            file = info.relative_path
-            raise ValueError(f"its index describes more than the {there} bytes in {file}")
+        file = info.relative_path
+        used[file] += info.length
+        end[file] = max(end[file], info.offset + info.length)
+    for file in used:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ValueError(f"its index names {file}, which is no file in there")
+        if max(used[file], end[file]) > (folder / file).stat().st_size:
+            raise ValueError(f"its index describes more bytes than there are in {file}")
 
 
 def _check_parts(name: str, size: torch.Size, dtype: torch.dtype, parts: list, stored: dict):

@@ -85,11 +85,14 @@ def _say_once(text: str):
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether all its files are there and as they were written."""
+    from lib.checkpoint_index import read_index
+
     try:
+        read_index(checkpoint)
         check_hashes(checkpoint)
-    except (ValueError, OSError):
+    except Exception:  # a damaged pickle may raise any
         return False
-    return all((checkpoint / name).exists() for name in (".metadata", "config.json"))
+    return (checkpoint / "config.json").exists()
 
 
 def hashes(checkpoint: Path, share: slice = slice(None)) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Folders that are damaged, edited or hostile run no code, are not lost, and give no other weights."""
+"""Damaged, edited and hostile folders run no code, are not lost, and give no other weights."""
 
 import dataclasses
 import functools
@@ -32,7 +32,9 @@ TINY = ModelConfig(32, 2, 4, 2, 48, vocab_size=258, max_seq_len=32)
 def a_run(tiny_data, tmp_path_factory):
     """A run of four steps with the checkpoints 0, 2 and 4."""
     folder = tmp_path_factory.mktemp("damage") / "run"
-    options = TINY_RUN | dict(steps=6, stop_at=4, save_every=2, data=(str(tiny_data),), out=str(folder))
+    options = TINY_RUN | dict(
+        steps=6, stop_at=4, save_every=2, data=(str(tiny_data),), out=str(folder)
+    )
     train.main(Config(**options))
     return folder
 
@@ -78,10 +80,10 @@ class Payload:
 
 
 def an_index_that_fails(index: bytes, loads: int) -> bytes:
-    """A pickle that gives the index `loads` times, then fails, when read by whoever lets it name _get_layout.
+    """A pickle that gives the index `loads` times, then fails, where it may name _get_layout.
 
-    It counts in the attributes of that function: what _get_layout("torch.strided") gives is looked up in a table that
-    the pickle puts there; the last number leads to None, which is in no table.
+    It counts in the attributes of that function: what _get_layout("torch.strided") gives is looked
+    up in a table that the pickle puts there; the last number leads to None, which is in no table.
     """
     layout, call = b"ctorch.serialization\n_get_layout\n", b"\x85R"  # one argument, call
     name = lambda text: b"X" + struct.pack("<I", len(text)) + text.encode()  # noqa: E731
@@ -103,7 +105,7 @@ def an_index_that_fails(index: bytes, loads: int) -> bytes:
     ("resume", 0), ("resume", 1), ("init_from", 2), ("sample.py", 2), ("eval.py", 2),
 ])  # fmt: skip
 def test_no_command_runs_code_from_a_run(what, loads, copy, tiny_data, tmp_path, monkeypatch):
-    """PyTorch takes __0.metadata where .metadata fails, and a pickle can wait until it is no longer looked at."""
+    """PyTorch takes __0.metadata where .metadata fails, which can wait until nobody looks."""
     import eval
 
     monkeypatch.setattr(torch.serialization._get_layout, "cache", {})
@@ -115,9 +117,13 @@ def test_no_command_runs_code_from_a_run(what, loads, copy, tiny_data, tmp_path,
         (step / "sha256.json").unlink(missing_ok=True)
     command = {
         "resume": lambda: resume(copy),
-        "init_from": lambda: train.main(Config(init_from="run", data=(str(tiny_data),), out="next", seq_len=32)),
+        "init_from": lambda: train.main(
+            Config(init_from="run", data=(str(tiny_data),), out="next", seq_len=32)
+        ),
         "sample.py": lambda: sample.main(sample.Config("run")),
-        "eval.py": lambda: eval.main(eval.Config(("run",), "perplexity", data=str(tiny_data), out="out.json")),
+        "eval.py": lambda: eval.main(
+            eval.Config(("run",), "perplexity", data=str(tiny_data), out="out.json")
+        ),
     }[what]
     with pytest.raises(ValueError):
         command()
@@ -170,9 +176,11 @@ def promise_much(index):
 
 
 @pytest.mark.parametrize("change, message", [
-    (drop_tensor, r"tensor norm.weight \(32,\) is missing"), (drop_parts, "has not all parts of model.norm.weight"),
+    (drop_tensor, r"tensor norm.weight \(32,\) is missing"),
+    (drop_parts, "has not all parts of model.norm.weight"),
     (shorten_part, "has not all parts of model.embedding"), (lead_outside, "is no file in there"),
-    (compress, "is compressed or encrypted"), (promise_much, "a part of model.norm.weight that is not in the files"),
+    (compress, "is compressed or encrypted"),
+    (promise_much, "a part of model.norm.weight that is not in the files"),
 ])  # fmt: skip
 def test_an_index_that_lacks_a_tensor_or_leads_elsewhere_is_refused(change, message, copy, capsys):
     index_of(copy / "step_00000004", change)
@@ -183,7 +191,8 @@ def test_an_index_that_lacks_a_tensor_or_leads_elsewhere_is_refused(change, mess
 
 
 @pytest.mark.parametrize("index", [
-    b"\x80\x04\x96" + struct.pack("<Q", 2**40) + b".", b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".",
+    b"\x80\x04\x96" + struct.pack("<Q", 2**40) + b".",
+    b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".",
     b"\x80\x04Nr\xff\xff\xff\x7f.", b"\x80\x04]" + b"]a" * 5 + b"0" * 3, b"",
 ])  # fmt: skip
 def test_an_index_of_huge_lengths_is_refused_at_once(index, copy):
@@ -203,7 +212,7 @@ def flip_a_bit(path, draw: random.Random):
 
 
 def flips_on_two_processes(folder):
-    """Two checkpoints whose weights all equal their steps; bits of the second flip in each of its files."""
+    """Two checkpoints whose weights equal their steps; a bit of the second flips in each file."""
     train.join_world()
     model = build()
     optimizers, guard = train.make_optimizers(model, Config()), train.Guard(6.0, CPU)
@@ -218,7 +227,7 @@ def flips_on_two_processes(folder):
     names = sorted(path.name for path in (folder / "step_00000002").iterdir())
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "config.json", "sha256.json"} < set(names)
     draw = random.Random(0)
-    for name in sorted(2 * names + 2 * [name for name in names if "distcp" in name]):
+    for name in sorted(names + [name for name in names if "distcp" in name]):
         kept = (folder / "step_00000002" / name).read_bytes()
         train.dist.barrier()
         if first:
@@ -261,7 +270,11 @@ def test_an_adapter_finds_its_base_where_the_user_says_it_went(copy, tiny_run):
     (run.parent / "run").rename(run.parent / "moved")
     path = run / "step_00000001" / "adapter_config.json"
     settings = json.loads(path.read_text())
-    path.write_text(json.dumps(settings | {"base_model_name_or_path": str(run.parent / "moved" / "step_00000004")}))
+    path.write_text(
+        json.dumps(
+            settings | {"base_model_name_or_path": str(run.parent / "moved" / "step_00000004")}
+        )
+    )
     load(run)
     path.write_text(json.dumps(settings | {"lora_alpha": 9.0}))
     with pytest.raises(ValueError, match="adapter_config.json cannot be read: it is damaged"):
@@ -272,14 +285,19 @@ def test_an_adapter_finds_its_base_where_the_user_says_it_went(copy, tiny_run):
 
 
 @pytest.mark.parametrize("last", [
-    None, b"", b"\xff\xfe", b"../run/step_00000002", b"/run/step_00000002", b"step_00000003", b"hello",
+    None, b"", b"\xff\xfe", b"../run/step_00000002", b"/run/step_00000002", b"step_00000003",
+    b"hello",
     b"step_0000000\xb2",
 ])  # fmt: skip
-def test_a_run_whose_last_is_missing_or_wrong_goes_on_from_its_newest_whole_checkpoint(last, copy, capsys):
+def test_a_run_whose_last_is_missing_or_wrong_goes_on_from_its_newest_whole_checkpoint(
+    last, copy, capsys
+):
     (copy / "last").unlink()
     if last is not None:
         (copy / "last").write_bytes(last)
     os.truncate(copy / "step_00000004" / "__0_0.distcp", 5000)
+    if last == b"hello":  # as if it were of an older version
+        (copy / "step_00000004" / "sha256.json").unlink()
     before = (copy / "log.jsonl").read_text().splitlines()
     assert checkpoint_folder(copy) == copy / "step_00000002"
     load(copy)
@@ -287,7 +305,9 @@ def test_a_run_whose_last_is_missing_or_wrong_goes_on_from_its_newest_whole_chec
     said = capsys.readouterr()
     assert "last" in said.err and "continuing run after step 2" in said.out
     assert {path.name[12:] for path in copy.glob("step_*")} >= set("234")
-    assert (copy / "log.jsonl").read_text().splitlines()[: len(before) // 2] == before[: len(before) // 2]
+    assert (copy / "log.jsonl").read_text().splitlines()[: len(before) // 2] == before[
+        : len(before) // 2
+    ]
 
 
 @pytest.mark.parametrize("again", ["resume", "the same command"])
@@ -304,7 +324,11 @@ def test_a_run_is_never_begun_anew_over_its_checkpoints(again, copy, tiny_data):
         train.main(config)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         load(copy)
-    after = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and "tokenizer" not in path.name}
+    after = {
+        path: path.read_bytes()
+        for path in copy.rglob("*")
+        if path.is_file() and "tokenizer" not in path.name
+    }
     assert after.items() <= before.items() and len(after) >= len(before) - 1
 
 
@@ -326,7 +350,9 @@ def test_saving_touches_nothing_but_checkpoints_of_its_own(copy, tmp_path):
     assert (tmp_path / "larger" / "step_00000002" / ".metadata").exists()
 
 
-def test_a_checkpoint_that_was_moved_and_linked_to_is_resumed_from_and_never_replaced(copy, tmp_path, capsys):
+def test_a_checkpoint_that_was_moved_and_linked_to_is_resumed_from_and_never_replaced(
+    copy, tmp_path, capsys
+):
     (copy / "step_00000004").rename(tmp_path / "moved")
     (copy / "step_00000004").symlink_to(tmp_path / "moved")
     assert resume(copy) == 6 and "continuing run after step 4" in capsys.readouterr().out
@@ -334,8 +360,13 @@ def test_a_checkpoint_that_was_moved_and_linked_to_is_resumed_from_and_never_rep
     (copy / "last").write_text("step_00000002")
     before = (tmp_path / "moved" / ".metadata").stat().st_mtime_ns
     assert resume(copy) == 6
-    assert "no checkpoint of step 4 (step_00000004, a link or no folder, is in the way" in capsys.readouterr().out
-    assert (copy / "step_00000004").is_symlink() and (tmp_path / "moved" / ".metadata").stat().st_mtime_ns == before
+    assert (
+        "no checkpoint of step 4 (step_00000004, a link or no folder, is in the way"
+        in capsys.readouterr().out
+    )
+    assert (copy / "step_00000004").is_symlink() and (
+        tmp_path / "moved" / ".metadata"
+    ).stat().st_mtime_ns == before
 
 
 # ---- sizes and fields ----
@@ -359,13 +390,15 @@ def edit(path, **changes):
     ("rms_norm_eps", float("inf"), "config.json: field rms_norm_eps"),
     ("rms_norm_eps", float("nan"), "config.json: field rms_norm_eps"),
     ("rope_theta", -1.0, "config.json: field rope_theta"),
-    ("rope_scaling", {"rope_type": "linear", "factor": float("inf")}, "config.json: field rope_scaling.factor"),
+    ("rope_scaling", {"rope_type": "linear", "factor": float("inf")}, "field rope_scaling.factor"),
     ("rope_scaling", {"rope_type": "linear"}, "rope_type linear, but no factor"),
     ("rope_scaling", [1], "config.json: field rope_scaling: Expected object"),
     ("hidden_act", 5, "config.json: field hidden_act"),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["folder", "checkpoint"])
-def test_a_config_that_its_files_do_not_bear_out_is_one_sentence(kind, field, value, message, copy, tmp_path):
+def test_a_config_that_its_files_do_not_bear_out_is_one_sentence(
+    kind, field, value, message, copy, tmp_path
+):
     folder = copy / "step_00000004"
     if kind == "folder":
         save(random_model(TINY), folder := tmp_path / "m")
@@ -377,8 +410,12 @@ def test_a_config_that_its_files_do_not_bear_out_is_one_sentence(kind, field, va
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["[" * 10**5, '{"hidden_size": ' + "9" * 5000 + "}", "[]", '{"a": "\xff"}', "{"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "adapter_config.json", "params.json"])
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, '{"hidden_size": ' + "9" * 5000 + "}", "[]", '{"a": "\xff"}', "{"]
+)
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "adapter_config.json", "params.json"]
+)
 def test_a_file_that_is_no_object_is_named(name, text, tmp_path):
     save(random_model(TINY), tmp_path / "m")
     if name == "params.json":
@@ -392,7 +429,9 @@ def test_a_file_that_is_no_object_is_named(name, text, tmp_path):
 @pytest.mark.parametrize("header", [
     (32, 48, 2**31 - 1, 4, 2, 258, 32), (32, 48, 2**20, 4, 2, 258, 32), (32, 48, 2, 4, 2, 10**9, 32)
 ])  # fmt: skip
-def test_a_header_that_promises_more_than_the_file_is_refused_before_a_list_is_made(header, tmp_path, monkeypatch):
+def test_a_header_that_promises_more_than_the_file_is_refused_before_a_list_is_made(
+    header, tmp_path, monkeypatch
+):
     monkeypatch.setattr(formats.np, "prod", lambda shape: 1 / 0)
     (tmp_path / "m.bin").write_bytes(struct.pack("<7i", *header) + bytes(1000))
     with pytest.raises(ValueError, match="m.bin: 1028 bytes, but its header asks for"):
@@ -408,7 +447,8 @@ def test_no_memory_is_taken_before_sizes_are_compared(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("weight_map", [
-    {"x": "../other/model.safetensors"}, {"x": "/etc/passwd"}, {"x": ".."}, {"x": "nowhere"}, {"x": 5}, ["x"], None
+    {"x": "../other/model.safetensors"}, {"x": "/etc/passwd"}, {"x": ".."}, {"x": "nowhere"},
+    {"x": 5}, ["x"], None
 ])  # fmt: skip
 def test_shards_are_files_of_the_folder(weight_map, tmp_path):
     for name in ("m", "other"):
@@ -423,11 +463,15 @@ def test_shards_are_files_of_the_folder(weight_map, tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"), ("init_lora_weights", "olora"),
-    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"),
-    ("init_lora_weights", "of-next-year"), ("alora_invocation_tokens", [5]), ("use_qalora", True), ("lora_bias", True),
+    ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"),
+    ("init_lora_weights", "olora"),
+    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"),
+    ("init_lora_weights", "lora_ga"),
+    ("init_lora_weights", "of-next-year"), ("alora_invocation_tokens", [5]), ("use_qalora", True),
+    ("lora_bias", True),
     ("layer_replication", [[0, 1]]), ("trainable_token_indices", [3]), ("target_parameters", ["x"]),
-    ("kasa_config", {"a": 1}), ("megatron_config", {"a": 1}), ("modules_to_save", ["lm_head"]), ("peft_type", "IA3"),
+    ("kasa_config", {"a": 1}), ("megatron_config", {"a": 1}), ("modules_to_save", ["lm_head"]),
+    ("peft_type", "IA3"),
 ])  # fmt: skip
 def test_an_adapter_that_computes_something_else_is_refused_by_name(name, value, tmp_path):
     save(random_model(TINY), tmp_path / "base")
@@ -439,17 +483,29 @@ def test_an_adapter_that_computes_something_else_is_refused_by_name(name, value,
 @pytest.mark.parametrize("first", [True, False, None, "gaussian", "eva", "orthogonal"])
 def test_an_adapter_may_begin_in_any_way_that_leaves_its_base_alone(first, tmp_path):
     save(random_model(TINY), tmp_path / "base")
-    harmless = {"lora_dropout": 0.1, "megatron_core": "megatron.core", "qalora_group_size": 16, "rank_pattern": {}}
-    tensors = adapter(tmp_path / "base", tmp_path / "a", init_lora_weights=first, peft_version="0.21", **harmless)
+    harmless = {
+        "lora_dropout": 0.1,
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "rank_pattern": {},
+    }
+    tensors = adapter(
+        tmp_path / "base", tmp_path / "a", init_lora_weights=first, peft_version="0.21", **harmless
+    )
     a, b = (tensors[f"blocks.0.attention.query.lora_{part}"] for part in "AB")
-    merged, plain = (load(tmp_path / name).blocks[0].attention.query.weight for name in ("a", "base"))
+    merged, plain = (
+        load(tmp_path / name).blocks[0].attention.query.weight for name in ("a", "base")
+    )
     torch.testing.assert_close(merged, plain + 2 * b @ a)
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"lora_alpha": float("nan")}, "field lora_alpha"), ({"lora_alpha": float("inf")}, "field lora_alpha"),
-    ({"lora_alpha": "8"}, "field lora_alpha"), ({"r": 0}, "field r: Expected int >= 1"), ({"r": 4.0}, "field r"),
-    ({"r": 10**30}, "field r"), ({"base_model_name_or_path": None}, "field base_model_name_or_path"),
+    ({"lora_alpha": float("nan")}, "field lora_alpha"),
+    ({"lora_alpha": float("inf")}, "field lora_alpha"),
+    ({"lora_alpha": "8"}, "field lora_alpha"), ({"r": 0}, "field r: Expected int >= 1"),
+    ({"r": 4.0}, "field r"),
+    ({"r": 10**30}, "field r"),
+    ({"base_model_name_or_path": None}, "field base_model_name_or_path"),
     ({"base_sha256": 5}, "field base_sha256"),
 ])  # fmt: skip
 def test_a_wrong_field_of_an_adapter_is_named(settings, message, tmp_path):
@@ -465,20 +521,31 @@ def meta_folder(folder, **params):
 
     folder.mkdir()
     torch.save(meta_state(random_model(TINY), 1)[0], folder / "consolidated.00.pth")
-    plain = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1}
+    plain = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "norm_eps": 1e-5,
+        "vocab_size": -1,
+    }
     (folder / "params.json").write_text(json.dumps(plain | params))
     return folder
 
 
 @pytest.mark.parametrize("params, message", [
     ({"use_scaled_rope": True}, "params.json: use_scaled_rope True is not LLaMA-2's"),
-    ({"quantization_args": {"group_size": 256}}, "params.json: quantization_args .* is not LLaMA-2's"),
+    ({"quantization_args": {"group_size": 256}},
+     "params.json: quantization_args .* is not LLaMA-2's"),
     ({"lora_args": {"rank": 16}}, "params.json: lora_args .* is not LLaMA-2's"),
     ({"vision_num_layers": 3}, "params.json: vision_num_layers 3 is not LLaMA-2's"),
     ({"n_layers": 10**6}, "tensor blocks.2.attention_norm.weight .* is missing"),
-    ({"dim": 64}, r"should be \(258, 64\) and is \(258, 32\)"), ({"dim": 32.0}, "params.json: field dim"),
-    ({"n_layers": True}, "params.json: field n_layers"), ({"norm_eps": "x"}, "params.json: field norm_eps"),
-    ({"rope_theta": float("inf")}, "params.json: field rope_theta"), ({"n_heads": None}, "params.json: field n_heads"),
+    ({"dim": 64}, r"should be \(258, 64\) and is \(258, 32\)"),
+    ({"dim": 32.0}, "params.json: field dim"),
+    ({"n_layers": True}, "params.json: field n_layers"),
+    ({"norm_eps": "x"}, "params.json: field norm_eps"),
+    ({"rope_theta": float("inf")}, "params.json: field rope_theta"),
+    ({"n_heads": None}, "params.json: field n_heads"),
 ])  # fmt: skip
 def test_metas_params_are_read_as_strictly_as_config_json(params, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -486,7 +553,12 @@ def test_metas_params_are_read_as_strictly_as_config_json(params, message, tmp_p
 
 
 def test_metas_params_may_name_what_changes_no_number(tmp_path):
-    harmless = {"multiple_of": 256, "ffn_dim_multiplier": 1.3, "max_batch_size": 32, "max_seq_len": 2048}
+    harmless = {
+        "multiple_of": 256,
+        "ffn_dim_multiplier": 1.3,
+        "max_batch_size": 32,
+        "max_seq_len": 2048,
+    }
     folder = meta_folder(tmp_path / "m", use_scaled_rope=False, rope_theta=500_000.0, **harmless)
     assert load(folder).config.rope_theta == 500_000
 
@@ -504,10 +576,14 @@ def with_nan(number: float, row: int = 3) -> Transformer:
 def test_a_model_with_nan_or_infinity_is_refused_by_name(number, tmp_path):
     save(with_nan(number), tmp_path / "m")
     for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(ValueError, match="m: tensor blocks.1.feed_forward.up.weight holds NaN or infinity"):
+        with pytest.raises(
+            ValueError, match="m: tensor blocks.1.feed_forward.up.weight holds NaN or infinity"
+        ):
             load(tmp_path / "m", dtype=dtype)
     adapter(tmp_path / "m", tmp_path / "a")
-    with pytest.raises(ValueError, match="m: tensor blocks.1.feed_forward.up.weight holds NaN or infinity"):
+    with pytest.raises(
+        ValueError, match="m: tensor blocks.1.feed_forward.up.weight holds NaN or infinity"
+    ):
         load(tmp_path / "a")
 
 
@@ -520,7 +596,9 @@ def test_an_adapter_with_nan_is_refused_by_name(tmp_path):
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(ValueError, match="a: tensor blocks.0.attention.query.lora_A holds NaN or infinity"):
+    with pytest.raises(
+        ValueError, match="a: tensor blocks.0.attention.query.lora_A holds NaN or infinity"
+    ):
         load(tmp_path / "a")
     save_file({}, path)
     with pytest.raises(ValueError, match="an adapter without a tensor"):
@@ -543,5 +621,7 @@ def test_all_processes_refuse_a_model_where_one_reads_nan(tmp_path):
 def test_training_starts_on_no_base_with_nan(tiny_run, tiny_data, tmp_path):
     save(with_nan(float("nan")), tmp_path / "base", Tokenizer(tiny_data))
     for more in ({}, {"lora_rank": 4}):
-        with pytest.raises(ValueError, match="base: tensor blocks.1.feed_forward.up.weight holds NaN or infinity"):
+        with pytest.raises(
+            ValueError, match="base: tensor blocks.1.feed_forward.up.weight holds NaN or infinity"
+        ):
             tiny_run(init_from=str(tmp_path / "base"), steps=1, **more)
