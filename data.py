@@ -53,6 +53,7 @@ import numpy as np
 from lib.cli import run_command
 from lib.files import new_folder
 from lib.records import read_json
+from lib.refusals import is_refusal
 
 IGNORE = -100                  # a target that does not count, as in model.py
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
@@ -64,7 +65,6 @@ TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
 TOKENIZER_CHARS = 16_000_000   # a tokenizer is trained on about so much text
 SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
 MIXTURE_BLOCK = 1000           # sequences in which a mixture has exactly its proportions
-SENTENCE_END = re.compile(r"[.!?:]\s+|\n+")
 HTML_ANSWER = re.compile(r"<(?:p|div|ol|ul|pre|h[1-6]|blockquote)\b.*>", re.DOTALL)
 ABOUT_HTML = re.compile(r"\b(?:html|css|xml|svg|jsx|markup|tags?|web ?(?:page|site))\b|<\w", re.IGNORECASE)
 
@@ -1483,37 +1483,6 @@ def drop_near_copies(threshold: float):
         return turns
 
     return step
-
-
-def is_refusal(text: str) -> bool:
-    """Whether an answer in English refuses, wholly or in part, or lectures instead of answering.
-
-    A logistic regression on the grammar of refusing, see recipes/refusals.py, which made its weights and measures it.
-    """
-    return refusal_score(text, _refusal_model()) > 0
-
-
-@functools.cache
-def _refusal_model() -> dict:
-    return read_json(Path(__file__).parent / "recipes" / "refusals.json", "bias", "signs")
-
-
-def refusal_score(text: str, model: dict) -> float:
-    """The log odds that text refuses, by a model as recipes/refusals.py makes it."""
-    found = refusal_signs(text, [sign["pattern"] for sign in model["signs"]])
-    weights = [[sign[place] for sign in model["signs"]] for place in ("opening", "anywhere")]
-    return model["bias"] + float((found * weights).sum())
-
-
-def refusal_signs(text: str, patterns: list[str], sentences: int | None = None) -> np.ndarray:
-    """(2, patterns): whether each is in the first three sentences of text, and whether it is anywhere in its first
-    2,000 characters; all that follows the first `sentences` is left out where that is given."""
-    text = text[:2000].lower().replace("’", "'").replace("*", "").replace("`", "").replace("i'm ", "i am ").strip()
-    ends = [match.end() for match in itertools.islice(SENTENCE_END.finditer(text), max(3, sentences or 0))]
-    ends += [len(text)] * 3
-    text = text[: ends[sentences - 1] if sentences else len(text)]
-    matches = [re.search(pattern, text) for pattern in patterns]
-    return np.array([[bool(m) and m.end() <= ends[2] for m in matches], [bool(m) for m in matches]])
 
 
 # ---- reading ----

@@ -12,6 +12,7 @@ import pytest
 import data
 from conftest import ROOT, command
 from data import Cleaner, Cleaning, Turn, is_refusal
+from lib.refusals import refusal_score, refusal_signs
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import refusals  # noqa: E402
@@ -221,7 +222,7 @@ MODELS = ("gpt4", "llama2orig")
 
 
 def found_by(model: dict, texts: list[str]) -> np.ndarray:
-    return np.array([data.refusal_score(text, model) > 0 for text in texts])
+    return np.array([refusal_score(text, model) > 0 for text in texts])
 
 
 @pytest.mark.parametrize("learnt, tested", [MODELS, MODELS[::-1]])
@@ -235,14 +236,15 @@ def test_refusals_learnt_from_one_models_answers_are_found_in_anothers(learnt, t
     assert f1 > refusals.scores(listed, labels)[2] + 0.02
 
 
-def test_the_weights_that_ship_are_those_of_the_training_command(shared, tmp_path):
-    files = [str(shared(LABELS.format(name))) for name in MODELS]
-    command("recipes/refusals.py", "--train", *files, "--out", str(tmp_path / "made.json"))
-    made, shipped = (json.loads(path.read_text()) for path in (tmp_path / "made.json", ROOT / "recipes/refusals.json"))
+def test_the_weights_that_ship_are_those_of_the_training_command(shared):
+    files = [shared(LABELS.format(name)) for name in ("mistralguard", "llama2orig", "gpt4")]
+    ordinary = refusals.read_ordinary([shared("alpaca/alpaca_5000.json")])
+    made = refusals.train(*refusals.read_labelled(files), ordinary)
+    shipped = json.loads((ROOT / "lib/refusals.json").read_text())
     assert [sign["pattern"] for sign in made["signs"]] == [sign["pattern"] for sign in shipped["signs"]]
     weights = [[m["bias"], *(s[p] for s in m["signs"] for p in ("opening", "anywhere"))] for m in (made, shipped)]
     assert np.abs(np.subtract(*weights)).max() <= 0.002  # numerics of another machine
-    assert (ROOT / "recipes/refusals.json").stat().st_size < 10_000
+    assert (ROOT / "lib/refusals.json").stat().st_size < 10_000
 
 
 @pytest.mark.parametrize(
@@ -268,9 +270,9 @@ def test_ordinary_answers_are_not_taken_for_refusals(shared):
 
 def test_the_filter_reads_the_opening_as_sentences():
     late = "One. Two. Three. I'm sorry."
-    opening, anywhere = data.refusal_signs(late, [r"\bsorry\b", "two", "absent"])
+    opening, anywhere = refusal_signs(late, [r"\bsorry\b", "two", "absent"])
     assert opening.tolist() == [False, True, False] and anywhere.tolist() == [True, True, False]
-    assert data.refusal_signs(late, ["two", "three"], 2)[1].tolist() == [True, False]
+    assert refusal_signs(late, ["two", "three"], 2)[1].tolist() == [True, False]
 
 
 def test_a_file_without_labels_is_refused_in_one_sentence(tmp_path):
