@@ -1,4 +1,7 @@
-"""Whether an answer refuses."""
+"""Whether an answer refuses, by the signs and weights of refusals.json.
+
+recipes/refusals.py makes that file from answers labelled by people, and measures it.
+"""
 
 import functools
 import itertools
@@ -9,20 +12,22 @@ import numpy as np
 
 from lib.records import read_json
 
+READ_CHARS = 2000          # of an answer; a refusal says so before that
+OPENING = 3                # sentences
 SENTENCE_END = re.compile(r"[.!?:]\s+|\n+")
 
 
 def is_refusal(text: str) -> bool:
     """Whether an answer in English refuses, wholly or in part, or lectures instead of answering.
 
-    A logistic regression on the grammar of refusing, see recipes/refusals.py, which made its weights and measures it.
+    A logistic regression on the grammar of refusing.
     """
-    return refusal_score(text, _refusal_model()) > 0
+    return refusal_score(text, _shipped()) > 0
 
 
 @functools.cache
-def _refusal_model() -> dict:
-    return read_json(Path(__file__).parent.parent / "recipes" / "refusals.json", "bias", "signs")
+def _shipped() -> dict:
+    return read_json(Path(__file__).with_suffix(".json"), "bias", "signs")
 
 
 def refusal_score(text: str, model: dict) -> float:
@@ -33,11 +38,16 @@ def refusal_score(text: str, model: dict) -> float:
 
 
 def refusal_signs(text: str, patterns: list[str], sentences: int | None = None) -> np.ndarray:
-    """(2, patterns): whether each is in the first three sentences of text, and whether it is anywhere in its first
-    2,000 characters; all that follows the first `sentences` is left out where that is given."""
-    text = text[:2000].lower().replace("’", "'").replace("*", "").replace("`", "").replace("i'm ", "i am ").strip()
-    ends = [match.end() for match in itertools.islice(SENTENCE_END.finditer(text), max(3, sentences or 0))]
-    ends += [len(text)] * 3
+    """(2, patterns): whether each is in the first three sentences of text, and whether it is
+    anywhere in its first 2,000 characters, to which both are limited.
+
+    All that follows the first `sentences` is left out where that is given.
+    """
+    text = text[:READ_CHARS].lower().replace("’", "'").replace("*", "").replace("`", "")
+    text = text.replace("i'm ", "i am ").strip()
+    found = itertools.islice(SENTENCE_END.finditer(text), max(OPENING, sentences or 0))
+    ends = [match.end() for match in found] + [len(text)] * OPENING
     text = text[: ends[sentences - 1] if sentences else len(text)]
     matches = [re.search(pattern, text) for pattern in patterns]
-    return np.array([[bool(m) and m.end() <= ends[2] for m in matches], [bool(m) for m in matches]])
+    opening = [bool(match) and match.end() <= ends[OPENING - 1] for match in matches]
+    return np.array([opening, [bool(match) for match in matches]])

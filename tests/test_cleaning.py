@@ -238,14 +238,15 @@ def test_refusals_learnt_from_one_models_answers_are_found_in_anothers(learnt, t
     assert f1 > refusals.scores(listed, labels)[2] + 0.02
 
 
-def test_the_weights_that_ship_are_those_of_the_training_command(shared, tmp_path):
-    files = [str(shared(LABELS.format(name))) for name in MODELS]
-    command("recipes/refusals.py", "--train", *files, "--out", str(tmp_path / "made.json"))
-    made, shipped = (json.loads(path.read_text()) for path in (tmp_path / "made.json", ROOT / "recipes/refusals.json"))
+def test_the_weights_that_ship_are_those_of_the_training_command(shared):
+    files = [shared(LABELS.format(name)) for name in ("mistralguard", "llama2orig", "gpt4")]
+    ordinary = refusals.read_ordinary([shared("alpaca/alpaca_5000.json")])
+    made = refusals.train(*refusals.read_labelled(files), ordinary)
+    shipped = json.loads((ROOT / "lib/refusals.json").read_text())
     assert [sign["pattern"] for sign in made["signs"]] == [sign["pattern"] for sign in shipped["signs"]]
     weights = [[m["bias"], *(s[p] for s in m["signs"] for p in ("opening", "anywhere"))] for m in (made, shipped)]
     assert np.abs(np.subtract(*weights)).max() <= 0.002  # numerics of another machine
-    assert (ROOT / "recipes/refusals.json").stat().st_size < 10_000
+    assert (ROOT / "lib/refusals.json").stat().st_size < 10_000
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,6 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "lib", tmp_path / "lib")
-    (tmp_path / "recipes").mkdir()
-    shutil.copy(ROOT / "recipes" / "refusals.json", tmp_path / "recipes")
     (tmp_path / "texts").mkdir()
     text = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
     for i in range(60):
