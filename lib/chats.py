@@ -81,7 +81,3 @@ def _check_sides(sides: tuple[list[Turn], ...]):
         raise ValueError("chosen and rejected differ before the last answer")
     if len(sides) == 2 and sides[0] == sides[1]:
         raise ValueError("chosen and rejected are the same")
-
-
-def counted_as(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())

@@ -1,4 +1,4 @@
-"""The files of a dataset folder: whether they are still those that were written."""
+"""The files of a dataset folder: opened, and whether they are still those that were written."""
 
 import os
 from collections.abc import Iterator
@@ -8,8 +8,88 @@ from pathlib import Path
 import numpy as np
 
 from lib.files import sha256
+from lib.meta import read_meta
 
+IGNORE = -100  # a target that does not count, as in model.py
 HASHES = {".bin": "sha256", ".mask": "mask_sha256", ".bounds": "bounds_sha256"}  # by suffix, where meta.json has it
+
+
+class TokenFiles:
+    """The files of one split, mapped: tokens, of conversations the masks too, and where each begins, and the end.
+
+    Raises ValueError when they are not what meta.json says, or a conversation is longer than the seq_len tokens and
+    their last target.
+    """
+
+    def __init__(self, folder: str | Path, split: str, seq_len: int):
+        self.folder, self.seq_len, self.meta = folder, seq_len, read_meta(folder)
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        entries = self.meta["splits"][split]["files"]
+        self.files, self.masks, self.bounds = [], None, None
+        for entry in entries:
+            path = Path(folder) / entry["file"]
+            check_size(path, entry["tokens"] * dtype.itemsize)
+            self.files.append(np.memmap(path, dtype, "r"))
+        if "template" in self.meta:
+            self.read_masks(entries)
+
+    def read_masks(self, entries: list[dict]):
+        self.masks, self.bounds = [], []
+        for entry in entries:
+            path = Path(self.folder) / entry["file"]
+            mask, bounds = path.with_suffix(".mask"), path.with_suffix(".bounds")
+            check_size(mask, entry["tokens"])
+            check_size(bounds, 8 * entry["documents"] + 8)
+            self.masks.append(np.memmap(mask, np.uint8, "r"))
+            begins = np.fromfile(bounds, "<u8")
+            check_bounds(bounds, begins, entry["tokens"])
+            self.bounds.append(begins.astype(np.int64))
+        longest = max(int(np.diff(begins).max()) for begins in self.bounds)
+        if longest > self.seq_len + 1:
+            problem = f"a conversation has {longest} tokens, more than --seq_len {self.seq_len}"
+            raise ValueError(f"{self.folder}: {problem}; prepare it with --max_len {self.seq_len}")
+
+    def find_documents(self, file: int) -> np.ndarray:
+        """Where the documents of a file of text begin, and the end."""
+        tokens = self.files[file]
+        starts = np.flatnonzero(tokens == self.meta["bos"])
+        if self.meta["bos"] == self.meta["eos"]:  # GPT-2's tokenizer has one token for both
+            starts = starts[::2]
+        return np.append(starts, len(tokens))
+
+    def check_uncut(self, file: int):
+        check_uncut(self.files[file])
+        if self.masks:
+            check_uncut(self.masks[file])
+
+    def targets(self, file: int, begin: int, end: int) -> np.ndarray:
+        """A file's tokens as targets."""
+        tokens = self.files[file][begin:end]
+        if self.masks is None:
+            return tokens
+        return np.where(self.masks[file][begin:end], tokens.astype(np.int64), IGNORE)
+
+    def document(self, file: int, token: int) -> int:
+        """Which document of a file a token belongs to; the first is 1."""
+        if self.bounds is None:
+            return np.count_nonzero(self.files[file][: token + 1] == self.meta["bos"])
+        return int(np.searchsorted(self.bounds[file], token, "right"))
+
+    def place_of_pieces(self, pieces: list[tuple[int, int, int]]) -> str:
+        """Where pieces come from: file, tokens, and which of the file's documents they are."""
+        names = []
+        for file, start, size in pieces:
+            begun, ended = self.document(file, start), self.document(file, start + size - 1)
+            documents = f"document {begun}" if begun == ended else f"documents {begun}-{ended}"
+            name = Path(self.files[file].filename).name
+            names.append(f"{name} tokens {start}-{start + size} ({documents})")
+        return f"{self.folder}: {', '.join(names)}"
+
+
+def check_size(path: Path, expected: int):
+    found = path.stat().st_size if path.exists() else 0
+    if found != expected:
+        raise ValueError(f"{path} has {found} bytes, meta.json says {expected}; prepare the dataset again")
 
 
 def _hashed(folder: Path, meta: dict) -> Iterator[tuple[Path, str]]:

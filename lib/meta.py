@@ -95,3 +95,35 @@ def read_meta(folder: str | Path) -> DatasetMeta:
         if meta[name] != told:
             raise ValueError(f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}")
     return meta
+
+
+def kind_of_all(folders: list[str]) -> str:
+    """The kind of datasets together, chat where some are text. Raises ValueError where they do not go together."""
+    metas = [read_meta(folder) for folder in folders]
+    kinds = {meta.get("kind", "text") for meta in metas}
+    templates = {meta["template"] for meta in metas if "template" in meta}
+    if len(templates) > 1 or kinds > {"preference"}:
+        found = ", ".join(sorted(templates if len(templates) > 1 else kinds))
+        raise ValueError(f"--data {' '.join(folders)}: these do not go together ({found})")
+    return next(kind for kind in ("preference", "chat", "text") if kind in kinds)
+
+
+def counted_as(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def report(meta: dict):
+    """Print what is in a dataset and what was left out."""
+    for split, numbers in meta["splits"].items():
+        documents, num_bytes, tokens = (f"{numbers[name]:,}" for name in ("documents", "bytes", "tokens"))
+        per_token = numbers["bytes"] / numbers.get("targets", numbers["tokens"])
+        if "targets" in numbers:
+            targets = f"{numbers['targets']:,} targets of {num_bytes} bytes"
+            print(f"{split:5}  {documents} documents  {tokens} tokens, {targets}, {per_token:.2f} each")
+        else:
+            print(f"{split:5}  {documents} documents  {num_bytes} bytes  {tokens} tokens, {per_token:.2f} bytes each")
+    if "counts" in meta:
+        print(counted_as(meta["counts"]))
+    else:
+        duplicates, empty = meta["duplicate_documents"], meta["empty_documents"]
+        print(f"dropped {duplicates:,} exact duplicates and {empty:,} empty documents")

@@ -2,11 +2,14 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lib.disk import writing
 from lib.ranks import check_ranks
+
+MAX_PIECES = 1_000_000         # the largest vocabulary that is trained; LLaMA-3's has 128,256
 
 
 class Tokenizer:
@@ -153,6 +156,17 @@ def _download_ranks(name: str) -> bytes:
         ) from None
     in_order = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order)
+
+
+def trained_size(spec: str) -> int | None:
+    """The size in `train:SIZE`; None for any other tokenizer. Raises ValueError for a size that cannot be trained."""
+    if not spec.startswith("train:"):
+        return None
+    size = spec.removeprefix("train:")
+    if not (re.fullmatch("[0-9]{1,7}", size) and 300 < int(size) <= MAX_PIECES):
+        sizes = f"a vocabulary size above 300 and at most {MAX_PIECES:,}"
+        raise ValueError(f"--tokenizer {spec[:40]}: give {sizes}, such as train:4096")
+    return int(size)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
