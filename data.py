@@ -21,7 +21,6 @@ Which sequences a step trains on is a pure function of (seed, step).
 from lib.cli import run_command, spell  # isort: skip (first: lib refuses old Pythons and Windows)
 
 import functools
-import itertools
 import json
 import os
 import sys
@@ -33,15 +32,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib import chat_source, sources
+from lib import chat_source, order, sources
 from lib.chat_source import Chats, Cleaning, show
 from lib.datasets import IGNORE, TokenFiles
 from lib.disk import writing
 from lib.documents import encode_document, plain_bytes, read_pieces, train_on_documents
 from lib.files import new_folder
-from lib.layouts import Packed, Pairs, Piece, Row, Windows
-from lib.meta import kind_of_all, read_meta, report  # noqa: F401
-from lib.order import MIXTURE_BLOCK, draw_block, mixture_weights, one_ahead, shuffled
+from lib.layouts import Packed, Pairs, Piece, Row, Windows, positions
+from lib.meta import check_together, read_meta, report  # noqa: F401
+from lib.order import block_shares, mixture_weights, shuffled
 from lib.refusals import is_refusal  # noqa: F401 (part of what data.py offers)
 from lib.shards import (
     EncodedTask,
@@ -54,7 +53,8 @@ from lib.shards import (
     token_dtype,
 )
 from lib.sources import CORPORA, SUFFIXES, find_files
-from lib.tokenizer import Tokenizer, trained_size
+from lib.tokenizer import Tokenizer
+from lib.tokenizer_training import trained_size
 
 LAYOUTS = {"text": Windows, "chat": Packed, "preference": Pairs}
 
@@ -196,8 +196,7 @@ class Batch(NamedTuple):
 
     def positions(self) -> np.ndarray:
         """In packed rows (n, T) the place of each token in its document."""
-        begins, sizes = self.documents[:-1], np.diff(self.documents)
-        return (np.arange(self.tokens.size) - np.repeat(begins, sizes)).reshape(self.tokens.shape)
+        return positions(self.documents, self.tokens.shape)
 
     def to(self, device) -> "Batch":
         """As tensors: tokens and documents on the device; targets on the host, where the loss finds
@@ -210,14 +209,14 @@ class Batch(NamedTuple):
             tensor = torch.from_numpy(values)
             return tensor.pin_memory() if device.type == "cuda" else tensor
 
+        def copied(values: np.ndarray) -> torch.Tensor:
+            return host(values).to(device, non_blocking=True)
+
         documents = None
         if self.documents is not None:
-            positions, bounds = host(self.positions()), host(self.documents.astype(np.int32))
-            documents = Documents(
-                positions.to(device, non_blocking=True), bounds.to(device, non_blocking=True)
-            )
-        tokens = host(self.tokens).to(device, non_blocking=True)
-        return Batch(tokens, host(self.targets), documents, self.numbers)
+            bounds = self.documents.astype(np.int32)
+            documents = Documents(copied(self.positions()), copied(bounds))
+        return Batch(copied(self.tokens), host(self.targets), documents, self.numbers)
 
 
 class Dataset(TokenFiles):
@@ -279,23 +278,21 @@ def fill(rows: list[tuple[Dataset, Row]]) -> Batch:
         used = 0
         for file, start, size in row:
             bounds.append(number * width + used)
-            tokens[number, used : used + size] = data.files[file][start : start + size]
-            targets[number, used : used + size] = data.targets(file, start + 1, start + size + 1)
+            place = slice(used, used + size)
+            tokens[number, place], targets[number, place] = data.read(file, start, size)
             used += size
         if used < width:  # what is left over is as another document, without targets
             bounds.append(number * width + used)
-        largest = max(tokens[number].max(), targets[number].max())
-        if largest >= data.meta["vocab_size"]:
-            known = data.meta["vocab_size"]
-            raise ValueError(f"{data.folder} has a token {largest}, its vocabulary only {known}")
-    packed = isinstance(layout, Packed)
-    return Batch(tokens, targets, np.array([*bounds, tokens.size]) if packed else None)
+    if not isinstance(layout, Packed):
+        return Batch(tokens, targets)
+    bounds.append(tokens.size)
+    return Batch(tokens, targets, np.array(bounds))
 
 
 class Mixture:
     """Datasets drawn from together, each source `FOLDER` or `FOLDER:WEIGHT`.
 
-    Every MIXTURE_BLOCK sequences have exactly the proportions of the weights, in an order shuffled
+    Every 1,000 sequences have exactly the proportions of the weights, in an order shuffled
     anew for each block; each source goes through its own epochs. Conversations are always packed,
     and texts that are drawn with them too. Raises ValueError for a bad weight, and for sources of
     different tokenizers or templates, or pairs among others.
@@ -303,18 +300,10 @@ class Mixture:
 
     def __init__(self, sources: tuple[str, ...], split: str, seq_len: int, packed: bool = False):
         self.folders, self.weights = mixture_weights(sources)
-        self.kind = kind_of_all(self.folders)
+        self.kind = check_together(self.folders)
         self.packed = self.kind == "chat" or self.kind == "text" and packed
         self.parts = [Dataset(folder, split, seq_len, self.packed) for folder in self.folders]
-        for part in self.parts:
-            if part.meta["tokenizer"]["sha256"] != self.parts[0].meta["tokenizer"]["sha256"]:
-                problem = f"was made with another tokenizer than {self.folders[0]}"
-                raise ValueError(f"--data {part.folder} {problem}")
-        ends = [round(end * MIXTURE_BLOCK) for end in itertools.accumulate(self.weights)]
-        self.shares = tuple(zip([0, *ends], ends))  # of each source in a block: begin and end
-        for source, (begin, end) in zip(sources, self.shares):
-            if begin == end:
-                raise ValueError(f"--data {source}: its share is below 1 in {MIXTURE_BLOCK}")
+        self.shares = block_shares(sources, self.weights)
 
     def __len__(self) -> int:
         """How many sequences the sources have together: an epoch."""
@@ -322,10 +311,9 @@ class Mixture:
 
     def draw(self, number: int, seed: int) -> tuple[int, int]:
         """(source, index) of the sequence that is drawn as number `number` of the run."""
-        if len(self.parts) == 1:
-            return 0, self.parts[0].index(number, seed)
-        block, place = divmod(number, MIXTURE_BLOCK)
-        source, drawn = draw_block(self.shares, block, seed)[place]
+        source, drawn = 0, number
+        if len(self.parts) > 1:
+            source, drawn = order.draw(self.shares, number, seed)
         return source, self.parts[source].index(drawn, seed)
 
     def numbers(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> range:
@@ -353,14 +341,14 @@ class Mixture:
         def make(step: int) -> list[Batch]:
             numbers = self.numbers(step, config.batch_size, rank, world)
             size = config.micro_batch or len(numbers)
-            parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+            parts = order.in_parts(numbers, size)
             return [self.batch(part, config.seed).to(device) for part in parts]
 
         def begin():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
 
-        return one_ahead(make, steps, begin)
+        return order.one_ahead(make, steps, begin)
 
     def validation(self, config, rank: int, world: int) -> Iterator[tuple[int, Batch, int]]:
         """This rank's part of --eval_tokens: the number of the source, a batch on the host, and how
@@ -373,9 +361,9 @@ class Mixture:
             rows_each = part.layout.rows_each
             share = int(config.eval_tokens * weight) // (rows_each * config.seq_len)
             indices = part.spread_indices(max(1, share))
-            for start in range(0, len(indices), size * world):
-                local = indices[start : start + size * world][rank::world]
-                batch = part.batch([*local, *indices[:1] * (size - len(local))])
+            for local in order.shared_among_ranks(indices, size, rank, world):
+                filler = indices[:1] * (size - len(local))
+                batch = part.batch(local + filler)
                 batch.targets[rows_each * len(local) :] = IGNORE
                 yield source, batch, len(local)
 
@@ -385,11 +373,8 @@ class Mixture:
 
     def epochs(self, count: int) -> dict[str, float]:
         """How often each source has been gone through after count sequences."""
-        passes = {}
-        for folder, (begin, end), part in zip(self.folders, self.shares, self.parts):
-            share = (end - begin) / MIXTURE_BLOCK
-            passes[folder] = round(count * share / len(part), 4)
-        return passes
+        sizes = [len(part) for part in self.parts]
+        return dict(zip(self.folders, order.passes(self.shares, sizes, count)))
 
 
 # ---- command line ----

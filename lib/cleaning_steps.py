@@ -36,6 +36,12 @@ def html_to_markdown(turns: list[Turn]) -> list[Turn]:
     return [turn._replace(text=_markdown(turn.text)) if html else turn for turn, html in zip(turns, is_html)]
 
 
+def _code_language(block) -> str:
+    """What the class of a block of code says of its language."""
+    found = re.findall(r'class="[^"]*language-(\w+)', str(block))
+    return found[0] if found else ""
+
+
 def _markdown(html: str) -> str:
     bs4 = _library("bs4", "html")
     try:
@@ -45,9 +51,8 @@ def _markdown(html: str) -> str:
     for block in soup.find_all("pre"):
         if block.code:
             block.contents = [block.code]  # beside the code there may be a bar with its language and a button
-    language = lambda block: (re.findall(r'class="[^"]*language-(\w+)', str(block)) or [""])[0]
     options = {f"escape_{what}": False for what in ("asterisks", "underscores", "misc")}
-    options |= {"heading_style": "ATX", "bullets": "-", "code_language_callback": language}
+    options |= {"heading_style": "ATX", "bullets": "-", "code_language_callback": _code_language}
     try:
         return _library("markdownify", "html").MarkdownConverter(**options).convert_soup(soup).strip()
     except RecursionError:
@@ -86,7 +91,8 @@ def mend_roles(turns: list[Turn]) -> list[Turn]:
     system, rest = (joined[:1], joined[1:]) if joined[0].role == "system" else ([], joined)
     if not {turn.role for turn in rest} <= {"user", "assistant"}:
         return []
-    rest = rest[rest[0].role == "assistant" :]
+    if rest[0].role == "assistant":
+        rest = rest[1:]
     rest = rest[: len(rest) // 2 * 2]
     return system + rest if rest else []
 

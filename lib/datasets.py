@@ -62,6 +62,15 @@ class TokenFiles:
         if self.masks:
             check_uncut(self.masks[file])
 
+    def read(self, file: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The inputs and targets of a piece. Raises ValueError for a token outside the vocabulary."""
+        inputs = self.files[file][start : start + size]
+        targets = self.targets(file, start + 1, start + size + 1)
+        largest = max(inputs.max(initial=0), targets.max(initial=0))
+        if largest >= self.meta["vocab_size"]:
+            raise ValueError(f"{self.folder} has a token {largest}, its vocabulary only {self.meta['vocab_size']}")
+        return inputs, targets
+
     def targets(self, file: int, begin: int, end: int) -> np.ndarray:
         """A file's tokens as targets."""
         tokens = self.files[file][begin:end]

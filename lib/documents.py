@@ -14,7 +14,8 @@ import numpy as np
 
 from lib.records import parse_json
 from lib.shards import Encoded, drop_copies_and_split
-from lib.tokenizer import Tokenizer, train_tokenizer
+from lib.tokenizer import Tokenizer
+from lib.tokenizer_training import train_tokenizer
 
 SEPARATOR = "<|endoftext|>"    # divides the documents of a .txt file that has it
 PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blank line after this many characters
@@ -116,7 +117,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _split_text(file) -> Iterator[str]:
-    blocks = lambda: iter(lambda: file.read(PIECE_CHARS), "")
+    def blocks() -> Iterator[str]:
+        return iter(lambda: file.read(PIECE_CHARS), "")
+
     tail, separated = "", False
     for block in blocks():
         separated = SEPARATOR in tail + block

@@ -92,6 +92,12 @@ class Pairs:
         return min(self.seq_len, math.ceil(longest / ROUND) * ROUND)
 
 
+def positions(bounds: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """In packed rows the place of each token in its document; bounds are those of the rows laid end to end."""
+    place = np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+    return place.reshape(shape)
+
+
 def cut(file: int, bounds: np.ndarray, seq_len: int) -> np.ndarray:
     """The pieces (N, 3) of a file's documents; the last token of a document has no target and is no input."""
     starts, inputs = bounds[:-1], np.diff(bounds) - 1

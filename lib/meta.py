@@ -97,7 +97,7 @@ def read_meta(folder: str | Path) -> DatasetMeta:
     return meta
 
 
-def kind_of_all(folders: list[str]) -> str:
+def check_together(folders: list[str]) -> str:
     """The kind of datasets together, chat where some are text. Raises ValueError where they do not go together."""
     metas = [read_meta(folder) for folder in folders]
     kinds = {meta.get("kind", "text") for meta in metas}
@@ -105,6 +105,9 @@ def kind_of_all(folders: list[str]) -> str:
     if len(templates) > 1 or kinds > {"preference"}:
         found = ", ".join(sorted(templates if len(templates) > 1 else kinds))
         raise ValueError(f"--data {' '.join(folders)}: these do not go together ({found})")
+    for folder, meta in zip(folders, metas):
+        if meta["tokenizer"]["sha256"] != metas[0]["tokenizer"]["sha256"]:
+            raise ValueError(f"--data {folder} was made with another tokenizer than {folders[0]}")
     return next(kind for kind in ("preference", "chat", "text") if kind in kinds)
 
 

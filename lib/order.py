@@ -3,6 +3,7 @@
 import bisect
 import functools
 import hashlib
+import itertools
 import math
 import os
 from collections import Counter
@@ -40,9 +41,25 @@ def mixture_weights(sources: tuple[str, ...]) -> tuple[list[str], list[float]]:
     return folders, [weight / sum(weights) for weight in weights]
 
 
+def block_shares(sources: tuple[str, ...], weights: list[float]) -> tuple[tuple[int, int], ...]:
+    """Of each source the begin and end of its share in a block. Raises ValueError for one without any."""
+    ends = [round(end * MIXTURE_BLOCK) for end in itertools.accumulate(weights)]
+    shares = tuple(zip([0, *ends], ends))
+    for source, (begin, end) in zip(sources, shares):
+        if begin == end:
+            raise ValueError(f"--data {source}: its share is below 1 in {MIXTURE_BLOCK}")
+    return shares
+
+
+def draw(shares: tuple[tuple[int, int], ...], number: int, seed: int) -> tuple[int, int]:
+    """(source, how many were drawn from it before) of the sequence that a mixture draws as number `number`."""
+    block, place = divmod(number, MIXTURE_BLOCK)
+    return _draw_block(shares, block, seed)[place]
+
+
 @functools.lru_cache(maxsize=8)
-def draw_block(shares: tuple[tuple[int, int], ...], block: int, seed: int) -> list[tuple[int, int]]:
-    """(source, how many were drawn from it before) of each sequence of a block of a mixture."""
+def _draw_block(shares: tuple[tuple[int, int], ...], block: int, seed: int) -> list[tuple[int, int]]:
+    """What `draw` says of each sequence of a block."""
     ends = [end for _, end in shares]
     drawn = [block * (end - begin) for begin, end in shares]
     pairs = []
@@ -51,6 +68,11 @@ def draw_block(shares: tuple[tuple[int, int], ...], block: int, seed: int) -> li
         pairs.append((source, drawn[source]))
         drawn[source] += 1
     return pairs
+
+
+def passes(shares: tuple[tuple[int, int], ...], sizes: list[int], count: int) -> list[float]:
+    """How often each source, of this size, has been gone through after count sequences."""
+    return [round(count * ((end - begin) / MIXTURE_BLOCK) / size, 4) for (begin, end), size in zip(shares, sizes)]
 
 
 def shuffled(index: int, size: int, key: tuple[int, int]) -> int:
@@ -85,3 +107,13 @@ def one_ahead(make: Callable[[int], Made], steps: range, begin: Callable[[], Non
             made = ahead.result()
             ahead = pool.submit(make, step + 1) if step + 1 in steps else None
             yield made
+
+
+def in_parts(numbers: range, size: int) -> list[range]:
+    return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
+
+
+def shared_among_ranks(indices: list[int], size: int, rank: int, world: int) -> Iterator[list[int]]:
+    """This rank's part, at most size, of each batch of all ranks; every rank gets equally many, some perhaps empty."""
+    for start in range(0, len(indices), size * world):
+        yield indices[start : start + size * world][rank::world]

@@ -10,6 +10,10 @@ from lib.shards import Encoded
 from lib.tokenizer import Tokenizer
 
 
+def no_system(question: str) -> str:
+    return ""
+
+
 class Template(NamedTuple):
     """How conversations are written. BOS comes first and EOS ends every answer; a template has no other special token,
     so that `<|im_start|>` or `[INST]` are ordinary text, also where a user types them."""
@@ -19,7 +23,7 @@ class Template(NamedTuple):
     system: str = "{}\n\n"
     later: str = ""
     every_bos: bool = False      # BOS before every question, not only the first
-    default: Callable[[str], str] = lambda question: ""  # the system's text where there is none
+    default: Callable[[str], str] = no_system  # the system's text where there is none
 
 
 VICUNA = (

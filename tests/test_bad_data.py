@@ -34,7 +34,7 @@ from lib.cleaning import Cleaner, Cleaning
 from lib.cli import run_command
 from lib.meta import read_meta
 from lib.templates import render
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer_training import train_tokenizer
 from model import Adapter, ModelConfig, Transformer, adapter_settings, load, save, save_adapter
 
 LOCAL = {str(ROOT), str(ROOT / "lib")}

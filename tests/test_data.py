@@ -22,7 +22,7 @@ from data import IGNORE, Dataset, Mixture, Tokenizer, prepare, shuffled
 from lib.documents import PIECE_CHARS, read_documents, split_documents
 from lib.shards import ShardWriter, token_dtype
 from lib.sources import CHAT_SUFFIXES, CORPORA, SUFFIXES, Corpus, download, find_files
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer_training import train_tokenizer
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Assistant: <|endoftext|> <unk> <0x0A> [/INST]"
 
