@@ -201,22 +201,17 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         """As tensors: tokens and documents on the device; targets on the host, where the loss finds
         what to leave out without waiting. Pinned memory lets the copies run beside the work."""
-        import torch
-
         from lib.kernels import Documents
-
-        def host(values: np.ndarray) -> torch.Tensor:
-            tensor = torch.from_numpy(values)
-            return tensor.pin_memory() if device.type == "cuda" else tensor
-
-        def copied(values: np.ndarray) -> torch.Tensor:
-            return host(values).to(device, non_blocking=True)
+        from lib.tensors import copied, pinned
 
         documents = None
         if self.documents is not None:
-            bounds = self.documents.astype(np.int32)
-            documents = Documents(copied(self.positions()), copied(bounds))
-        return Batch(copied(self.tokens), host(self.targets), documents, self.numbers)
+            documents = Documents(
+                copied(self.positions(), device),
+                copied(self.documents.astype(np.int32), device),
+            )
+        tokens = copied(self.tokens, device)
+        return Batch(tokens, pinned(self.targets, device), documents, self.numbers)
 
 
 class Dataset(TokenFiles):

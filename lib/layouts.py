@@ -23,7 +23,9 @@ class Windows:
     def __init__(self, files: list[np.ndarray], bounds: list[np.ndarray], seq_len: int):
         self.seq_len = seq_len
         self.counts = [max(0, (len(tokens) - 1) // seq_len) for tokens in files]
-        self.num_targets = sum(len(tokens) - 1 for tokens in files)  # all but the first of a file
+        self.num_targets = sum(
+            len(tokens) - 1 for tokens in files
+        )  # all but the first of a file
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -49,17 +51,26 @@ class Packed:
 
     def __init__(self, files: list[np.ndarray], bounds: list[np.ndarray], seq_len: int):
         self.seq_len = seq_len
-        pieces = np.concatenate([cut(file, begins, seq_len) for file, begins in enumerate(bounds)])
+        pieces = np.concatenate(
+            [cut(file, begins, seq_len) for file, begins in enumerate(bounds)]
+        )
         row_of = pack(pieces[:, 2], seq_len)
         self.table = pieces[np.argsort(row_of, kind="stable")]
         self.first = np.concatenate(([0], np.cumsum(np.bincount(row_of))))
-        self.num_targets = int(self.table[:, 2].sum())  # all but the first token of each document
+        self.num_targets = int(
+            self.table[:, 2].sum()
+        )  # all but the first token of each document
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def __getitem__(self, index: int) -> list[Row]:
-        return [[tuple(piece) for piece in self.table[self.first[index] : self.first[index + 1]].tolist()]]
+        return [
+            [
+                tuple(piece)
+                for piece in self.table[self.first[index] : self.first[index + 1]].tolist()
+            ]
+        ]
 
     def width(self, rows: list[Row]) -> int:
         return self.seq_len
@@ -75,7 +86,9 @@ class Pairs:
 
     def __init__(self, files: list[np.ndarray], bounds: list[np.ndarray], seq_len: int):
         self.bounds, self.seq_len = bounds, seq_len
-        self.ends = np.cumsum([(len(begins) - 1) // 2 for begins in bounds])  # of each file, in pairs
+        self.ends = np.cumsum(
+            [(len(begins) - 1) // 2 for begins in bounds]
+        )  # of each file, in pairs
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -102,10 +115,14 @@ def cut(file: int, bounds: np.ndarray, seq_len: int) -> np.ndarray:
     """The pieces (N, 3) of a file's documents; the last token of a document has no target and is no input."""
     starts, inputs = bounds[:-1], np.diff(bounds) - 1
     per_document = -(-inputs // seq_len)
-    number = np.arange(per_document.sum()) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+    number = np.arange(per_document.sum()) - np.repeat(
+        np.cumsum(per_document) - per_document, per_document
+    )
     offset = number * seq_len
     sizes = np.minimum(seq_len, np.repeat(inputs, per_document) - offset)
-    return np.stack((np.full_like(sizes, file), np.repeat(starts, per_document) + offset, sizes), 1)
+    return np.stack(
+        (np.full_like(sizes, file), np.repeat(starts, per_document) + offset, sizes), 1
+    )
 
 
 def pack(sizes: np.ndarray, room: int) -> np.ndarray:
@@ -115,7 +132,9 @@ def pack(sizes: np.ndarray, room: int) -> np.ndarray:
     [1, 0, 0, 1, 1]
     """
     rows = np.empty(len(sizes), np.int64)
-    room = min(room, int(sizes.sum()))  # in more there would be as many rows, and a longer table
+    room = min(
+        room, int(sizes.sum())
+    )  # in more there would be as many rows, and a longer table
     by_room = [[] for _ in range(room + 1)]  # the rows that have this much room left
     open_rows = 0  # bit r is set where by_room[r] is not empty
     count = 0

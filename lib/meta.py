@@ -54,7 +54,9 @@ class DatasetMeta(TypedDict):
     bos: Id
     eos: Id
     kind: NotRequired[Literal["text", "chat", "preference"]]  # text where it is missing
-    template: NotRequired[str]  # of conversations and pairs, as max_len and the numbers of targets
+    template: NotRequired[
+        str
+    ]  # of conversations and pairs, as max_len and the numbers of targets
     max_len: NotRequired[Annotated[int, Meta(ge=2, le=2**62)]]
     splits: Splits
 
@@ -72,7 +74,9 @@ def read_dataset_meta(path: Path) -> DatasetMeta:
             found = sum(file.get(sum_of, 0) for file in split["files"])
             if found != split.get(sum_of, 0):
                 told = split.get(sum_of, 0)
-                raise ValueError(f"{path}: field splits.{name}.{sum_of} is {told}, its files have {found}")
+                raise ValueError(
+                    f"{path}: field splits.{name}.{sum_of} is {told}, its files have {found}"
+                )
     for name, there in fields.items():
         if there != (kind != "text"):
             problem = "is missing" if kind != "text" else "does not belong there"
@@ -90,10 +94,18 @@ def read_meta(folder: str | Path) -> DatasetMeta:
     file, expected = meta["tokenizer"]["file"], meta["tokenizer"]["sha256"]
     if tokenizer.sha256 != expected:
         found = tokenizer.sha256[:12]
-        raise ValueError(f"{folder}: {file} has SHA-256 {found}…, the dataset was made with {expected[:12]}…")
-    for name, told in (("vocab_size", tokenizer.vocab_size), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        raise ValueError(
+            f"{folder}: {file} has SHA-256 {found}…, the dataset was made with {expected[:12]}…"
+        )
+    for name, told in (
+        ("vocab_size", tokenizer.vocab_size),
+        ("bos", tokenizer.bos_id),
+        ("eos", tokenizer.eos_id),
+    ):
         if meta[name] != told:
-            raise ValueError(f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}")
+            raise ValueError(
+                f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}"
+            )
     return meta
 
 
@@ -107,7 +119,9 @@ def check_together(folders: list[str]) -> str:
         raise ValueError(f"--data {' '.join(folders)}: these do not go together ({found})")
     for folder, meta in zip(folders, metas):
         if meta["tokenizer"]["sha256"] != metas[0]["tokenizer"]["sha256"]:
-            raise ValueError(f"--data {folder} was made with another tokenizer than {folders[0]}")
+            raise ValueError(
+                f"--data {folder} was made with another tokenizer than {folders[0]}"
+            )
     return next(kind for kind in ("preference", "chat", "text") if kind in kinds)
 
 
@@ -118,13 +132,19 @@ def counted_as(counts: dict[str, int]) -> str:
 def report(meta: dict):
     """Print what is in a dataset and what was left out."""
     for split, numbers in meta["splits"].items():
-        documents, num_bytes, tokens = (f"{numbers[name]:,}" for name in ("documents", "bytes", "tokens"))
+        documents, num_bytes, tokens = (
+            f"{numbers[name]:,}" for name in ("documents", "bytes", "tokens")
+        )
         per_token = numbers["bytes"] / numbers.get("targets", numbers["tokens"])
         if "targets" in numbers:
             targets = f"{numbers['targets']:,} targets of {num_bytes} bytes"
-            print(f"{split:5}  {documents} documents  {tokens} tokens, {targets}, {per_token:.2f} each")
+            print(
+                f"{split:5}  {documents} documents  {tokens} tokens, {targets}, {per_token:.2f} each"
+            )
         else:
-            print(f"{split:5}  {documents} documents  {num_bytes} bytes  {tokens} tokens, {per_token:.2f} bytes each")
+            print(
+                f"{split:5}  {documents} documents  {num_bytes} bytes  {tokens} tokens, {per_token:.2f} bytes each"
+            )
     if "counts" in meta:
         print(counted_as(meta["counts"]))
     else:

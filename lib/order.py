@@ -32,12 +32,18 @@ def mixture_weights(sources: tuple[str, ...]) -> tuple[list[str], list[float]]:
         try:
             weights.append(float(weight))
         except ValueError:
-            raise ValueError(f"--data {source}: {weight} is no number; write FOLDER or FOLDER:WEIGHT") from None
+            raise ValueError(
+                f"--data {source}: {weight} is no number; write FOLDER or FOLDER:WEIGHT"
+            ) from None
         folders.append(folder)
         if not 0 < weights[-1] < math.inf:
             raise ValueError(f"--data {source}: the weight must be above 0")
-    if twice := [name for name, count in Counter(map(os.path.realpath, folders)).items() if count > 1]:
-        raise ValueError(f"--data {' '.join(sources)} names {twice[0]} twice; FOLDER:WEIGHT draws more often from one")
+    if twice := [
+        name for name, count in Counter(map(os.path.realpath, folders)).items() if count > 1
+    ]:
+        raise ValueError(
+            f"--data {' '.join(sources)} names {twice[0]} twice; FOLDER:WEIGHT draws more often from one"
+        )
     return folders, [weight / sum(weights) for weight in weights]
 
 
@@ -58,7 +64,9 @@ def draw(shares: tuple[tuple[int, int], ...], number: int, seed: int) -> tuple[i
 
 
 @functools.lru_cache(maxsize=8)
-def _draw_block(shares: tuple[tuple[int, int], ...], block: int, seed: int) -> list[tuple[int, int]]:
+def _draw_block(
+    shares: tuple[tuple[int, int], ...], block: int, seed: int
+) -> list[tuple[int, int]]:
     """What `draw` says of each sequence of a block."""
     ends = [end for _, end in shares]
     drawn = [block * (end - begin) for begin, end in shares]
@@ -72,7 +80,10 @@ def _draw_block(shares: tuple[tuple[int, int], ...], block: int, seed: int) -> l
 
 def passes(shares: tuple[tuple[int, int], ...], sizes: list[int], count: int) -> list[float]:
     """How often each source, of this size, has been gone through after count sequences."""
-    return [round(count * ((end - begin) / MIXTURE_BLOCK) / size, 4) for (begin, end), size in zip(shares, sizes)]
+    return [
+        round(count * ((end - begin) / MIXTURE_BLOCK) / size, 4)
+        for (begin, end), size in zip(shares, sizes)
+    ]
 
 
 def shuffled(index: int, size: int, key: tuple[int, int]) -> int:
@@ -99,7 +110,9 @@ def shuffled(index: int, size: int, key: tuple[int, int]) -> int:
             return index
 
 
-def one_ahead(make: Callable[[int], Made], steps: range, begin: Callable[[], None]) -> Iterator[Made]:
+def one_ahead(
+    make: Callable[[int], Made], steps: range, begin: Callable[[], None]
+) -> Iterator[Made]:
     """make(step) for each step, one ahead of its use, in a thread that begins with begin()."""
     with ThreadPoolExecutor(1, initializer=begin) as pool:
         ahead = pool.submit(make, steps[0]) if steps else None
@@ -113,7 +126,9 @@ def in_parts(numbers: range, size: int) -> list[range]:
     return [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
 
 
-def shared_among_ranks(indices: list[int], size: int, rank: int, world: int) -> Iterator[list[int]]:
+def shared_among_ranks(
+    indices: list[int], size: int, rank: int, world: int
+) -> Iterator[list[int]]:
     """This rank's part, at most size, of each batch of all ranks; every rank gets equally many, some perhaps empty."""
     for start in range(0, len(indices), size * world):
         yield indices[start : start + size * world][rank::world]
