@@ -21,7 +21,6 @@ Which sequences a step trains on is a pure function of (seed, step).
 from lib.cli import run_command, spell  # isort: skip (first: lib refuses old Pythons and Windows)
 
 import functools
-import json
 import os
 import sys
 from collections import Counter
@@ -34,12 +33,11 @@ import numpy as np
 
 from lib import chat_source, order, sources
 from lib.chat_source import Chats, Cleaning, show
-from lib.datasets import IGNORE, TokenFiles
-from lib.disk import writing
+from lib.datasets import IGNORE, TokenFiles, check_all_uncut
 from lib.documents import encode_document, plain_bytes, read_pieces, train_on_documents
 from lib.files import new_folder
 from lib.layouts import Packed, Pairs, Piece, Row, Windows, positions
-from lib.meta import check_together, read_meta, report  # noqa: F401
+from lib.meta import check_together, read_meta, report, write_meta  # noqa: F401
 from lib.order import block_shares, mixture_weights, shuffled
 from lib.refusals import is_refusal  # noqa: F401 (part of what data.py offers)
 from lib.shards import (
@@ -66,8 +64,9 @@ LAYOUTS = {"text": Windows, "chat": Packed, "preference": Pairs}
 class Config(chat_source.Flags, sources.Flags):
     """Prepare a dataset folder from text."""
 
-    show: str | None = None  # instead print examples of this folder, what the loss counts in brackets
-    n: int = 3               # so many
+    show: str | None = None
+    """instead print examples of this folder, what the loss counts in brackets"""
+    n: int = 3  # so many
 
 
 class Text:
@@ -125,15 +124,18 @@ def make_dataset(config: sources.Flags, source: Text) -> dict:
     The result does not depend on the number of workers. Raises ValueError for bad input; the folder
     appears only when everything in it is complete.
     """
-    out, workers = Path(config.out), config.workers or os.cpu_count()
+    out = Path(config.out)
+    workers = config.workers or os.cpu_count()
     sources.check(config, workers)
     files = find_files(config.source, out.parent / "downloads", source.suffixes)
     with new_folder(out) as folder:
         meta = write_dataset(folder, source, files, config.val_fraction, workers)
-        flags = {"source": config.source, "out": config.out, "tokenizer": config.tokenizer}
-        meta["command"] = spell(["python", "data.py"], flags | source.flags)
-        with writing(folder / "meta.json"):
-            (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+        flags = {
+            "source": config.source,
+            "out": config.out,
+            "tokenizer": config.tokenizer,
+        }
+        write_meta(folder, meta, spell(["python", "data.py"], flags | source.flags))
     return meta
 
 
@@ -147,10 +149,19 @@ def write_dataset(
     tokenizer.save(folder)
     path = str(folder / tokenizer.file)
     items = drop_copies_and_split(
-        source.items(), source.content, val_fraction, folder / "seen.db", source.counts, source.group
+        source.items(),
+        source.content,
+        val_fraction,
+        folder / "seen.db",
+        source.counts,
+        source.group,
     )
     tasks = group_tasks(items, source.size)
-    work = functools.partial(encode_task, encode=source.encode, tokenizer_path=path)
+    work = functools.partial(
+        encode_task,
+        encode=source.encode,
+        tokenizer_path=path,
+    )
     writer = ShardWriter(folder, token_dtype(tokenizer.vocab_size))
     with tqdm(**source.progress(), desc="tokenizing", file=sys.stderr) as bar:
         for task in map_in_order(work, tasks, workers):
@@ -191,7 +202,7 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray  # these are torch's tensors after `to`, documents a lib.kernels.Documents
     targets: np.ndarray
-    documents: np.ndarray | None = None  # of packed rows laid end to end: the begin of each, the end
+    documents: np.ndarray | None = None  # packed rows end to end: where documents begin, and end
     numbers: Sequence[int] = range(0)    # of the sequences in the run
 
     def positions(self) -> np.ndarray:
@@ -217,23 +228,17 @@ class Batch(NamedTuple):
 class Dataset(TokenFiles):
     """One split of a dataset folder as sequences, laid out as its kind asks, or packed.
 
-    Raises ValueError when the folder is missing or incomplete, or its files are not what meta.json
-    says.
+    Raises ValueError when the folder is incomplete, or its files are not what meta.json says.
     """
 
     def __init__(self, folder: str | Path, split: str, seq_len: int, packed: bool = False):
         super().__init__(folder, split, seq_len)
         kind = self.meta.get("kind", "text")
         layout = Packed if packed and kind == "text" else LAYOUTS[kind]
-        bounds = self.bounds
-        if layout is Packed and bounds is None:
-            bounds = [self.find_documents(file) for file in range(len(self.files))]
-        self.layout = layout(self.files, bounds, seq_len)
-        if layout is Windows and not len(self):
-            problem = f"no {split} file has {seq_len + 1} tokens, one of --seq_len {seq_len}"
-            raise ValueError(f"{folder}: {problem}")
+        self.layout = layout(self)
         counts = self.meta["splits"][split]
-        self.bytes_per_target = counts["bytes"] / (counts.get("targets") or self.layout.num_targets)
+        num_targets = counts.get("targets") or self.layout.num_targets
+        self.bytes_per_target = counts["bytes"] / num_targets
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -267,8 +272,7 @@ def fill(rows: list[tuple[Dataset, Row]]) -> Batch:
     tokens = np.zeros((len(rows), width), np.int64)
     targets = np.full_like(tokens, IGNORE)
     bounds = []
-    for data, file in {(data, file) for data, row in rows for file, _, _ in row}:
-        data.check_uncut(file)
+    check_all_uncut(rows)
     for number, (data, row) in enumerate(rows):
         used = 0
         for file, start, size in row:
@@ -349,7 +353,7 @@ class Mixture:
         """This rank's part of --eval_tokens: the number of the source, a batch on the host, and how
         many of its sequences count.
 
-        Every rank makes the same number of batches of one shape, filled up with what has no targets.
+        Every rank makes the same number of batches of one shape, filled up without targets.
         """
         size = config.micro_batch or max(1, config.batch_size // world)
         for source, (part, weight) in enumerate(zip(self.parts, self.weights)):
@@ -369,7 +373,8 @@ class Mixture:
     def epochs(self, count: int) -> dict[str, float]:
         """How often each source has been gone through after count sequences."""
         sizes = [len(part) for part in self.parts]
-        return dict(zip(self.folders, order.passes(self.shares, sizes, count)))
+        passes = order.passes(self.shares, sizes, count)
+        return dict(zip(self.folders, passes))
 
 
 # ---- command line ----

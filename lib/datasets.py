@@ -26,11 +26,8 @@ class TokenFiles:
     """
 
     def __init__(self, folder: str | Path, split: str, seq_len: int):
-        self.folder, self.seq_len, self.meta = (
-            folder,
-            seq_len,
-            read_meta(folder),
-        )
+        self.folder, self.split, self.seq_len = folder, split, seq_len
+        self.meta = read_meta(folder)
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         entries = self.meta["splits"][split]["files"]
         self.files, self.masks, self.bounds = [], None, None
@@ -161,6 +158,12 @@ def changed_file(
             if digest != expected:
                 return f"{path} has SHA-256 {digest[:12]}…, meta.json says {expected[:12]}…; prepare the dataset again"
     return ""
+
+
+def check_all_uncut(rows: list[tuple[TokenFiles, list[tuple[int, int, int]]]]):
+    """Raise ValueError where a file that these pieces are read from has become shorter."""
+    for data, file in {(data, file) for data, row in rows for file, _, _ in row}:
+        data.check_uncut(file)
 
 
 def check_uncut(tokens: np.memmap):

@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+from lib.datasets import TokenFiles
+
 ROUND = 64  # rows of pairs are padded to a multiple of this
 
 Piece = tuple[int, int, int]
@@ -20,12 +22,14 @@ class Windows:
 
     rows_each = 1
 
-    def __init__(self, files: list[np.ndarray], bounds: list[np.ndarray], seq_len: int):
-        self.seq_len = seq_len
-        self.counts = [max(0, (len(tokens) - 1) // seq_len) for tokens in files]
-        self.num_targets = sum(
-            len(tokens) - 1 for tokens in files
-        )  # all but the first of a file
+    def __init__(self, data: TokenFiles):
+        sizes = [len(tokens) - 1 for tokens in data.files]
+        self.seq_len = data.seq_len
+        self.counts = [max(0, size // data.seq_len) for size in sizes]
+        self.num_targets = sum(sizes)  # all but the first of a file
+        if not sum(self.counts):
+            problem = f"no {data.split} file has {data.seq_len + 1} tokens"
+            raise ValueError(f"{data.folder}: {problem}, one of --seq_len {data.seq_len}")
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -49,17 +53,17 @@ class Packed:
 
     rows_each = 1
 
-    def __init__(self, files: list[np.ndarray], bounds: list[np.ndarray], seq_len: int):
-        self.seq_len = seq_len
-        pieces = np.concatenate(
-            [cut(file, begins, seq_len) for file, begins in enumerate(bounds)]
-        )
-        row_of = pack(pieces[:, 2], seq_len)
+    def __init__(self, data: TokenFiles):
+        self.seq_len = data.seq_len
+        pieces = []
+        for file in range(len(data.files)):
+            bounds = data.bounds[file] if data.bounds else data.find_documents(file)
+            pieces.append(cut(file, bounds, data.seq_len))
+        pieces = np.concatenate(pieces)
+        row_of = pack(pieces[:, 2], data.seq_len)
         self.table = pieces[np.argsort(row_of, kind="stable")]
         self.first = np.concatenate(([0], np.cumsum(np.bincount(row_of))))
-        self.num_targets = int(
-            self.table[:, 2].sum()
-        )  # all but the first token of each document
+        self.num_targets = int(self.table[:, 2].sum())  # all but the first token of each document
 
     def __len__(self) -> int:
         return len(self.first) - 1
@@ -84,11 +88,11 @@ class Pairs:
 
     rows_each = 2
 
-    def __init__(self, files: list[np.ndarray], bounds: list[np.ndarray], seq_len: int):
-        self.bounds, self.seq_len = bounds, seq_len
-        self.ends = np.cumsum(
-            [(len(begins) - 1) // 2 for begins in bounds]
-        )  # of each file, in pairs
+    def __init__(self, data: TokenFiles):
+        self.bounds = data.bounds
+        self.seq_len = data.seq_len
+        sizes = [(len(begins) - 1) // 2 for begins in data.bounds]
+        self.ends = np.cumsum(sizes)  # of each file, in pairs
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -1,10 +1,12 @@
 """meta.json, which says what is in a dataset folder: its fields, and the check that they fit together."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from lib.disk import writing
 from lib.records import checked, read_json
 from lib.tokenizer import Tokenizer
 
@@ -123,6 +125,13 @@ def check_together(folders: list[str]) -> str:
                 f"--data {folder} was made with another tokenizer than {folders[0]}"
             )
     return next(kind for kind in ("preference", "chat", "text") if kind in kinds)
+
+
+def write_meta(folder: Path, meta: dict, command: str):
+    """Write meta.json, with what to type to make the dataset again."""
+    meta["command"] = command
+    with writing(folder / "meta.json"):
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 
 
 def counted_as(counts: dict[str, int]) -> str:
