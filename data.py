@@ -13,9 +13,8 @@ The way of a corpus, in `write_dataset`:
 5. The tokens are written to flat files `{train,val}_{00000…}.bin`, described by meta.json, in a
    folder that gets its name only when it is complete.
 
-A `Dataset` is one split of such a folder, as the sequences that a layout of lib/layouts.py cuts it
-into: windows of text, rows packed with whole documents, or pairs. `Mixture` draws from several.
-Which sequences a step trains on is a pure function of (seed, step).
+A `Dataset` is one split of such a folder as sequences, by a layout of lib/layouts.py. `Mixture`
+draws from several. Which sequences a step trains on is a pure function of (seed, step).
 """
 
 from lib.cli import run_command, spell  # isort: skip (first: lib refuses old Pythons and Windows)
@@ -245,7 +244,8 @@ class Dataset(TokenFiles):
 
     def index(self, number: int, seed: int) -> int:
         """The sequence that is drawn as number `number`: an epoch is each once, shuffled anew."""
-        return shuffled(number % len(self), len(self), (seed, number // len(self)))
+        epoch, place = divmod(number, len(self))
+        return shuffled(place, len(self), (seed, epoch))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The sequences of these indices. Raises ValueError for a token outside the vocabulary."""

@@ -225,7 +225,7 @@ MUTANTS = [
            'largest >= self.meta["vocab_size"]:', 'largest > self.meta["vocab_size"]:',
            "data: damaged_dataset or outside_the_voc"),
     Mutant("every epoch goes through the data in the same order", "data.py",
-           "(seed, number // len(self))", "(seed, 0)", "data: every_epoch"),
+           "(seed, epoch)", "(seed, 0)", "data: every_epoch"),
     Mutant("every block of a mixture draws the same sequences", "lib/order.py",
            "drawn = [block * (end - begin)", "drawn = [0 * (end - begin)",
            "data: exactly_its_proportions"),
