@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import TokenDataset, Tokenizer, read_meta
+from data import Dataset, Tokenizer, read_meta
 from lib import probe
 from lib.documents import read_documents
 from lib.files import write_whole
@@ -465,7 +465,7 @@ def perplexity(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Ques
         if "template" in meta:
             raise ValueError(f"--data {path} holds conversations; perplexity is that of text")
         largest = max((file["tokens"] for file in meta["splits"]["val"]["files"]), default=0)
-        val = TokenDataset(path, "val", max(1, min(room, largest - 1)))
+        val = Dataset(path, "val", max(1, min(room, largest - 1)))
         if meta["tokenizer"]["sha256"] != tokenizer.sha256:
             raise ValueError(f"--data {path} was made with another tokenizer than the model's {tokenizer.name}")
         begins = [np.flatnonzero(tokens == meta["bos"]) for tokens in val.files]

@@ -223,17 +223,7 @@ class MicroBatch(NamedTuple):
 
 
 def to_device(batch: Batch, device: torch.device, numbers: range = range(0)) -> MicroBatch:
-    """Pinned memory lets the copies run beside the device's work."""
-
-    def host(values) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory() if device.type == "cuda" else tensor
-
-    documents = None
-    if batch.bounds is not None:
-        positions, bounds = (host(values).to(device, non_blocking=True) for values in batch.documents())
-        documents = Documents(positions, bounds)
-    return MicroBatch(host(batch.tokens).to(device, non_blocking=True), host(batch.targets), documents, numbers)
+    return batch._replace(numbers=numbers).to(device)
 
 
 def step_batches(data: Mixture, config: Config, step: int, device: torch.device) -> list[MicroBatch]:
@@ -268,7 +258,7 @@ def validation_batches(val: Mixture, config: Config, device: torch.device) -> It
             mine = indices[start : start + size * world][rank::world]
             rows = part.batch([*mine, *indices[:1] * (size - len(mine))])
             rows.targets[rows_each * len(mine) :] = IGNORE
-            yield source, to_device(rows if val.packed else rows._replace(bounds=None), device), len(mine)
+            yield source, to_device(rows, device), len(mine)
 
 
 def rows_of(data: Mixture) -> int:

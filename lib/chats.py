@@ -6,7 +6,12 @@ from pathlib import Path
 
 from lib.chat_formats import Turn, read_conversations
 
-FOLLOWS = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+FOLLOWS = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+}
 
 
 def in_order(turns: list[Turn]) -> list[Turn]:
@@ -43,7 +48,11 @@ def exchanges(turns: list[Turn]) -> tuple[str, list[tuple[str, str | None]]]:
 
 
 def usable(
-    files: list[Path], format: str, clean: Callable[[list[Turn], str], list[Turn] | None], counts: Counter, bad: list
+    files: list[Path],
+    format: str,
+    clean: Callable[[list[Turn], str], list[Turn] | None],
+    counts: Counter,
+    bad: list,
 ) -> Iterator[tuple[list[Turn], ...]]:
     """The sides of every good record, cleaned and in order; what is wrong with the others goes to bad."""
     for record in (record for path in files for record in read_conversations(path, format)):
@@ -65,7 +74,9 @@ def usable(
             continue
         counts["pairs" if len(sides) == 2 else "conversations"] += 1
         if counts["pairs"] and counts["conversations"]:
-            raise ValueError(f"{record.place}: preference pairs and conversations are mixed; prepare them apart")
+            raise ValueError(
+                f"{record.place}: preference pairs and conversations are mixed; prepare them apart"
+            )
         yield sides
 
 
@@ -81,7 +92,3 @@ def _check_sides(sides: tuple[list[Turn], ...]):
         raise ValueError("chosen and rejected differ before the last answer")
     if len(sides) == 2 and sides[0] == sides[1]:
         raise ValueError("chosen and rejected are the same")
-
-
-def counted_as(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())

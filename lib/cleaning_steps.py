@@ -10,7 +10,9 @@ from lib.chat_formats import Turn
 from lib.refusals import is_refusal
 
 HTML_ANSWER = re.compile(r"<(?:p|div|ol|ul|pre|h[1-6]|blockquote)\b.*>", re.DOTALL)
-ABOUT_HTML = re.compile(r"\b(?:html|css|xml|svg|jsx|markup|tags?|web ?(?:page|site))\b|<\w", re.IGNORECASE)
+ABOUT_HTML = re.compile(
+    r"\b(?:html|css|xml|svg|jsx|markup|tags?|web ?(?:page|site))\b|<\w", re.IGNORECASE
+)
 
 
 def _library(name: str, flag: str):
@@ -33,7 +35,16 @@ def html_to_markdown(turns: list[Turn]) -> list[Turn]:
         and ('<div class="markdown' in turn.text or not ABOUT_HTML.search(question))
         for turn, question in zip(turns, asked)
     ]
-    return [turn._replace(text=_markdown(turn.text)) if html else turn for turn, html in zip(turns, is_html)]
+    return [
+        turn._replace(text=_markdown(turn.text)) if html else turn
+        for turn, html in zip(turns, is_html)
+    ]
+
+
+def _code_language(block) -> str:
+    """What the class of a block of code says of its language."""
+    found = re.findall(r'class="[^"]*language-(\w+)', str(block))
+    return found[0] if found else ""
 
 
 def _markdown(html: str) -> str:
@@ -41,15 +52,27 @@ def _markdown(html: str) -> str:
     try:
         soup = bs4.BeautifulSoup(html, "html.parser")
     except bs4.ParserRejectedMarkup as error:
-        raise ValueError(f"an answer is HTML that cannot be read ({str(error).splitlines()[-1].strip()})") from None
+        raise ValueError(
+            f"an answer is HTML that cannot be read ({str(error).splitlines()[-1].strip()})"
+        ) from None
     for block in soup.find_all("pre"):
         if block.code:
-            block.contents = [block.code]  # beside the code there may be a bar with its language and a button
-    language = lambda block: (re.findall(r'class="[^"]*language-(\w+)', str(block)) or [""])[0]
+            block.contents = [
+                block.code
+            ]  # beside the code there may be a bar with its language and a button
     options = {f"escape_{what}": False for what in ("asterisks", "underscores", "misc")}
-    options |= {"heading_style": "ATX", "bullets": "-", "code_language_callback": language}
+    options |= {
+        "heading_style": "ATX",
+        "bullets": "-",
+        "code_language_callback": _code_language,
+    }
     try:
-        return _library("markdownify", "html").MarkdownConverter(**options).convert_soup(soup).strip()
+        return (
+            _library("markdownify", "html")
+            .MarkdownConverter(**options)
+            .convert_soup(soup)
+            .strip()
+        )
     except RecursionError:
         raise ValueError("an answer is HTML that cannot be read (nested too deeply)") from None
 
@@ -65,7 +88,9 @@ def _tidy(text: str) -> str:
     text = re.sub("[\u00a0\u202f\u3000]", " ", text)
     text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff\ud800-\udfff]", "", text)
     text = re.sub(r"\n{4,}", "\n\n\n", text)
-    return re.sub(r"\A(?:[ \t]*\n)+|\A (?=\S)", "", text.rstrip())  # \s+\Z would try every blank of a long run
+    return re.sub(
+        r"\A(?:[ \t]*\n)+|\A (?=\S)", "", text.rstrip()
+    )  # \s+\Z would try every blank of a long run
 
 
 def drop_empty(turns: list[Turn]) -> list[Turn]:
@@ -86,7 +111,8 @@ def mend_roles(turns: list[Turn]) -> list[Turn]:
     system, rest = (joined[:1], joined[1:]) if joined[0].role == "system" else ([], joined)
     if not {turn.role for turn in rest} <= {"user", "assistant"}:
         return []
-    rest = rest[rest[0].role == "assistant" :]
+    if rest[0].role == "assistant":
+        rest = rest[1:]
     rest = rest[: len(rest) // 2 * 2]
     return system + rest if rest else []
 
@@ -96,10 +122,14 @@ def in_language(language: str):
     langid = _library("py3langid.langid", "language")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     if language not in identifier.labels:
-        raise ValueError(f"--language {language} is none of {', '.join(sorted(identifier.labels))}")
+        raise ValueError(
+            f"--language {language} is none of {', '.join(sorted(identifier.labels))}"
+        )
 
     def step(turns: list[Turn]) -> list[Turn]:
-        text = re.sub(r"```.*?```", " ", "\n".join(turn.text for turn in turns), flags=re.DOTALL)[:5000]
+        text = re.sub(
+            r"```.*?```", " ", "\n".join(turn.text for turn in turns), flags=re.DOTALL
+        )[:5000]
         found, probability = identifier.classify(text)
         other = found != language and probability > 0.95 and sum(map(str.isalpha, text)) >= 40
         return [] if other else turns
@@ -112,13 +142,19 @@ def cut_refusals(turns: list[Turn]) -> list[Turn]:
 
     All after it goes too, since people answer a refusal; what is left is the beginning of a real conversation.
     """
-    refused = (i for i, turn in enumerate(turns) if turn.role == "assistant" and is_refusal(turn.text))
+    refused = (
+        i for i, turn in enumerate(turns) if turn.role == "assistant" and is_refusal(turn.text)
+    )
     kept = turns[: next(refused, len(turns) + 1) - 1]
     return kept if kept and kept[-1].role == "assistant" else []
 
 
 def drop_short(chars: int):
-    return lambda turns: [] if any(turn.role == "assistant" and len(turn.text) < chars for turn in turns) else turns
+    return lambda turns: (
+        []
+        if any(turn.role == "assistant" and len(turn.text) < chars for turn in turns)
+        else turns
+    )
 
 
 def drop_long(chars: int):

@@ -1,6 +1,7 @@
 """A command: its flags from a dataclass, bad input as one sentence."""
 
 import functools
+import shlex
 import subprocess
 import sys
 import traceback
@@ -31,6 +32,17 @@ def run_command(main, config_class, defaults=None):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def spell(command: list[str], flags: dict) -> str:
+    """What to type for these flags, as `--bos`, `--no_bos` or `--source a b`."""
+    words = [*command]
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def git_commit() -> str:

@@ -4,13 +4,18 @@ import contextlib
 import gzip
 import itertools
 import json
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from lib.records import parse_json
-from lib.shards import drop_copies_and_split
+from lib.shards import Encoded, drop_copies_and_split
+from lib.tokenizer import Tokenizer
+from lib.tokenizer_training import train_tokenizer
 
 SEPARATOR = "<|endoftext|>"    # divides the documents of a .txt file that has it
 PIECE_CHARS = 16_384           # a .txt file without it is cut at the first blank line after this many characters
@@ -112,7 +117,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _split_text(file) -> Iterator[str]:
-    blocks = lambda: iter(lambda: file.read(PIECE_CHARS), "")
+    def blocks() -> Iterator[str]:
+        return iter(lambda: file.read(PIECE_CHARS), "")
+
     tail, separated = "", False
     for block in blocks():
         separated = SEPARATOR in tail + block
@@ -150,23 +157,49 @@ def cut(blocks: Iterable[str], size: int) -> Iterator[str]:
         yield buffer[start:]
 
 
-def split_documents(
-    files: list[Path], val_fraction: float, database: Path, counts: Counter
-) -> Iterator[tuple[str, str]]:
-    """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one."""
-
-    def texts() -> Iterator[str]:
-        for text in (piece for path in files for document in read_documents(path) for piece in cut_document(document)):
-            if text.strip():
-                yield text
-            else:
-                counts["empty"] += 1
-
-    return drop_copies_and_split(texts(), str.encode, val_fraction, database, counts)
+def read_pieces(files: list[Path], counts: Counter) -> Iterator[str]:
+    """The documents of all files, too long ones in pieces; empty ones are only counted."""
+    for path in files:
+        for document in read_documents(path):
+            for text in cut_document(document):
+                if text.strip():
+                    yield text
+                else:
+                    counts["empty"] += 1
 
 
 def cut_document(text: str) -> Iterable[str]:
     return cut([text], DOCUMENT_CHARS) if len(text) > DOCUMENT_CHARS else [text]
+
+
+def encode_document(text: str, tokenizer: Tokenizer) -> tuple[list[Encoded], dict[str, int]]:
+    """A document as tokens between BOS and EOS."""
+    ids = np.array(tokenizer.encode(text, bos=True, eos=True), np.uint32)
+    return [Encoded(ids, None, len(text.encode()))], {}
+
+
+def split_documents(
+    files: list[Path], val_fraction: float, database: Path, counts: Counter
+) -> Iterator[tuple[str, str]]:
+    """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one."""
+    return drop_copies_and_split(read_pieces(files, counts), str.encode, val_fraction, database, counts)
+
+
+def train_on_documents(files: list[Path], vocab_size: int, val_fraction: float, folder: Path) -> Path:
+    """Train a tokenizer on the training documents; its file in folder."""
+    total = sum(path.stat().st_size for path in files)
+    megabytes = min(total, TOKENIZER_CHARS) / 1e6
+    print(f"training a tokenizer of {vocab_size} pieces on {megabytes:.1f} MB", file=sys.stderr)
+    path = folder / "tokenizer.model"
+    train_tokenizer(tokenizer_texts(files, val_fraction, folder / "seen.db", total), vocab_size, path)
+    return path
+
+
+def plain_bytes(files: list[Path]) -> int | None:
+    """How many bytes of text are in the files; None where some are packed."""
+    if any(path.name.endswith((".gz", ".parquet")) for path in files):
+        return None
+    return sum(path.stat().st_size for path in files)
 
 
 def tokenizer_texts(files: list[Path], val_fraction: float, database: Path, total: int) -> Iterator[str]:

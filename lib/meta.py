@@ -1,10 +1,12 @@
 """meta.json, which says what is in a dataset folder: its fields, and the check that they fit together."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from lib.disk import writing
 from lib.records import checked, read_json
 from lib.tokenizer import Tokenizer
 
@@ -54,7 +56,9 @@ class DatasetMeta(TypedDict):
     bos: Id
     eos: Id
     kind: NotRequired[Literal["text", "chat", "preference"]]  # text where it is missing
-    template: NotRequired[str]  # of conversations and pairs, as max_len and the numbers of targets
+    template: NotRequired[
+        str
+    ]  # of conversations and pairs, as max_len and the numbers of targets
     max_len: NotRequired[Annotated[int, Meta(ge=2, le=2**62)]]
     splits: Splits
 
@@ -72,7 +76,9 @@ def read_dataset_meta(path: Path) -> DatasetMeta:
             found = sum(file.get(sum_of, 0) for file in split["files"])
             if found != split.get(sum_of, 0):
                 told = split.get(sum_of, 0)
-                raise ValueError(f"{path}: field splits.{name}.{sum_of} is {told}, its files have {found}")
+                raise ValueError(
+                    f"{path}: field splits.{name}.{sum_of} is {told}, its files have {found}"
+                )
     for name, there in fields.items():
         if there != (kind != "text"):
             problem = "is missing" if kind != "text" else "does not belong there"
@@ -90,8 +96,66 @@ def read_meta(folder: str | Path) -> DatasetMeta:
     file, expected = meta["tokenizer"]["file"], meta["tokenizer"]["sha256"]
     if tokenizer.sha256 != expected:
         found = tokenizer.sha256[:12]
-        raise ValueError(f"{folder}: {file} has SHA-256 {found}…, the dataset was made with {expected[:12]}…")
-    for name, told in (("vocab_size", tokenizer.vocab_size), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        raise ValueError(
+            f"{folder}: {file} has SHA-256 {found}…, the dataset was made with {expected[:12]}…"
+        )
+    for name, told in (
+        ("vocab_size", tokenizer.vocab_size),
+        ("bos", tokenizer.bos_id),
+        ("eos", tokenizer.eos_id),
+    ):
         if meta[name] != told:
-            raise ValueError(f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}")
+            raise ValueError(
+                f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}"
+            )
     return meta
+
+
+def check_together(folders: list[str]) -> str:
+    """The kind of datasets together, chat where some are text. Raises ValueError where they do not go together."""
+    metas = [read_meta(folder) for folder in folders]
+    kinds = {meta.get("kind", "text") for meta in metas}
+    templates = {meta["template"] for meta in metas if "template" in meta}
+    if len(templates) > 1 or kinds > {"preference"}:
+        found = ", ".join(sorted(templates if len(templates) > 1 else kinds))
+        raise ValueError(f"--data {' '.join(folders)}: these do not go together ({found})")
+    for folder, meta in zip(folders, metas):
+        if meta["tokenizer"]["sha256"] != metas[0]["tokenizer"]["sha256"]:
+            raise ValueError(
+                f"--data {folder} was made with another tokenizer than {folders[0]}"
+            )
+    return next(kind for kind in ("preference", "chat", "text") if kind in kinds)
+
+
+def write_meta(folder: Path, meta: dict, command: str):
+    """Write meta.json, with what to type to make the dataset again."""
+    meta["command"] = command
+    with writing(folder / "meta.json"):
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2))
+
+
+def counted_as(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def report(meta: dict):
+    """Print what is in a dataset and what was left out."""
+    for split, numbers in meta["splits"].items():
+        documents, num_bytes, tokens = (
+            f"{numbers[name]:,}" for name in ("documents", "bytes", "tokens")
+        )
+        per_token = numbers["bytes"] / numbers.get("targets", numbers["tokens"])
+        if "targets" in numbers:
+            targets = f"{numbers['targets']:,} targets of {num_bytes} bytes"
+            print(
+                f"{split:5}  {documents} documents  {tokens} tokens, {targets}, {per_token:.2f} each"
+            )
+        else:
+            print(
+                f"{split:5}  {documents} documents  {num_bytes} bytes  {tokens} tokens, {per_token:.2f} bytes each"
+            )
+    if "counts" in meta:
+        print(counted_as(meta["counts"]))
+    else:
+        duplicates, empty = meta["duplicate_documents"], meta["empty_documents"]
+        print(f"dropped {duplicates:,} exact duplicates and {empty:,} empty documents")

@@ -9,9 +9,10 @@ import sqlite3
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,25 @@ def drop_copies_and_split(
     database.unlink()
 
 
+class Encoded(NamedTuple):
+    """A document as tokens."""
+
+    ids: Sequence[int]
+    mask: Sequence[int] | None  # 1 where the loss counts a token; None where it counts all
+    num_bytes: int              # of the text whose tokens the loss counts, in UTF-8
+
+
+class EncodedTask(NamedTuple):
+    """The documents of a task end to end; without any, no tokens."""
+
+    split: str
+    ids: np.ndarray | None
+    mask: np.ndarray | None
+    sizes: list[int]            # of the documents, in tokens
+    num_bytes: int
+    counts: Counter             # of what was left out or split
+
+
 def group_tasks(documents: Iterator[tuple[str, object]], size: Callable[..., int] = len) -> Iterator[tuple[str, list]]:
     """Group documents of one split into tasks of about TASK_CHARS characters."""
     waiting, sizes = {"train": [], "val": []}, Counter()
@@ -63,7 +83,9 @@ def group_tasks(documents: Iterator[tuple[str, object]], size: Callable[..., int
         if sizes[split] >= TASK_CHARS:
             yield split, waiting[split]
             waiting[split], sizes[split] = [], 0
-    yield from ((split, texts) for split, texts in waiting.items() if texts)
+    for split, texts in waiting.items():
+        if texts:
+            yield split, texts
 
 
 def _end_with_parent():
@@ -81,12 +103,24 @@ def worker_tokenizer(path: str) -> Tokenizer:
     return Tokenizer(path)
 
 
-def tokenize(task: tuple[str, list[str]], tokenizer_path: str) -> tuple[str, np.ndarray, int, int]:
-    """In a worker: (split, tokens of all documents with BOS and EOS, number of documents, their UTF-8 bytes)."""
-    split, texts = task
+def encode_task(task: tuple[str, list], encode: Callable, tokenizer_path: str) -> EncodedTask:
+    """In a worker: encode(item, tokenizer) gives the documents of an item, and what was counted, for all items."""
+    split, items = task
     tokenizer = worker_tokenizer(tokenizer_path)
-    ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype=np.uint32) for text in texts]
-    return split, np.concatenate(ids), len(texts), sum(len(text.encode()) for text in texts)
+    documents, counts = [], Counter()
+    for item in items:
+        encoded, counted = encode(item, tokenizer)
+        documents += encoded
+        counts.update(counted)
+    sizes = [len(document.ids) for document in documents]
+    num_bytes = sum(document.num_bytes for document in documents)
+    if not documents:
+        return EncodedTask(split, None, None, sizes, num_bytes, counts)
+    ids = np.concatenate([np.array(document.ids, np.uint32) for document in documents])
+    mask = None
+    if documents[0].mask is not None:
+        mask = np.concatenate([np.array(document.mask, np.uint8) for document in documents])
+    return EncodedTask(split, ids, mask, sizes, num_bytes, counts)
 
 
 def map_in_order(function, tasks, workers: int) -> Iterator:

@@ -16,6 +16,32 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 CHAT_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
 
+MAX_WORKERS = 1024             # far more than a machine has cores
+
+
+@dataclass
+class Flags:
+    source: tuple[str, ...] = ("stdlib",)
+    """stdlib, files or folders, or a public corpus: tinyshakespeare, tinystories, fineweb-edu (its first 16 files), c4
+    (its first 8); with --template alpaca, dolly, oasst, hh-rlhf. Downloads go to a folder `downloads` beside --out"""
+    out: str = "data/stdlib"            # the folder to make
+    tokenizer: str = "train:4096"       # a file or a model's folder, gpt2, cl100k_base, bytes, or train:SIZE
+    val_fraction: float = 0.05          # of the documents, chosen by their hash
+    workers: int = 0                    # processes; 0 takes all cores
+
+
+def check(flags: Flags, workers: int):
+    """Raise ValueError for what cannot be prepared, before anything is read or downloaded."""
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"--workers {workers} must be at least 1 and at most {MAX_WORKERS}, or 0 for all cores")
+    if not all(flags.source) or not flags.source:
+        raise ValueError('--source names nothing ("" is no file); give a file, a folder or a name such as stdlib')
+    if Path(flags.out).exists() or Path(flags.out).is_symlink():
+        raise ValueError(f"--out {flags.out} exists; choose another folder or delete it")
+    if not 0 < flags.val_fraction < 1:
+        raise ValueError(f"--val_fraction {flags.val_fraction} must lie between 0 and 1")
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A public corpus that `--source NAME` downloads."""

@@ -1,16 +1,17 @@
 """How conversations are written for a model, and which of their tokens the loss counts."""
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from lib.chat_formats import INPUT, Turn
 from lib.chats import exchanges
-from lib.shards import worker_tokenizer
+from lib.shards import Encoded
 from lib.tokenizer import Tokenizer
+
+
+def no_system(question: str) -> str:
+    return ""
 
 
 class Template(NamedTuple):
@@ -22,7 +23,7 @@ class Template(NamedTuple):
     system: str = "{}\n\n"
     later: str = ""
     every_bos: bool = False      # BOS before every question, not only the first
-    default: Callable[[str], str] = lambda question: ""  # the system's text where there is none
+    default: Callable[[str], str] = no_system  # the system's text where there is none
 
 
 VICUNA = (
@@ -88,13 +89,7 @@ def _render_exchange(
     return ids + said, [0] * len(ids) + [1] * len(said)
 
 
-class Rendered(NamedTuple):
-    ids: list[int]
-    mask: list[int]
-    num_bytes: int  # of the answers that the mask holds, in UTF-8
-
-
-def split_to_fit(turns: list[Turn], template: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Rendered], int]:
+def split_to_fit(turns: list[Turn], template: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Encoded], int]:
     """A conversation as pieces of at most max_len tokens, and how many exchanges did not fit alone and are left out.
 
     Each piece holds as many exchanges as it can and begins with the system's text, as a conversation of its own.
@@ -105,47 +100,39 @@ def split_to_fit(turns: list[Turn], template: str, tokenizer: Tokenizer, max_len
     for pair in pairs:
         ids, mask = _render_exchange(pair, system, template, tokenizer, first=False)
         if len(ids) <= room:
-            pieces[-1] = Rendered(*(a + b for a, b in zip(pieces[-1], (ids, mask, len(pair[1].encode())))))
+            pieces[-1] = Encoded(*(a + b for a, b in zip(pieces[-1], (ids, mask, len(pair[1].encode())))))
         else:
             ids, mask = _render_exchange(pair, system, template, tokenizer, first=True)
             if len(ids) > max_len:
                 dropped, room = dropped + 1, 0
                 continue
-            pieces.append(Rendered(ids, mask, len(pair[1].encode())))
+            pieces.append(Encoded(ids, mask, len(pair[1].encode())))
         room = max_len - len(pieces[-1].ids)
     return pieces, dropped
 
 
-def render_pair(sides: tuple[list[Turn], list[Turn]], template: str, tokenizer: Tokenizer) -> list[Rendered]:
+def render_pair(sides: tuple[list[Turn], list[Turn]], template: str, tokenizer: Tokenizer) -> list[Encoded]:
     """Both conversations of a preference pair; the masks hold only the last answers and their EOS."""
     rendered = []
     for turns in sides:
         ids, mask = render(turns, template, tokenizer)
         end_of_question = len(mask) - mask[::-1].index(0)
         mask[:end_of_question] = [0] * end_of_question
-        rendered.append(Rendered(ids, mask, len(turns[-1].text.encode())))
+        rendered.append(Encoded(ids, mask, len(turns[-1].text.encode())))
     return rendered
 
 
-def render_task(task: tuple[str, list], tokenizer_path: str, template: str, max_len: int):
-    """In a worker: (split, tokens and mask of all conversations, their sizes, bytes of answers, what was counted)."""
-    split, records = task
-    tokenizer = worker_tokenizer(tokenizer_path)
-    documents, counts = [], Counter()
-    for sides in records:
-        if len(sides) == 1:
-            pieces, dropped = split_to_fit(sides[0], template, tokenizer, max_len)
-            counts["exchanges_too_long"] += dropped
-            counts["split"] += len(pieces) > 1
-        else:
-            pieces = render_pair(sides, template, tokenizer)
-            if max(len(piece.ids) for piece in pieces) > max_len:
-                counts["pairs_too_long"] += 1
-                continue
-        documents += pieces
-    ids, mask = (np.array([value for piece in documents for value in piece[i]], np.uint32) for i in range(2))
-    sizes, num_bytes = [len(piece.ids) for piece in documents], sum(piece.num_bytes for piece in documents)
-    return split, ids, mask, sizes, num_bytes, counts
+def encode_conversation(
+    sides: tuple[list[Turn], ...], tokenizer: Tokenizer, template: str, max_len: int
+) -> tuple[list[Encoded], dict[str, int]]:
+    """The documents of a conversation, or both of a pair, and what was too long or had to be split."""
+    if len(sides) == 1:
+        pieces, dropped = split_to_fit(sides[0], template, tokenizer, max_len)
+        return pieces, {"exchanges_too_long": dropped, "split": int(len(pieces) > 1)}
+    pieces = render_pair(sides, template, tokenizer)
+    if max(len(piece.ids) for piece in pieces) > max_len:
+        return [], {"pairs_too_long": 1}
+    return pieces, {}
 
 
 def bracketed(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
@@ -158,7 +145,8 @@ def bracketed(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
     text, inside = "", 0
     for (counts, special), group in itertools.groupby(zip(ids, mask), lambda pair: (pair[1], names.get(pair[0]))):
         part = [i for i, _ in group]
-        text += ("⟦" if counts else "⟧") * (counts != inside)
+        if counts != inside:
+            text += "⟦" if counts else "⟧"
         text += special * len(part) if special else tokenizer.decode(part)
         inside = counts
-    return text + "⟧" * inside
+    return text + "⟧" if inside else text

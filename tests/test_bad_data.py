@@ -35,7 +35,7 @@ from lib.cli import run_command
 from lib.meta import read_meta
 from lib.peft import Adapter, adapter_settings, save_adapter
 from lib.templates import render
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer_training import train_tokenizer
 from model import ModelConfig, Transformer, load, save
 
 LOCAL = {str(ROOT), str(ROOT / "lib")}
@@ -631,7 +631,7 @@ def test_a_flag_without_sense_is_named(flags, message, sets, tmp_path, monkeypat
 
 
 def test_of_two_preparations_into_one_folder_one_is_told_and_the_other_good(sets, tmp_path, monkeypatch):
-    source, write, said = (str(sets["text"].parent / "texts.jsonl"),), data._write_dataset, []
+    source, write, said = (str(sets["text"].parent / "texts.jsonl"),), data.write_dataset, []
 
     def another_begins(*args, **options):
         if not said:
@@ -641,7 +641,7 @@ def test_of_two_preparations_into_one_folder_one_is_told_and_the_other_good(sets
             said.append(str(error.value))
         return write(*args, **options)
 
-    monkeypatch.setattr(data, "_write_dataset", another_begins)
+    monkeypatch.setattr(data, "write_dataset", another_begins)
     prepare(source, tmp_path / "d", "bytes", 0.3, workers=1)
     assert said[1] == f"{tmp_path / 'd'} is being written by another process right now; wait for it, or end it"
     use(tmp_path / "d")

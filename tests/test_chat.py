@@ -15,10 +15,11 @@ import pytest
 
 import eval
 from conftest import command
-from data import IGNORE, ChatDataset, Mixture, PackedDataset, PreferenceDataset, Tokenizer, prepare, prepare_chats, show
+from data import IGNORE, Batch, Dataset, Mixture, Tokenizer, fill, prepare, prepare_chats, show
 from lib.chat_formats import FORMATS, Turn, read_conversations
 from lib.chats import in_order, usable
 from lib.cleaning import Cleaning
+from lib.layouts import Packed, Pairs
 from lib.templates import TEMPLATES, bracketed, render, render_prompt, split_to_fit
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Response: <|im_end|> <|endoftext|> ASSISTANT: <unk> <0x0A> [/INST]"
@@ -342,8 +343,8 @@ def test_rows_hold_whole_conversations_and_only_answers_are_targets(tmp_path):
     """Traps 6 and 10: as rendered, each once, the targets by position."""
     talks = [talk(i, *[n + i % 3 for n in range(5, 50, 7 + i % 11)]) for i in range(200)]
     for template in ("plain", "llama2-chat"):
-        data = ChatDataset(chat_set(tmp_path, talks, 400, template), "train", 400)
-        found, (tokens, targets, bounds) = Counter(), data.batch(range(len(data)))
+        data = Dataset(chat_set(tmp_path, talks, 400, template), "train", 400)
+        found, (tokens, targets, bounds, _) = Counter(), data.batch(range(len(data)))
         for begin, end in zip(bounds, bounds[1:]):
             row, begin, end = begin // 400, begin % 400, (end - 1) % 400 + 1
             last = np.flatnonzero(targets[row, begin:end] != IGNORE)
@@ -369,7 +370,7 @@ def test_a_long_conversation_is_split_between_exchanges(template, tmp_path):
     turns = [Turn(role, f"{number} {text}") for number, (role, text) in enumerate(turns)]
     short = [talk(i, 9) for i in range(60)]
     folder = chat_set(tmp_path, [turns, *short], 900, template, val_fraction=0.1)
-    data = [ChatDataset(folder, split, 900) for split in ("train", "val")]
+    data = [Dataset(folder, split, 900) for split in ("train", "val")]
     holders = [part for part in data if b"0 Be kind." in bytes(part.files[0].astype(np.uint8))]
     assert len(holders) == 1  # all pieces are in one split
     (part,) = holders
@@ -399,7 +400,7 @@ def test_where_nothing_fits_that_is_said_and_where_half_does_a_run_ends(tmp_path
     with pytest.raises(ValueError, match="nothing is left of the records at --max_len 64: .*40 exchanges too long"):
         chat_set(tmp_path, [talk(i, 100) for i in range(40)], 64)
     folder = chat_set(tmp_path, [talk(i, 10 if i % 2 else 100) for i in range(200)], 64)
-    rows = len(ChatDataset(folder, "train", 64))
+    rows = len(Dataset(folder, "train", 64))
     run = tiny_run(data=folder, seq_len=64, steps=rows // 2, batch_size=4)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "targets" in line]
@@ -422,7 +423,7 @@ def test_a_set_for_longer_rows_and_one_without_its_mask_are_refused(tmp_path):
         kept = path.read_bytes()
         path.write_bytes(kept[:-8])
         with pytest.raises(ValueError, match=f"{suffix} has {len(kept) - 8} bytes, meta.json says {len(kept)}"):
-            ChatDataset(folder, "train", 300)
+            Dataset(folder, "train", 300)
         path.write_bytes(kept)
 
 
@@ -462,12 +463,12 @@ def pair_set(tmp_path) -> str:
 def test_a_pair_is_two_rows_whose_targets_are_the_last_answers(pair_set):
     data = Mixture((pair_set,), "train", 400)
     (part,) = data.parts
-    assert data.kind == "preference" and isinstance(part, PreferenceDataset) and not data.packed
+    assert data.kind == "preference" and isinstance(part.layout, Pairs) and not data.packed
     counts, split = part.meta["counts"], part.meta["splits"]["train"]
     assert counts["pairs"] == 120 and counts["pairs_too_long"] == 1 and 2 * len(part) == split["documents"]
     tokenizer, targets_seen = Tokenizer("bytes"), 0
     for index in range(len(part)):
-        tokens, targets, bounds = part.batch([index])
+        tokens, targets, bounds, _ = part.batch([index])
         width = tokens.shape[1]
         assert bounds is None and tokens.shape == targets.shape == (2, width) and (width % 64 == 0 or width == 400)
         chosen, rejected = (row[row != IGNORE].tolist() for row in targets)
@@ -486,7 +487,7 @@ def test_a_batch_of_pairs_is_as_wide_as_its_longest_and_any_number_of_ranks_read
     data = Mixture((pair_set,), "train", 400)
     whole = data.batch(data.numbers(3, 24), 5)
     used = (whole.targets != IGNORE).any(0).nonzero()[0].max() + 1
-    assert whole.tokens.shape == (48, min(400, -(-used // 64) * 64)) and whole.bounds is None
+    assert whole.tokens.shape == (48, min(400, -(-used // 64) * 64)) and whole.documents is None
     apart = [data.batch([number], 5).targets for number in data.numbers(3, 24)]
     assert (whole.targets != IGNORE).sum() == sum((targets != IGNORE).sum() for targets in apart)
     for world in (2, 3, 8):
@@ -508,9 +509,9 @@ def test_what_does_not_go_together_is_refused(tmp_path, pair_set, tiny_data):
         with pytest.raises(ValueError, match=f"these do not go together .{found}"):
             Mixture(tuple(map(str, sources)), "train", 512)
     mixed = Mixture((str(tiny_data), chats[0]), "train", 512)
-    assert mixed.kind == "chat" and mixed.packed and type(mixed.parts[0]) is PackedDataset
+    assert mixed.kind == "chat" and mixed.packed and type(mixed.parts[0].layout) is Packed
     batch = mixed.batch(range(40), 0)
-    assert batch.documents()[0].shape == batch.tokens.shape == (40, 512)
+    assert batch.positions().shape == batch.tokens.shape == (40, 512)
     with pytest.raises(ValueError, match="holds conversations; perplexity is that of text"):
         next(eval.perplexity(eval.Config("", "perplexity", chats[0]), Tokenizer("bytes"), 64))
     both = write_json(tmp_path / "both.json", [RECORDS["openai"], RECORDS["pairs"]])
@@ -587,8 +588,8 @@ def alpaca(shared, tmp_path_factory) -> str:
 
 @pytest.mark.slow
 def test_alpaca_is_packed_with_less_than_2_percent_padding(alpaca):
-    data = ChatDataset(alpaca, "train", 2048)
-    padding = 1 - data.table[:, 2].sum() / (len(data) * 2048)
+    data = Dataset(alpaca, "train", 2048)
+    padding = 1 - data.layout.table[:, 2].sum() / (len(data) * 2048)
     print(f"padding {padding:.2%} of {len(data)} rows")
     assert padding < 0.02
 
@@ -604,14 +605,15 @@ def test_packing_alpaca_trains_faster_than_padding_it(alpaca):
 
     model = Transformer(dataclasses.replace(SIZES["15M"], max_seq_len=2048))
     model.init_weights(0)
-    data, draw, ratios = ChatDataset(alpaca, "train", 2048), np.random.default_rng(0), []
+    data, draw, ratios = Dataset(alpaca, "train", 2048), np.random.default_rng(0), []
     for _ in range(9):
         packed = data.batch(draw.integers(len(data), size=2))
-        pieces = [[piece] for piece in data.table[draw.integers(len(data.table), size=32)].tolist()]
-        padded = data.fill(pieces, max(size for ((*_, size),) in pieces))._replace(bounds=None)
+        pieces = [[piece] for piece in data.layout.table[draw.integers(len(data.layout.table), size=32)].tolist()]
+        width, padded = max(size for ((*_, size),) in pieces), fill([(data, row) for row in pieces])
+        padded = Batch(padded.tokens[:, :width].copy(), padded.targets[:, :width].copy())
         speeds = []
         for batch in (packed, padded):
-            tokens, targets, documents = to_device(batch, torch.device("cpu"))
+            tokens, targets, documents, _ = to_device(batch, torch.device("cpu"))
             started = time.process_time()
             model.loss(tokens, targets, documents).backward()
             speeds.append((targets != IGNORE).sum().item() / (time.process_time() - started))
@@ -630,4 +632,4 @@ def test_texts_are_prepared_and_read_as_before(tmp_path):
     assert not {"kind", "template"} & meta.keys() and "targets" not in meta["splits"]["train"]
     assert {path.suffix for path in (tmp_path / "d").iterdir()} == {".bin", ".json", ".bytes"}
     data = Mixture((str(tmp_path / "d"),), "train", 16)
-    assert data.kind == "text" and not data.packed and data.batch([0], 0).bounds is None
+    assert data.kind == "text" and not data.packed and data.batch([0], 0).documents is None

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, command, flags
-from data import IGNORE, Mixture, PackedDataset, TokenDataset, Tokenizer, prepare, shuffled
+from data import IGNORE, Dataset, Mixture, Tokenizer, prepare, shuffled
 from lib.documents import PIECE_CHARS, read_documents, split_documents
 from lib.shards import ShardWriter, token_dtype
 from lib.sources import CHAT_SUFFIXES, CORPORA, SUFFIXES, Corpus, download, find_files
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer_training import train_tokenizer
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Assistant: <|endoftext|> <unk> <0x0A> [/INST]"
 
@@ -428,7 +428,7 @@ def test_token_files_are_divided_and_read_as_one(tmp_path, monkeypatch):
     meta = prepare((str(tmp_path / "in"),), tmp_path / "d", "bytes", 0.2, workers=1)
     files = meta["splits"]["train"]["files"]
     assert len(files) > 5 and [entry["file"] for entry in files[:2]] == ["train_00000.bin", "train_00001.bin"]
-    data = TokenDataset(tmp_path / "d", "train", 16)
+    data = Dataset(tmp_path / "d", "train", 16)
     assert len(data) == sum((entry["tokens"] - 1) // 16 for entry in files)
     assert data.batch(range(len(data))).tokens.shape == (len(data), 16)
 
@@ -492,7 +492,7 @@ def test_ids_above_65535_are_stored_in_four_bytes(tmp_path, shared):
     write_texts(tmp_path / "in", range(100))
     (tmp_path / "in" / "z.md").write_text("안녕하세요 " * 20)
     prepare((str(tmp_path / "in"),), tmp_path / "d", str(shared("gpt2_bpe/cl100k_base.tiktoken")), 0.1, workers=1)
-    data = TokenDataset(tmp_path / "d", "train", 8)
+    data = Dataset(tmp_path / "d", "train", 8)
     assert data.meta["dtype"] == "uint32" and data.batch(range(len(data))).tokens.max() > 65_535
 
 
@@ -538,9 +538,9 @@ def test_shuffled_is_a_permutation_that_differs_by_epoch(size):
         assert sum(moved) / size > size / 5  # a random permutation moves an item by a third of the size
 
 
-@pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
-def test_every_epoch_goes_through_the_data_in_another_order(kind, tiny_data):
-    data = kind(tiny_data, "train", 48)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_epoch_goes_through_the_data_in_another_order(packed, tiny_data):
+    data = Dataset(tiny_data, "train", 48, packed)
     size = len(data)
     epochs = [(0, 7), (1, 7), (2, 7), (0, 8)]  # with their seeds
     orders = [[data.index(epoch * size + i, seed) for i in range(size)] for epoch, seed in epochs]
@@ -569,10 +569,10 @@ def test_all_ranks_together_read_each_window_once_an_epoch(world, tiny_data):
 
 def test_windows_are_the_tokens_and_no_more(tiny_data):
     """Trap 11: no token past the count is ever returned."""
-    data = TokenDataset(tiny_data, "train", 10)
+    data = Dataset(tiny_data, "train", 10)
     flat = np.fromfile(tiny_data / "train_00000.bin", "<u2")
     assert len(data) == (len(flat) - 1) // 10
-    tokens, targets, _ = data.batch(range(len(data)))
+    tokens, targets, *_ = data.batch(range(len(data)))
     assert (tokens.ravel() == flat[: len(data) * 10]).all() and (targets.ravel() == flat[1 : len(data) * 10 + 1]).all()
     assert data.spread_indices(4) == [i * len(data) // 4 for i in range(4)]
     assert data.spread_indices(10**9) == list(range(len(data)))
@@ -586,7 +586,7 @@ def test_a_damaged_dataset_is_refused(tiny_data, tmp_path):
         shutil.copytree(tiny_data, folder)
         change(folder)
         with pytest.raises(ValueError) as error:
-            TokenDataset(folder, "train", 10).batch([0])
+            Dataset(folder, "train", 10).batch([0])
         return str(error.value)
 
     def truncated(folder):
@@ -618,17 +618,17 @@ def test_a_damaged_dataset_is_refused(tiny_data, tmp_path):
     assert "the dataset was made with" in damaged(other_tokenizer)
     assert "holds no tokenizer" in damaged(without_tokenizer)
     with pytest.raises(ValueError, match="no val file has 1000001 tokens"):
-        TokenDataset(tiny_data, "val", 1_000_000)
+        Dataset(tiny_data, "val", 1_000_000)
 
 
-@pytest.mark.parametrize("kind", [TokenDataset, PackedDataset])
-def test_an_id_outside_the_vocabulary_is_refused(kind, tiny_data, tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_id_outside_the_vocabulary_is_refused(packed, tiny_data, tmp_path):
     import shutil
 
     shutil.copytree(tiny_data, tmp_path / "d")
     tokens = np.memmap(tmp_path / "d" / "train_00000.bin", "<u2", "r+")
     tokens[5] = 258  # ids go from 0 to 257
-    data = kind(tmp_path / "d", "train", 10)
+    data = Dataset(tmp_path / "d", "train", 10, packed)
     with pytest.raises(ValueError, match="has a token 258, its vocabulary only 258"):
         data.batch(range(len(data)))
 
@@ -691,13 +691,13 @@ def test_rows_are_filled_with_whole_documents(tmp_path):
     for i, text in enumerate(texts):
         (tmp_path / "in" / f"{i:03}.md").write_text(text)
     prepare((str(tmp_path / "in"),), tmp_path / "d", "bytes", 0.05, workers=1)
-    data = PackedDataset(tmp_path / "d", "train", 64)
+    data = Dataset(tmp_path / "d", "train", 64, packed=True)
     flat = np.fromfile(tmp_path / "d" / "train_00000.bin", "<u2")
     documents = [tuple(part) for part in np.split(flat, np.flatnonzero(flat == 256)[1:])]
     pieces, used = Counter(), 0
     for index in range(len(data)):
-        tokens, targets, bounds = data.batch([index])
-        positions, _ = data.batch([index]).documents()
+        tokens, targets, bounds, _ = data.batch([index])
+        positions = data.batch([index]).positions()
         assert bounds[0] == 0 and bounds[-1] == 64 and (np.diff(bounds) > 0).all()
         for begin, end in zip(bounds, bounds[1:]):
             assert (positions[0, begin:end] == np.arange(end - begin)).all()
@@ -714,8 +714,8 @@ def test_a_dataset_whose_documents_begin_and_end_alike_is_packed_too(tmp_path, s
     """GPT-2's tokenizer has one token for both."""
     write_texts(tmp_path / "in", range(60))
     prepare((str(tmp_path / "in"),), tmp_path / "d", str(shared("gpt2_bpe/r50k_base.tiktoken")), 0.1, workers=1)
-    data = PackedDataset(tmp_path / "d", "train", 512)
-    tokens, targets, bounds = data.batch(range(len(data)))
+    data = Dataset(tmp_path / "d", "train", 512, packed=True)
+    tokens, targets, bounds, _ = data.batch(range(len(data)))
     inside = np.split(tokens.ravel(), bounds[1:-1])
     ends = np.split(targets.ravel(), bounds[1:-1])
     whole = [(a, b) for a, b in zip(inside, ends) if b[0] != IGNORE]

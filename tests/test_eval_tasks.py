@@ -428,7 +428,7 @@ def test_a_continuation_of_no_tokens_is_refused(llama, tmp_path):
     row = {"question": "a", "choices": {"text": ["b", ""], "label": ["A", "B"]}, "answerKey": "A"}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     broken = Tokenizer("bytes")
-    broken._encode = lambda text: list(text.rstrip().encode())  # one to which a blank at the end is nothing
+    broken.codec.encode = lambda text: list(text.rstrip().encode())  # one to which a blank at the end is nothing
     with pytest.raises(ValueError, match=r"t.jsonl:1: ' ' has no tokens"):
         questions_of(broken, "arc", tmp_path / "t.jsonl")
     assert questions_of(llama, "arc", tmp_path / "t.jsonl")[0].choices[1][1] == [29871]

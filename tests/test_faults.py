@@ -17,7 +17,7 @@ import pytest
 
 import train
 from conftest import ROOT, TINY_RUN, command, flags, run_ranks
-from data import ChatDataset, Mixture, mixture_weights
+from data import Dataset, Mixture, mixture_weights
 from eval import Config as EvalConfig
 from eval import World, curves
 from lib import files, opening, saving, shards
@@ -322,7 +322,7 @@ def test_bounds_that_do_not_rise_from_0_to_the_end_are_refused(tmp_path):
     for bounds in (whole[::-1], whole * 0, whole + 1, np.append(whole[:-1], whole[-1] - 1), huge):
         bounds.astype("<u8").tofile(path)
         with pytest.raises(ValueError, match=f"train_00000.bounds must rise from 0 to the {whole[-1]} tokens of its"):
-            ChatDataset(folder, "train", 64)
+            Dataset(folder, "train", 64)
 
 
 def test_a_data_file_that_is_cut_while_it_is_read_is_one_sentence(tiny_data, tmp_path):
@@ -331,8 +331,8 @@ def test_a_data_file_that_is_cut_while_it_is_read_is_one_sentence(tiny_data, tmp
     shutil.move(chat_set(tmp_path, [talk(i, 10) for i in range(60)], 64, val_fraction=0.2), tmp_path / "chats")
     code = f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from data import ChatDataset, TokenDataset
-for data, suffix in (TokenDataset("ds", "train", 32), ".bin"), (ChatDataset("chats", "train", 64), ".mask"):
+from data import Dataset
+for data, suffix in (Dataset("ds", "train", 32), ".bin"), (Dataset("chats", "train", 64), ".mask"):
     data.batch([0])
     os.truncate(data.folder + "/train_00000" + suffix, 10)
     try:

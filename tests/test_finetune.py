@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import train
 from conftest import additions, assert_same_but_for_rounding, byte_data, command
-from data import TokenDataset
+from data import Dataset
 from lib import kernels
 from lib.objectives import noise
 from model import IGNORE, Transformer, load
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def test_an_epoch_is_every_sequence_once_rounded_up_to_a_whole_step(tiny_run, tmp_path, capsys):
     data = byte_data(tmp_path, 60)
-    sequences = len(TokenDataset(data, "train", 32))
+    sequences = len(Dataset(data, "train", 32))
     assert sequences % 12
     run = tiny_run(data=str(data), epochs=2, batch_size=12, save_every="0.5epoch", eval_every="1epoch", keep=9)
     steps, half = math.ceil(2 * sequences / 12), math.ceil(sequences / 24)

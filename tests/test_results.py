@@ -17,7 +17,7 @@ import torch.distributed as dist
 import bench
 import eval
 from conftest import flags, random_model
-from data import TokenDataset, Tokenizer
+from data import Dataset, Tokenizer
 from eval import Config, World, check, compare
 from lib.cli import run_command
 from lib.results import read_result, write_all
@@ -506,7 +506,7 @@ def test_a_comparison_of_perplexity_draws_documents(ask):
 def test_windows_of_a_dataset_know_the_document_in_which_they_start(tiny_run, tiny_data):
     run = tiny_run(steps=1)
     eval.main(Config(model=(str(run),), task="perplexity", data=str(tiny_data), out="p.json"))
-    lines, val = read_lines("p.jsonl"), TokenDataset(tiny_data, "val", 32)
+    lines, val = read_lines("p.jsonl"), Dataset(tiny_data, "val", 32)
     expected = [val.document(0, 32 * line["index"]) for line in lines]
     assert [line["document"] for line in lines] == [
         f"file 0 document {number}" for number in expected

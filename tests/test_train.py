@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 
 import train
 from conftest import ROOT, TINY_RUN, byte_data, command, flags, torchrun
-from data import TokenDataset, prepare
+from data import Dataset, prepare
 from lib import forecast
 from lib.checkpoints import checkpoint_folder
 from lib.world import should_compile
@@ -61,7 +61,7 @@ def test_any_split_into_resumed_runs_is_the_straight_run_bit_for_bit(tiny_run, t
     torch.set_num_threads(2)
     data = byte_data(tmp_path, 30)
     options = dict(data=str(data), steps=30, batch_size=12, micro_batch=6)
-    assert len(TokenDataset(data, "train", 32)) < 30 * 12
+    assert len(Dataset(data, "train", 32)) < 30 * 12
     straight = tiny_run("straight", **options)
     for cuts in ((15,), (7, 23)):
         name = f"cut{len(cuts)}"

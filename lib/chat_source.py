@@ -1,0 +1,133 @@
+"""Conversations and preference pairs as a source of data.py, beside its plain one, the documents of text files."""
+
+import functools
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lib.chat_formats import FORMATS, Turn
+from lib.chats import first_question, usable
+from lib.cleaning import Cleaner, Cleaning
+from lib.datasets import TokenFiles
+from lib.disk import writing
+from lib.meta import counted_as, read_meta
+from lib.shards import EncodedTask
+from lib.sources import CHAT_SUFFIXES, CORPORA
+from lib.templates import TEMPLATES, bracketed, encode_conversation
+from lib.tokenizer import Tokenizer
+
+
+@dataclass
+class Flags:
+    # conversations and preference pairs, from .json and .jsonl
+    template: str = ""
+    """llama2-chat, vicuna, alpaca (Stanford's own), chatml, plain or alpaca-lf (as most later copies of Alpaca have it,
+    with a line end before the answer) makes a set to fine-tune on"""
+    max_len: int = 2048                 # tokens; what is longer is split between exchanges
+    format: str = "auto"
+    """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, pairs (ShareGPT's chosen, rejected)"""
+    allow_bad: float = 0.01             # fraction of the records that may be bad, and are left out
+    cleaning: Cleaning = field(default_factory=Cleaning)
+
+    def chat_flags(self) -> dict:
+        """What to type to make a set again, of the cleaning what is not the default."""
+        typed = {}
+        for name, value in asdict(self.cleaning).items():
+            if value != getattr(Cleaning, name):
+                typed[name] = value
+        names = ("template", "max_len", "format", "allow_bad", "val_fraction")
+        return {name: getattr(self, name) for name in names} | typed
+
+
+class Chats:
+    """A source whose items are the sides of a record: one conversation, or the two of a preference pair.
+
+    Conversations, not pairs, are cleaned first; what that takes out goes to removed.jsonl, a report to cleaning.txt.
+    What is longer than max_len is split between exchanges; an exchange or pair that does not fit is left out, counted.
+    Raises ValueError for bad input, and where more than the fraction allow_bad of the records is bad.
+    """
+
+    suffixes = CHAT_SUFFIXES
+    group = staticmethod(first_question)
+    documents_are = "BOS, turns, EOS"
+
+    def __init__(self, config: Flags):
+        known = (("template", config.template, TEMPLATES), ("format", config.format, ["auto", *FORMATS]))
+        for flag, value, names in known:
+            if value not in names:
+                raise ValueError(f"--{flag} {value} is not one of {', '.join(names)}")
+        if config.max_len < 2 or not 0 <= config.allow_bad <= 1:
+            problem = f"--max_len {config.max_len} must be at least 2, --allow_bad {config.allow_bad}"
+            raise ValueError(f"{problem} lie between 0 and 1")
+        if config.tokenizer.startswith("train:"):
+            raise ValueError(f"--template {config.template} needs the --tokenizer of the model that will be trained")
+        for item in config.source:
+            if item == "stdlib" or item in CORPORA and not CORPORA[item].chats:
+                raise ValueError(f"--source {item} is text without conversations; leave --template out")
+        Tokenizer(config.tokenizer)  # before anything is read
+        self.config, self.counts, self.bad = config, Counter(records=0, duplicates=0), []
+        self.encode = functools.partial(encode_conversation, template=config.template, max_len=config.max_len)
+        self.flags = config.chat_flags()
+
+    def begin(self, files: list[Path], folder: Path) -> Tokenizer:
+        tokenizer = Tokenizer(self.config.tokenizer)
+        self.files, self.folder = files, folder
+        self.cleaner = Cleaner(self.config.cleaning, folder / "removed.jsonl", tokenizer)
+        return tokenizer
+
+    def items(self) -> Iterator[tuple[list[Turn], ...]]:
+        return usable(self.files, self.config.format, self.cleaner, self.counts, self.bad)
+
+    def content(self, sides: tuple[list[Turn], ...]) -> bytes:
+        return json.dumps(sides).encode()
+
+    def size(self, sides: tuple[list[Turn], ...]) -> int:
+        return sum(len(turn.text) for side in sides for turn in side)
+
+    def progress(self) -> dict:
+        return {"unit": " documents"}
+
+    def done(self, task: EncodedTask) -> int:
+        return len(task.sizes)
+
+    def about(self, empty: bool) -> dict:
+        """What meta.json says beside the numbers of the files, after all was read. Raises ValueError for too many bad
+        records, and where nothing is left."""
+        config, counts, bad = self.config, self.counts, self.bad
+        counts["bad"] = len(bad)
+        if len(bad) > config.allow_bad * counts["records"]:
+            share = f"{len(bad)} of {counts['records']} records are bad, more than --allow_bad {config.allow_bad}"
+            raise ValueError(f"{share} of them: {'; '.join(bad[:3])}")
+        for problem in bad:
+            print(f"left out {problem}", file=sys.stderr)
+        if empty:
+            raise ValueError(f"nothing is left of the records at --max_len {config.max_len}: {counted_as(counts)}")
+        kind = "preference" if counts["pairs"] else "chat"
+        if kind == "preference" and config.cleaning != Cleaning():
+            raise ValueError("preference pairs are not cleaned; leave the flags of cleaning out")
+        if kind == "chat":
+            with writing(self.folder / "cleaning.txt"):
+                (self.folder / "cleaning.txt").write_text(self.cleaner.report() + "\n")
+        form = {"kind": kind, "template": config.template, "max_len": config.max_len}
+        return {"documents_are": self.documents_are} | form | {"counts": dict(counts)}
+
+
+def show(folder: str | Path, num: int) -> str:
+    """The first training examples of a fine-tuning or preference set, the tokens that the loss counts in ⟦brackets⟧."""
+    meta = read_meta(folder)
+    kind = meta.get("kind", "text")
+    if kind == "text":
+        raise ValueError(f"--show {folder}: a dataset of text; only those made with --template have a mask to show")
+    files, tokenizer = TokenFiles(folder, "train", meta["max_len"]), Tokenizer(folder)
+    tokens, mask, bounds = files.files[0], files.masks[0], files.bounds[0]
+    shown = []
+    for number, (begin, end) in enumerate(zip(bounds[:num], bounds[1:])):
+        name = str(number)
+        if kind == "preference":
+            name = f"{number // 2} {'rejected' if number % 2 else 'chosen'}"
+        text = bracketed(tokens[begin:end].tolist(), mask[begin:end].tolist(), tokenizer)
+        shown.append(f"--- {name}: {end - begin} tokens, {mask[begin:end].sum()} of them targets\n{text}")
+    return "\n".join(shown)

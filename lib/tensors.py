@@ -1,0 +1,16 @@
+"""Arrays of the host as tensors, without waiting for the device."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pinned(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the host; pinned memory lets a copy to a GPU run beside its work."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def copied(values: np.ndarray, device: torch.device) -> Tensor:
+    """On the device."""
+    return pinned(values, device).to(device, non_blocking=True)
