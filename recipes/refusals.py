@@ -188,9 +188,10 @@ def fit(x: np.ndarray, y: np.ndarray, ordinary: np.ndarray) -> np.ndarray:
     share = np.tile(np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean())), len(CUTS))
     plain = ordinary.reshape(-1, ordinary.shape[-1])
     each = WEIGHT_OF_ORDINARY * len(share) / max(1, len(plain))
+    plain, count = np.unique(plain, axis=0, return_counts=True)  # most show no sign at all
     rows = np.concatenate((x.reshape(-1, x.shape[-1]), plain))
     labels = np.concatenate((np.tile(y, len(CUTS)), np.zeros(len(plain), bool)))
-    weights = np.concatenate((share, np.full(len(plain), each)))
+    weights = np.concatenate((share, each * count))
     model = LogisticRegression(C=STRENGTH, solver="newton-cholesky")
     model.fit(rows, labels, sample_weight=weights)
     return np.concatenate((model.intercept_, model.coef_[0]))
