@@ -188,7 +188,7 @@ def random_batches(setting: Setting, config: Config, shape: ModelConfig, device:
         begins = draw.random((setting.micro_batch, config.seq_len)) < 4 / config.seq_len
         begins[:, 0] = True  # no document goes on in the next row
         bounds = np.append(begins.ravel().nonzero()[0], begins.size) if setting.pack else None
-        batches.append(train.to_device(Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), bounds), device))
+        batches.append(Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), bounds).to(device))
     return batches
 
 

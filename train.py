@@ -20,7 +20,6 @@ import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,7 +40,6 @@ from lib import forecast as forecasts
 from lib import guard as guards
 from lib import kernels, lora, objectives, opening, probe, report, saving, world
 from lib.guard import Guard, Stop
-from lib.kernels import IGNORE, Documents
 from lib.opening import in_steps
 from lib.rows import local_rows  # noqa: F401  (for those who look at a sharded model)
 from lib.runs import held
@@ -92,6 +90,9 @@ class Core:
     reshard_after_forward: bool = True
     """give gathered weights back until the backward pass; costs time, saves memory"""
     reduce_each: bool = False           # reduce gradients with every micro-batch, not with the last; the same
+
+
+MicroBatch = Batch  # what a micro-batch is: on its way from disk to the loss there is one container
 
 
 @dataclass
@@ -212,59 +213,6 @@ def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Opti
     return [adamw, muon]
 
 
-# ---- the batches of a step ----
-
-
-class MicroBatch(NamedTuple):
-    tokens: Tensor    # (micro_batch, T) on the device
-    targets: Tensor   # (micro_batch, T) on the host, where the loss finds what to leave out without waiting
-    documents: Documents | None
-    numbers: range = range(0)  # of the sequences in the run
-
-
-def to_device(batch: Batch, device: torch.device, numbers: range = range(0)) -> MicroBatch:
-    return batch._replace(numbers=numbers).to(device)
-
-
-def step_batches(data: Mixture, config: Config, step: int, device: torch.device) -> list[MicroBatch]:
-    """This rank's micro-batches of a step."""
-    numbers = data.numbers(step, config.batch_size, dist.get_rank(), dist.get_world_size())
-    size = config.micro_batch or len(numbers)
-    parts = (numbers[begin : begin + size] for begin in range(0, len(numbers), size))
-    return [to_device(data.batch(part, config.seed), device, part) for part in parts]
-
-
-def prefetch(make: Callable[[int], list[MicroBatch]], steps: range, device: torch.device) -> Iterator[list[MicroBatch]]:
-    """make(step) for each step, one ahead of its use, in a thread beside the training."""
-    set_device = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-    with ThreadPoolExecutor(1, initializer=set_device) as pool:
-        ahead = pool.submit(make, steps[0]) if steps else None
-        for step in steps:
-            batches = ahead.result()
-            ahead = pool.submit(make, step + 1) if step + 1 in steps else None
-            yield batches
-
-
-def validation_batches(val: Mixture, config: Config, device: torch.device) -> Iterator[tuple[int, MicroBatch, int]]:
-    """This rank's part of --eval_tokens: the number of the source, a batch, and how many of its sequences count.
-
-    Every rank makes the same number of passes over batches of one shape, filled up with what has no targets.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    size, rows_each = config.micro_batch or max(1, config.batch_size // world), rows_of(val)
-    for source, (part, weight) in enumerate(zip(val.parts, val.weights)):
-        indices = part.spread_indices(max(1, int(config.eval_tokens * weight) // (rows_each * config.seq_len)))
-        for start in range(0, len(indices), size * world):
-            mine = indices[start : start + size * world][rank::world]
-            rows = part.batch([*mine, *indices[:1] * (size - len(mine))])
-            rows.targets[rows_each * len(mine) :] = IGNORE
-            yield source, to_device(rows, device), len(mine)
-
-
-def rows_of(data: Mixture) -> int:
-    """How many rows a sequence that is drawn has in its batch: a pair has two."""
-    return 2 if data.kind == "preference" else 1
-
 # ---- a step ----
 
 
@@ -363,7 +311,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The objective's scores on a fixed set of validation sequences; any number of ranks agrees."""
     sums = torch.zeros(len(val.parts), 1 + len(objective.names), dtype=torch.float64, device=device)
-    for source, batch, _ in validation_batches(val, config, device):
+    for source, batch, _ in val.validation(config, dist.get_rank(), dist.get_world_size()):
+        batch = batch.to(device)
         sums[source, 0] += objective.counts(batch)[0].to(device)
         sums[source, 1:] += objective.sums(model, batch)
     dist.all_reduce(sums)
@@ -445,11 +394,11 @@ class Run:
     last: int       # where this process ends
     rolled_back_to: Counter = field(default_factory=Counter)  # how often, by step
 
-    def feed(self, step: int) -> Iterator[list[MicroBatch]]:
+    def feed(self, step: int) -> Iterator[list[Batch]]:
         """The batches of the steps from `step` on, past the data that rolling back has skipped."""
         shift = int(self.guard.passed_over)
-        make = functools.partial(step_batches, self.data, self.config, device=self.device)
-        return prefetch(make, range(step + shift, self.last + shift), self.device)
+        steps = range(step + shift, self.last + shift)
+        return self.data.feed(self.config, steps, self.device)
 
 
 def settle(config: Config, record: dict | None, data: Mixture, device: torch.device) -> tuple:

@@ -601,7 +601,6 @@ def test_packing_alpaca_trains_faster_than_padding_it(alpaca):
     import torch
 
     from model import SIZES, Transformer
-    from train import to_device
 
     model = Transformer(dataclasses.replace(SIZES["15M"], max_seq_len=2048))
     model.init_weights(0)
@@ -613,7 +612,7 @@ def test_packing_alpaca_trains_faster_than_padding_it(alpaca):
         padded = Batch(padded.tokens[:, :width].copy(), padded.targets[:, :width].copy())
         speeds = []
         for batch in (packed, padded):
-            tokens, targets, documents, _ = to_device(batch, torch.device("cpu"))
+            tokens, targets, documents, _ = batch.to(torch.device("cpu"))
             started = time.process_time()
             model.loss(tokens, targets, documents).backward()
             speeds.append((targets != IGNORE).sum().item() / (time.process_time() - started))

@@ -429,17 +429,17 @@ def test_a_spike_is_what_lies_far_above_the_running_level():
 
 @pytest.mark.parametrize("action", ["log", "skip", "rollback"])
 def test_a_spike_is_logged_skipped_or_rolled_back_past_its_data(action, options, tmp_path, tiny_run, monkeypatch):
-    original = train.step_batches
+    original = Mixture.feed
 
-    def garbage_in_one_step(data, config, step, device):
-        batches = original(data, config, step, device)
-        if step == 124:
-            batches = [batch._replace(targets=batch.targets * 0 + 255) for batch in batches]
-        return batches
+    def garbage_in_one_step(data, config, steps, device):
+        for step, batches in zip(steps, original(data, config, steps, device)):
+            if step == 124:
+                batches = [batch._replace(targets=batch.targets * 0 + 255) for batch in batches]
+            yield batches
 
     steps = dict(steps=140, save_every=50, keep=9, log_every=10, learning_rate=3e-3)
     clean = tiny_run("clean", **steps)
-    monkeypatch.setattr(train, "step_batches", garbage_in_one_step)
+    monkeypatch.setattr(Mixture, "feed", garbage_in_one_step)
     run = tiny_run("run", on_spike=action, **steps)
     events = [row for row in map(json.loads, open(run / "log.jsonl")) if "event" in row]
     kind = "spike" if action != "rollback" else "rollback"
@@ -656,7 +656,7 @@ def test_a_step_keeps_packed_documents_apart(world):  # noqa: F811
     """Trap 10."""
     bounds = np.array([0, 5, 19, 32, 40, 64])
     tokens = rows(2).numpy()
-    batch = train.to_device(Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), bounds), CPU)
+    batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), bounds).to(CPU)
     model = build()
     expected = model.loss(batch.tokens, batch.targets, batch.documents).item() / 64
     outcome = train.train_step(model, [], [batch], 0.0, Config(), train.Guard(6.0, CPU))

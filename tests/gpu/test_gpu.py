@@ -69,7 +69,7 @@ def random_batch(device, rows=4, seq_len=256, pack=False, shape=SHAPE) -> train.
     begins = draw.random((rows, seq_len)) < 1 / 64
     begins[:, 0] = True  # no document goes on in the next row
     bounds = np.append(begins.ravel().nonzero()[0], begins.size) if pack else None
-    return train.to_device(Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), bounds), device)
+    return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), bounds).to(device)
 
 
 def gradients(model, batch: train.MicroBatch) -> dict[str, torch.Tensor]:
