@@ -7,8 +7,9 @@ Comments give tensor shapes in these letters:
     V  vocabulary                K  width of one head         S  slots of the key/value cache
     N  documents in packed rows
 
-Read it upwards from `Transformer.forward`, or downwards from the leaves. The second half of the file reads
-and writes weights: Hugging Face folders, Meta's release, llama2.c's .bin files and this project's checkpoints.
+Read it upwards from `Transformer.forward`, or downwards from the leaves. What is faster than the
+plain formula and not different is in lib/kernels.py; the files that `load` and `save` speak of are
+read and written by lib/weights.py and lib/formats.py.
 """
 
 import math
@@ -28,12 +29,12 @@ class ModelConfig:
     dim: int                       # D, a multiple of num_heads
     num_layers: int
     num_heads: int                 # H
-    num_kv_heads: int              # G: equal to H is multi-head, 1 is multi-query, between is grouped-query attention
+    num_kv_heads: int              # G: H is multi-head, 1 multi-query, else grouped-query
     ffn_dim: int                   # F
     vocab_size: int = 32_000       # V
     max_seq_len: int = 4096        # tokens; the context window
     rope_theta: float = 10_000.0   # base of the rotary wavelengths
-    rope_scale: float = 1.0        # position interpolation (Chen et al. 2023): positions are divided by this
+    rope_scale: float = 1.0        # position interpolation (Chen et al. 2023) divides by this
     norm_eps: float = 1e-5
     tie_embeddings: bool = False   # one matrix for the embedding and the output
 
@@ -42,9 +43,11 @@ class ModelConfig:
             if not getattr(self, field.name) > 0 and field.type is not bool:
                 raise ValueError(f"{field.name} {getattr(self, field.name)} must be above 0")
         if self.dim % (2 * self.num_heads):
-            raise ValueError(f"dim {self.dim} must be a multiple of 2 * num_heads = {2 * self.num_heads}")
+            pairs = f"2 * num_heads = {2 * self.num_heads}"
+            raise ValueError(f"dim {self.dim} must be a multiple of {pairs}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+            groups = f"num_kv_heads {self.num_kv_heads}"
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of {groups}")
 
     @property
     def head_dim(self) -> int:
@@ -81,20 +84,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()  # a mean of squares needs more than the 8 bits of bf16
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
+        mean_square = x32.square().mean(-1, keepdim=True)
+        return self.weight * (x32 * torch.rsqrt(mean_square + self.eps)).type_as(x)
 
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, see rope_table
 
 
 def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
-    """Cosine and sine of the angle of every channel pair at these positions (…, T): two fp32 tensors (…, T, K/2).
+    """Cosine and sine of the angle of every channel pair at these positions (…, T).
 
-    Computed where it is used, never stored: a stored table is rounded by `model.to(torch.bfloat16)`, which
-    leaves 769 distinct positions of 4,096, and is garbage after initialisation on the meta device.
+    Two fp32 tensors (…, T, K/2). Computed where it is used, never stored: a stored table is rounded
+    by `model.to(torch.bfloat16)`, which leaves 769 distinct positions of 4,096, and is garbage after
+    initialisation on the meta device.
     """
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    inverse_wavelength = 1.0 / (config.rope_theta ** (channel / config.head_dim)) / config.rope_scale
+    inverse_wavelength = 1.0 / (config.rope_theta ** (channel / config.head_dim))
+    inverse_wavelength = inverse_wavelength / config.rope_scale
     angles = positions[..., None].float() * inverse_wavelength
     return angles.cos(), angles.sin()
 
@@ -102,7 +108,7 @@ def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn channel pairs (i, i + K/2) of x (B, T, heads, K) by the angles of their positions.
 
-    This is the order of Hugging Face folders; Meta's and llama2.c's files pair neighbours (see `_halves`).
+    This is the order of Hugging Face folders; Meta's and llama2.c's files pair neighbours.
     """
     cos, sin = (table.unsqueeze(-2) for table in rope)  # (…, T, 1, K/2)
     a, b = x.float().chunk(2, -1)
@@ -110,16 +116,26 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 class KVCache:
-    """The keys and values of the tokens read so far; row b holds the tokens 0 … lengths[b] - 1 of sequence b.
+    """The keys and values of the tokens read so far; row b holds the first lengths[b] of sequence b.
 
-    Pass it to `Transformer.forward` with the next chunk (B, T) of tokens, of any size. Rows may differ in
-    length: pad a chunk on the right, then `trim` to the true lengths; what was padding is overwritten by the
-    next chunk and until then no query can see it, because its position lies in the future.
+    Pass it to `Transformer.forward` with the next chunk (B, T) of tokens, of any size. Rows may
+    differ in length: pad a chunk on the right, then `trim` to the true lengths; what was padding is
+    overwritten by the next chunk, and until then no query can see it, because its position lies in
+    the future.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, max_len: int, device=None, dtype: torch.dtype = torch.float32):
-        shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)  # (layers, B, G, S, K)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        device=None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        # (layers, B, G, S, K)
+        shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest = 0  # the largest of lengths, known to the host without waiting for the device
 
@@ -131,19 +147,22 @@ class KVCache:
         slots = torch.arange(need, device=self.lengths.device)
         self.positions = positions
         self.mask = None  # is causal
-        if self.longest:  # else it is added to the scores, (B, 1, T, S); as booleans every layer would convert it
+        if self.longest:
+            # (B, 1, T, S), added to the scores; booleans would be converted by every layer
             hidden = slots > positions[..., None]
-            self.mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -math.inf)[:, None]
+            mask = torch.zeros_like(hidden, dtype=self.keys.dtype)
+            self.mask = mask.masked_fill_(hidden, -math.inf)[:, None]
         return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the chunk's k and v (B, G, T, K); return those of all tokens so far (B, G, S, K), without gradient."""
+        """Store the chunk's k and v (B, G, T, K), without gradient; return those of all tokens so
+        far (B, G, S, K)."""
         slots = self.positions[:, None, :, None].expand_as(k)
         filled = self.longest + k.size(2)
-        return tuple(
-            store[layer].scatter_(2, slots, new.detach().to(store.dtype))[:, :, :filled]
-            for store, new in ((self.keys, k), (self.values, v))
-        )
+        keys, values = self.keys[layer], self.values[layer]
+        keys.scatter_(2, slots, k.detach().to(keys.dtype))
+        values.scatter_(2, slots, v.detach().to(values.dtype))
+        return keys[:, :, :filled], values[:, :, :filled]
 
     def end(self, num_tokens: int):
         self.lengths += num_tokens
@@ -156,14 +175,12 @@ class KVCache:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What q (B, H, T, K) reads from k and v (B, G, S, K); without a mask each query from its own past.
+    """What q (B, H, T, K) reads from k and v (B, G, S, K), each query from its own past.
 
     is_causal is right only where queries and keys start together; a filled cache brings its mask.
     """
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    causal, grouped = mask is None, q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
 class Attention(nn.Module):
@@ -180,7 +197,9 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, kv_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None
+    ) -> Tensor:
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
         k = self.key(x).unflatten(-1, (-1, self.head_dim))    # (B, T, G, K)
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
@@ -219,7 +238,9 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cache, documents)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -230,7 +251,7 @@ class Unembedding(nn.Linear):
     cross_entropy = CrossEntropy()  # train.py sets one that is compiled, smoothed or regularised
 
     def forward(self, x: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
-        """Logits (B, T, V); with targets the sum of their losses, with `each` their log-probabilities."""
+        """Logits (B, T, V); with targets the sum of their losses, or each one's log-probability."""
         if targets is None:
             return super().forward(x)
         loss = self.cross_entropy.log_probs if each else self.cross_entropy
@@ -250,7 +271,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0):
-        """Normal(0, 0.02); the two matrices that write to the residual stream get 0.02 / sqrt(2 * layers).
+        """Normal(0, 0.02), but 0.02 / sqrt(2 * layers) for what writes to the residual stream.
 
         Any number of processes, each drawing the rows that it holds, makes the same model.
         """
@@ -290,7 +311,7 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """fp32 logits (B, T, V) of the token after each of tokens (B, T); with targets, nats a target.
+        """fp32 logits (B, T, V) of the token after each of tokens (B, T); or nats a target.
 
         Targets (B, T) are the tokens one later; `IGNORE` marks those that do not count and cost
         nothing. No targets at all is a loss of 0.

@@ -1,0 +1,121 @@
+"""The shape of the project: what imports what, and how long, wide and dense the files are.
+
+The ceilings are those of today or of the goal, whichever is higher. They only ever fall.
+"""
+
+import ast
+import io
+import re
+import tokenize
+
+import pytest
+
+from conftest import ROOT
+
+SCRIPTS = ("model", "data", "train", "sample", "eval", "bench")
+BOOK = {  # file: lines, columns of its widest line, syntax nodes a code line, lines of its longest function
+    "model.py": (370, 100, 12, 45),
+    "data.py": (400, 100, 10.6, 45),
+    "train.py": (590, 120, 11.2, 45),
+    "sample.py": (400, 100, 10.5, 45),
+    "eval.py": (400, 100, 10.5, 45),
+}
+LIBRARY = sorted(path.name for path in (ROOT / "lib").glob("*.py"))
+ABOVE = {  # which script may import which
+    "model": set(),
+    "data": set(),
+    "train": {"model", "data"},
+    "sample": {"model", "data"},
+    "eval": {"model", "data", "sample"},
+    "bench": {"model", "data", "train"},
+}
+
+
+def imported(path) -> set[str]:
+    """The modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def code_lines(source: str) -> int:
+    """Lines with code: neither blank nor comments nor docstrings."""
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skipped:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_a_file_of_the_library_imports_no_script_and_is_short(name):
+    path = ROOT / "lib" / name
+    assert not imported(path) & set(SCRIPTS)
+    assert len(path.read_text().splitlines()) <= 255
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_import_only_upwards(name):
+    assert imported(ROOT / f"{name}.py") & set(SCRIPTS) <= ABOVE[name]
+
+
+def test_the_library_has_no_circles_of_imports():
+    below = {name[:-3]: imported(ROOT / "lib" / name) for name in LIBRARY}
+    arrows = {name: {other for other in below if f"lib.{other}" in found} for name, found in below.items()}
+    while arrows:
+        free = {name for name, others in arrows.items() if not others & arrows.keys() - {name}}
+        assert free, f"a circle among {sorted(arrows)}"
+        arrows = {name: others for name, others in arrows.items() if name not in free}
+
+
+@pytest.mark.parametrize("name, lines, width, density, longest", [(name, *most) for name, most in BOOK.items()])
+def test_a_file_of_the_book_is_read_in_one_sitting(name, lines, width, density, longest):
+    source = (ROOT / name).read_text()
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert len(source.splitlines()) <= lines
+    assert max(map(len, source.splitlines())) <= width
+    assert sum(1 for _ in ast.walk(tree)) / code_lines(source) <= density
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= longest
+
+
+@pytest.mark.parametrize("name", [*BOOK, *(f"lib/{name}" for name in LIBRARY)])
+def test_no_lambda_is_bound_to_a_name(name):
+    assert not re.search(r"^\s*\w+ = lambda\b", (ROOT / name).read_text(), re.M)
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (ROOT / picture).exists()
+    assert len(re.findall(r"!\[.*?\]\(", text)) >= 2
+
+
+def test_the_model_can_be_copied_alone_into_a_notebook(tmp_path):
+    """With the files of lib that it imports, and those that they import."""
+    import shutil
+    import subprocess
+    import sys
+
+    (tmp_path / "lib").mkdir()
+    waiting, copied = ["kernels", "rows", "__init__"], set()
+    while waiting:
+        name = waiting.pop()
+        copied.add(name)
+        shutil.copy(ROOT / "lib" / f"{name}.py", tmp_path / "lib")
+        found = imported(ROOT / "lib" / f"{name}.py")
+        waiting += [other for other in (path[:-3] for path in LIBRARY) if f"lib.{other}" in found - copied]
+    shutil.copy(ROOT / "model.py", tmp_path)
+    words = "import torch, model; net = model.Transformer(model.SIZES['260K']); net.init_weights(); "
+    words += "print(net(torch.zeros(1, 3, dtype=torch.long)).shape)"
+    done = subprocess.run([sys.executable, "-c", words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "torch.Size([1, 3, 512])\n", done.stderr
