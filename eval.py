@@ -57,8 +57,9 @@ from lib.results import (
     write_all,
 )
 from lib.runs import read_run
+from lib.stream import TextStream
 from model import KVCache, Transformer
-from sample import TextStream, generate, load_model, new_cache
+from sample import Decoder, generate, load_model
 
 CATEGORIES = {  # of MMLU's 57 subjects (hendrycks/test, categories.py)
     "STEM": """abstract_algebra astronomy college_biology college_chemistry college_computer_science
@@ -719,22 +720,23 @@ class Reader:
         self.model, self.device = model, model.norm.weight.device
         self.unembedding = model.unembedding.weight.float()  # in bf16, letters would often have equal logits
         self.prefix: list[int] = []
-        self.cache: KVCache | None = None
-        self.wide: KVCache | None = None
+        self.decoder: Decoder | None = None
+        self.wide: Decoder | None = None
 
-    def begin(self, prefix: list[int]) -> KVCache | None:
+    def begin(self, prefix: list[int]) -> Decoder | None:
         if prefix != self.prefix:
-            self.cache = new_cache(self.model, 1, len(prefix)) if prefix else None
+            self.decoder = Decoder(self.model, 1, len(prefix)) if prefix else None
             if prefix:
-                self.model.hidden(torch.tensor([prefix], device=self.device), self.cache)
+                self.decoder.read([prefix])
             self.prefix, self.wide = prefix, None
-        return self.cache
+        return self.decoder
 
     def spread(self, rows: int, slots: int) -> KVCache:
         """A cache whose rows all hold the prefix; its memory is that of the last one where this suffices."""
-        if self.wide is None or self.wide.keys.size(1) < rows or self.wide.keys.size(3) < slots:
-            self.wide = new_cache(self.model, rows + rows // 4, slots, self.cache)  # later batches have more rows
-        cache = copy.copy(self.wide)
+        wide = self.wide and self.wide.cache
+        if wide is None or wide.keys.size(1) < rows or wide.keys.size(3) < slots:
+            self.wide = Decoder(self.model, rows + rows // 4, slots, self.decoder)  # later batches have more rows
+        cache = copy.copy(self.wide.cache)
         cache.keys, cache.values, cache.lengths = cache.keys[:, :rows], cache.values[:, :rows], cache.lengths[:rows]
         cache.trim([len(self.prefix)] * rows)
         return cache

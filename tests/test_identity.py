@@ -18,8 +18,9 @@ import train
 from conftest import ROOT, random_model
 from data import Tokenizer
 from lib import weights
+from lib.sampling import choose
 from model import SIZES, FeedForward, ModelConfig, RMSNorm, Transformer, load, save
-from sample import Sampling, choose, generate, load_model
+from sample import Sampling, generate, load_model
 from test_dpo import OPTIONS as DPO
 from test_dpo import pairs  # noqa: F401
 
