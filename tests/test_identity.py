@@ -300,7 +300,7 @@ def test_runs_of_two_codes_are_two_curves(tiny_run, tiny_data, tmp_path, monkeyp
         changed.setattr(FeedForward, "forward", squared_relu)
         runs.append(str(tiny_run("relu2_0", steps=1)))
     seen = []
-    monkeypatch.setattr(eval, "draw", lambda points, *_: seen.extend(point[:2] for point in points))
+    monkeypatch.setattr("lib.curves.draw_curves", lambda points, *_: seen.extend(point[:2] for point in points))
     config = eval.Config(tuple(runs), "perplexity", str(tiny_data), str(tmp_path / "curve.json"), checkpoints="all")
     with pytest.raises(ValueError, match="relu2_0.step_00000000 was trained by other code"):
         eval.main(config)
