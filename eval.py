@@ -1,4 +1,4 @@
-"""Measure a model: MMLU, and by named protocols BIG-Bench Hard, GSM8K, multiple choice, perplexity and more.
+"""Measure a model: MMLU here, by protocols of lib/grades.py reasoning, choices, texts and more.
 
     python eval.py --model out/RUN --task mmlu --data DIR --out results.json
     python eval.py --model out/RUN --task perplexity --data data/stdlib
@@ -10,20 +10,18 @@
    common set apart.
 3. `Reader.score` gives log-probabilities, `write` text; every process has its share of the batches,
    the first collects.
-4. The protocol's grade makes a record of each answer, lib/statistics.py and lib/tables.py the tables.
+4. The protocol's grade makes a record of each answer (lib/answers.py), lib/statistics.py the
+   averages, lib/tables.py the tables.
 
 A score here is that of the protocol's reference code, and depends neither on the batch nor on the
 processes. To bring your own task, write lines {"context": ..., "choices": [...], "answer": 0} for
 --task choices, or add a Protocol to `PROTOCOLS`.
 """
 
-from lib.cli import git_commit, run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
 
 import copy
-import csv
-import hashlib
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -36,41 +34,26 @@ import torch
 
 from data import TokenDataset, Tokenizer, find_files, read_documents, read_meta
 from lib import grades
-from lib.answers import Answers
+from lib.answers import ALIKE, FLAGS, Answers, describe, identify
 from lib.batches import ScoreBatch, make_batches, rows_to_read
 from lib.curves import draw_runs
 from lib.files import write_whole
-from lib.grades import Protocol, check_out_name, grade_beginning, grade_document, grade_letter, settled
+from lib.grades import Protocol, check_out_name, settled
 from lib.identity import weights_sha256
+from lib.mmlu import CATEGORIES, read_mmlu
 from lib.perplexity import perplexity
-from lib.prompts import Prompts, Question, chosen_subjects, pair, prompt_hash, question_hash
+from lib.prompts import Prompts, Question, chosen_subjects, pair, question_hash
 from lib.results import append_lines, check_out, read_result, write_result
 from lib.share import World
-from lib.statistics import estimate, paired_difference, summarize
+from lib.statistics import paired_difference, summarize
 from lib.stream import TextStream
 from lib.tables import describe_result, heading, headline, say_difference
 from model import KVCache, Transformer
 from sample import Decoder, generate, load_model
 
-__all__ = ["estimate"]  # for recipes
-
-CATEGORIES = {  # of MMLU's 57 subjects (hendrycks/test, categories.py)
-    "STEM": """abstract_algebra astronomy college_biology college_chemistry
-        college_computer_science college_mathematics college_physics computer_security
-        conceptual_physics electrical_engineering elementary_mathematics high_school_biology
-        high_school_chemistry high_school_computer_science high_school_mathematics
-        high_school_physics high_school_statistics machine_learning""".split(),
-    "humanities": """formal_logic high_school_european_history high_school_us_history
-        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
-        moral_scenarios philosophy prehistory professional_law world_religions""".split(),
-    "social sciences": """econometrics high_school_geography high_school_government_and_politics
-        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
-        professional_psychology public_relations security_studies sociology
-        us_foreign_policy""".split(),
-    "other": """anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging
-        management marketing medical_genetics miscellaneous nutrition professional_accounting
-        professional_medicine virology""".split(),
-}
+Task = Literal[
+    "mmlu", "bbh", "gsm8k", "arc", "hellaswag", "truthfulqa", "choices", "perplexity", "passkey", ""
+]
 
 
 @dataclass
@@ -79,11 +62,12 @@ class Config:
 
     model: tuple[str, ...] = ()
     """a run or checkpoint folder, a Hugging Face or Meta folder, or a llama2.c .bin"""
-    task: Literal["mmlu", "bbh", "gsm8k", "arc", "hellaswag", "truthfulqa", "choices", "perplexity", "passkey", ""] = ""
+    task: Task = ""
     """choices is any .jsonl of {context, choices, answer}"""
+    # mmlu: the folder with dev/ and test/; bbh: with bbh/ and cot-prompts/; perplexity: a dataset
+    # or text files; passkey: nothing; else the file of questions
     data: str = ""
-    """mmlu: the folder with dev/ and test/; bbh: with bbh/ and cot-prompts/; perplexity: a dataset or text files;
-    passkey: nothing; else the file of questions"""
+
     out: str = ""
     """results as JSON; one line a question goes beside it in .jsonl, a table in .md"""
     compare: tuple[str, ...] = ()
@@ -103,8 +87,10 @@ class Config:
     """tokens; a longer prompt loses examples, then its left; 0 is the protocol's"""
     bos: bool = True          # begin prompts with BOS
     chat: bool = False        # wrap prompts as LLaMA-2's chat models know them: [INST] … [/INST]
+    # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
+    # GPU, 2,048 on a CPU
     batch_tokens: int = 0
-    """tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a GPU, 2,048 on a CPU"""
+
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     anyway: bool = False      # also measure a run of code that computes something else than this
 
@@ -142,42 +128,22 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
                 question.shots = config.shots
             if not writes:
                 question.choices = [(question.context, ids) for ids in letters]
-            question.gold, question.target = ["ABCD".index(row[5])], row[5]
+            question.target = row[5]
+            question.gold = ["ABCD".index(row[5])]
             question.sha256 = question_hash(subject, row)
             yield question
 
 
 def mmlu_prompt(row: list[str], strip: bool) -> str:
-    choices = [f"\n{letter}. {text}" for letter, text in zip("ABCD", row[1:5])]
-    return (row[0].strip() if strip else row[0]) + "".join(choices) + "\nAnswer:"
-
-
-def read_mmlu(path: Path) -> list[list[str]]:
-    """The rows of a file without header: question, four choices, letter.
-
-    Raises ValueError naming file and row.
-    """
-    if not path.exists():
-        raise ValueError(f"{path} is missing; --data must hold dev/ and test/ of MMLU's data.tar")
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if row]  # a blank line at the end is no row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    for number, row in enumerate(rows, 1):
-        if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
-            columns = f"and has {len(row)} columns, the last {row[-1:]}"
-            needed = "must be a question, four choices and A, B, C or D"
-            raise ValueError(f"{path}: row {number} {needed}, {columns}")
-    return rows
+    question = row[0].strip() if strip else row[0]
+    for letter, text in zip("ABCD", row[1:5]):
+        question += f"\n{letter}. {text}"
+    return question + "\nAnswer:"
 
 
 MMLU = {
     "hendrycks": Protocol(
-        mmlu, grade_letter, shots=5, most_shots=99, max_prompt=2048,
+        mmlu, grades.grade_letter, shots=5, most_shots=99, max_prompt=2048,
         published=(
             ("LLaMA-1 7B / 13B / 65B (paper)", "35.1 / 46.9 / 63.4"),
             ("LLaMA-2 7B / 13B / 70B (paper)", "45.3 / 54.8 / 68.9"),
@@ -185,7 +151,7 @@ MMLU = {
         ),
     ),
     "instructeval": Protocol(
-        mmlu, grade_beginning, shots=5, most_shots=99, max_prompt=2048, max_new_tokens=2,
+        mmlu, grades.grade_beginning, shots=5, most_shots=99, max_prompt=2048, max_new_tokens=2,
         published=(
             ("LLaMA-1 7B / 13B / 65B", "35.2 / 46.2 / 62.6"),
             ("GOAT-7B-Community (its card)", "49.31"),
@@ -194,10 +160,10 @@ MMLU = {
             ("RedPajama-INCITE-7B-Instruct", "38.1"),
         ),
     ),
-    "harness": Protocol(mmlu, grade_letter, shots=5, most_shots=99),
+    "harness": Protocol(mmlu, grades.grade_letter, shots=5, most_shots=99),
 }  # fmt: skip
 TEXT = Protocol(
-    perplexity(TokenDataset, read_meta, find_files, read_documents), grade_document
+    perplexity(TokenDataset, read_meta, find_files, read_documents), grades.grade_document
 )
 PROTOCOLS = {"mmlu": MMLU, **grades.PROTOCOLS, "perplexity": {"windows": TEXT}}
 
@@ -209,7 +175,8 @@ class Reader:
     """A model, and the prefix that it has read last: alone, and in every row of a wide decoder."""
 
     def __init__(self, model: Transformer):
-        self.model, self.device = model, model.norm.weight.device
+        self.model = model
+        self.device = model.norm.weight.device
         # in bf16, letters would often have equal logits
         self.unembedding = model.unembedding.weight.float()
         self.prefix: list[int] = []
@@ -235,7 +202,8 @@ class Reader:
             more = rows + rows // 4  # later batches have more rows
             self.wide = Decoder(self.model, more, slots, self.decoder)
         cache = copy.copy(self.wide.cache)
-        cache.keys, cache.values = cache.keys[:, :rows], cache.values[:, :rows]
+        cache.keys = cache.keys[:, :rows]
+        cache.values = cache.values[:, :rows]
         cache.lengths = cache.lengths[:rows]
         cache.trim([len(self.prefix)] * rows)
         return cache
@@ -255,8 +223,10 @@ class Reader:
         hidden = self.model.hidden(tokens, cache)  # (B, T, D)
         places, wanted = [], []
         for i, row in enumerate(batch.rows):
-            places += [i * longest + t - past for t in range(row.begin - 1, len(row.ids))]
-            wanted += [[token] for token in row.ids[row.begin :]] + [list(row.last.values())]
+            first = i * longest - past  # where the row's ids begin in hidden, if all were read
+            places += range(first + row.begin - 1, first + len(row.ids))
+            wanted += [[token] for token in row.ids[row.begin :]]
+            wanted.append(list(row.last.values()))
         logprobs = iter(self.logprobs(hidden.flatten(0, 1)[places], wanted))
         results = []
         for row in batch.rows:
@@ -266,11 +236,15 @@ class Reader:
         return results
 
     def logprobs(self, hidden: torch.Tensor, wanted: list[list[int]]) -> list[list[float]]:
-        """At each position of hidden (N, D) the log-probabilities of the wanted tokens, then of others."""
+        """The log-probabilities of the wanted tokens after each position of hidden (N, D).
+
+        Positions with fewer wanted tokens have others at the end.
+        """
         wanted = padded(wanted, max(map(len, wanted))).to(self.device)
         parts = []
-        for some, tokens in zip(hidden.float().split(1024), wanted.split(1024)):  # memory is bounded
-            parts.append((some @ self.unembedding.T).log_softmax(-1).gather(1, tokens))
+        for some, tokens in zip(hidden.float().split(1024), wanted.split(1024)):
+            logits = some @ self.unembedding.T  # (1024, V), so many exist at a time
+            parts.append(logits.log_softmax(-1).gather(1, tokens))
         return torch.cat(parts).tolist()
 
     def write(
@@ -298,13 +272,6 @@ def padded(rows: list[list[int]], length: int) -> torch.Tensor:
 
 # ---- an evaluation ----
 
-FLAGS = ("task", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit")
-ALIKE = (  # what two evaluations have in common that are the same one
-    *FLAGS, "max_new_tokens", "stop", "dtype", "context_window", "tokenizer_sha256",
-    "prompts_sha256", "questions_sha256", "weights_sha256",
-)  # fmt: skip
-
-
 def progress(world: World, items: Iterable | None = None, **options):
     """A bar on stderr, on the first process."""
     from tqdm import tqdm
@@ -315,7 +282,7 @@ def progress(world: World, items: Iterable | None = None, **options):
 def make_questions(
     reader: Reader, tokenizer: Tokenizer, config: Config, world: World
 ) -> tuple[list[Question], list[str], dict]:
-    """The questions, a key for each by which its answer is known again, and what the result says of them."""
+    """The questions, a key for each by which its answer is known again, what is said of them."""
     protocol, window = PROTOCOLS[config.task][config.protocol], reader.model.config.max_seq_len
     room = min(config.max_prompt or window, window - protocol.max_new_tokens)
     if room < 1:
@@ -326,26 +293,18 @@ def make_questions(
     )
     if not questions:
         raise ValueError(f"--data {config.data} has no questions")
-    prompts = [prompt_hash(question) for question in questions]
-    sources = [question.sha256.encode() for question in questions]
     model_hash = None
     if world.rank == 0:
         model_hash = weights_sha256(reader.model.named_parameters())
     model_hash = world.agree(model_hash)
-    known = f"{model_hash} {reader.model.norm.weight.dtype} {config.protocol}".encode()
-    keys = [sha256(known + prompt + source)[:16] for prompt, source in zip(prompts, sources)]
+    keys, hashes = identify(questions, reader.model, model_hash, config.protocol)
     return questions, keys, {
         "questions": len(questions),
         "prompt_tokens": sum(len(question.context) for question in questions),
-        "prompts_sha256": sha256(b"".join(prompts)),
-        "questions_sha256": sha256(b"".join(sources)),
+        **hashes,
         "weights_sha256": model_hash,
         "first_prompt": tokenizer.decode(questions[0].context),
     }  # fmt: skip
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def run_questions(
@@ -373,22 +332,6 @@ def run_questions(
     return answers.in_order()
 
 
-def describe(config: Config, path: str, model: Transformer, tokenizer: Tokenizer) -> dict:
-    """How a result was measured."""
-    protocol = PROTOCOLS[config.task][config.protocol]
-    names = ("task", "data", *FLAGS[1:])
-    return {"model": path} | {name: getattr(config, name) for name in names} | {
-        "max_new_tokens": protocol.max_new_tokens,
-        "stop": protocol.stop,
-        "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
-        "context_window": model.config.max_seq_len,
-        "tokenizer_sha256": tokenizer.sha256,
-        "git_commit": git_commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }  # fmt: skip
-
-
 def evaluate(config: Config, path: str, world: World) -> dict | None:
     """Measure one model and write what --out asks for; the result, on the first process."""
     out, protocol = Path(config.out), PROTOCOLS[config.task][config.protocol]
@@ -402,7 +345,7 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
         world.first(out.parent.mkdir, parents=True, exist_ok=True)
     started, reader = time.perf_counter(), Reader(model)
     questions, keys, asked = make_questions(reader, tokenizer, config, world)
-    result = describe(config, path, model, tokenizer) | asked
+    result = describe(config, protocol, path, model, tokenizer) | asked
     if reuse:
         return world.first(read_result, out, {name: result[name] for name in ALIKE})
     answers = Answers(config.task, protocol.grade, questions, keys)
@@ -423,13 +366,12 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
 
 
 def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
-    """Second result less the first on the same questions, its 95 % interval, and how likely chance is.
+    """Second result less the first on the same questions, with a 95 % interval and a test.
 
-    Questions (of perplexity: documents) are drawn with replacement, which gives the interval. Where
-    every score is 0 or 1, McNemar's exact test counts who alone is right; else the bootstrap's share
-    beyond 0 is doubled. Chance is that of the questions: whether another run of the same settings
-    would do alike is not in it. Raises ValueError unless both were asked the same questions in the
-    same way.
+    Questions (of perplexity: documents) are drawn with replacement. Where every score is 0 or 1,
+    McNemar's exact test counts who alone is right; else the bootstrap's share beyond 0 is doubled.
+    Whether another run of the same settings would do alike is not in it. Raises ValueError unless
+    both were asked the same questions in the same way.
     """
     return paired_difference(paths, PROTOCOLS, draws)
 
@@ -438,7 +380,8 @@ def curves(config: Config, world: World):
     """Every checkpoint of every run, measured: a table, and a picture of the main score."""
 
     def measure(one: Config, path: str) -> tuple[str, list[float]] | None:
-        result, average = evaluate(one, path, world), PROTOCOLS[one.task][one.protocol].average
+        result = evaluate(one, path, world)
+        average = PROTOCOLS[one.task][one.protocol].average
         return headline(result, average) if world.rank == 0 else None
 
     draw_runs(config, world, measure, {name: getattr(config, name) for name in FLAGS})

@@ -1,12 +1,53 @@
-"""What a model answered: collected until a question is complete, then graded, one record a question."""
+"""What a model answered: collected until a question is complete, then graded; and how it was measured."""
 
+import hashlib
 import math
+import platform
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.prompts import Question
+import torch
+
+from lib.cli import git_commit
+from lib.prompts import Question, prompt_hash
 from lib.results import append_lines, read_lines
+
+FLAGS = ("task", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit")
+ALIKE = (  # what two evaluations have in common that are the same one
+    *FLAGS, "max_new_tokens", "stop", "dtype", "context_window", "tokenizer_sha256",
+    "prompts_sha256", "questions_sha256", "weights_sha256",
+)  # fmt: skip
+
+
+def describe(config, protocol, path: str, model, tokenizer) -> dict:
+    """How a result is measured: eval.py's flags, the protocol, and what runs it."""
+    names = ("task", "data", *FLAGS[1:])
+    return {"model": path} | {name: getattr(config, name) for name in names} | {
+        "max_new_tokens": protocol.max_new_tokens,
+        "stop": protocol.stop,
+        "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        "context_window": model.config.max_seq_len,
+        "tokenizer_sha256": tokenizer.sha256,
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }  # fmt: skip
+
+
+def identify(questions: list[Question], model, model_hash: str, protocol: str) -> tuple[list[str], dict]:
+    """A key for each question, by which its answer is known again, and hashes of all of them."""
+    prompts = [prompt_hash(question) for question in questions]
+    sources = [question.sha256.encode() for question in questions]
+    known = f"{model_hash} {model.norm.weight.dtype} {protocol}".encode()
+    keys = []
+    for prompt, source in zip(prompts, sources):
+        keys.append(hashlib.sha256(known + prompt + source).hexdigest()[:16])
+    return keys, {
+        "prompts_sha256": hashlib.sha256(b"".join(prompts)).hexdigest(),
+        "questions_sha256": hashlib.sha256(b"".join(sources)).hexdigest(),
+    }
 
 
 class Answers:

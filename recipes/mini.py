@@ -29,10 +29,11 @@ from typing import Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Turn, find_files, is_refusal, render_prompt
-from eval import compare, estimate
+from eval import compare
 from lib.cli import run_command
 from lib.records import read_json
 from lib.runs import read_log
+from lib.statistics import estimate
 from sample import find_template, generate, load_model
 
 # kinds of facts: what is asked; the last two wordings are held out, for development and for the test

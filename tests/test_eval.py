@@ -18,10 +18,11 @@ from sentencepiece import SentencePieceProcessor
 import eval
 from conftest import ROOT, additions, assert_same_but_for_rounding, command, flags, random_model, run_ranks
 from data import Tokenizer
-from eval import CATEGORIES, PROTOCOLS, Config, Question, Reader, compare, estimate, read_mmlu, settled
+from eval import CATEGORIES, PROTOCOLS, Config, Question, Reader, compare, read_mmlu, settled
 from lib.batches import make_batches, rows_to_read
 from lib.cli import run_command
 from lib.prompts import Prompts, pair
+from lib.statistics import estimate
 from model import SIZES, ModelConfig, Transformer, load, save
 
 TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=2048)
