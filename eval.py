@@ -22,9 +22,8 @@ from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons a
 
 import copy
 import json
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 
 from data import TokenDataset, Tokenizer, find_files, read_documents, read_meta
 from lib import grades
-from lib.answers import ALIKE, FLAGS, Answers, describe, identify
+from lib.answers import ALIKE, FLAGS, Answers, describe, identify, write_result
 from lib.batches import ScoreBatch, make_batches, rows_to_read
 from lib.curves import draw_runs
 from lib.files import write_whole
@@ -43,8 +42,8 @@ from lib.identity import weights_sha256
 from lib.mmlu import CATEGORIES, read_mmlu
 from lib.perplexity import perplexity
 from lib.prompts import Prompts, Question, chosen_subjects, pair, question_hash
-from lib.results import append_lines, check_out, read_result, write_result
-from lib.share import World
+from lib.results import append_lines, check_out, read_result
+from lib.share import World, progress
 from lib.statistics import paired_difference, summarize
 from lib.stream import TextStream
 from lib.tables import describe_result, heading, headline, say_difference
@@ -195,7 +194,7 @@ class Reader:
     def spread(self, rows: int, slots: int) -> KVCache:
         """A cache whose rows all hold the prefix.
 
-        Its memory is that of the last one where this suffices.
+        Its memory is that of the last one where it suffices.
         """
         shape = self.wide.cache.keys.shape if self.wide else (0, 0, 0, 0)  # (layers, B, G, S, K)
         if shape[1] < rows or shape[3] < slots:
@@ -272,13 +271,6 @@ def padded(rows: list[list[int]], length: int) -> torch.Tensor:
 
 # ---- an evaluation ----
 
-def progress(world: World, items: Iterable | None = None, **options):
-    """A bar on stderr, on the first process."""
-    from tqdm import tqdm
-
-    return tqdm(items, file=sys.stderr, disable=world.rank > 0, **options)
-
-
 def make_questions(
     reader: Reader, tokenizer: Tokenizer, config: Config, world: World
 ) -> tuple[list[Question], list[str], dict]:
@@ -288,9 +280,8 @@ def make_questions(
     if room < 1:
         new = f"answers of {protocol.max_new_tokens} tokens"
         raise ValueError(f"--task {config.task}: its {new} leave no room in a window of {window}")
-    questions = list(
-        progress(world, protocol.questions(config, tokenizer, room), desc="prompts")
-    )
+    yielded = protocol.questions(config, tokenizer, room)
+    questions = list(progress(world, yielded, desc="prompts"))
     if not questions:
         raise ValueError(f"--data {config.data} has no questions")
     model_hash = None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from data import TEMPLATES, Tokenizer, Turn, find_tokenizer, render_prompt
+from lib.conversation import Conversation
 from lib.peft import save_adapter
 from lib.probe import check_code
 from lib.runs import find_template
@@ -209,87 +210,38 @@ def complete(
     return texts
 
 
-class Chat:
-    """A conversation with a model: what was said, as turns, and a decoder that has read it.
+class Chat(Conversation):
+    """A conversation with a model; a decoder holds what has been read of it.
 
-    The prompt is rendered anew from the turns for every answer, as training rendered them; only
-    what differs from the last one is read. system is an instruction that stays.
+    Only what differs from the last prompt is read.
     """
 
+    turn = Turn
+
     def __init__(self, model: Transformer, tokenizer: Tokenizer, template: str, system: str = ""):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.system = [Turn("system", system)] if system else []
-        self.window = model.config.max_seq_len
-        self.decoder, self.ids = Decoder(model, 1, self.window), []  # what it has read
-        self.forget()
+        self.model, self.template = model, template
+        self.decoder = Decoder(model, 1, model.config.max_seq_len)
+        self.ids: list[int] = []  # what it has read
+        super().__init__(tokenizer, model.config.max_seq_len, system)
 
-    def forget(self):
-        self.turns: list[Turn] = []
-
-    def prompt(self, text: str, room: int) -> list[int]:
-        """Add a user's turn; the ids up to where the answer begins.
-
-        The oldest exchanges are forgotten until the answer has room for so many tokens. Raises
-        ValueError, having changed nothing, for a text that alone is too long.
-        """
-        most, turns = self.window - room, [*self.turns, Turn("user", text)]
-        while True:
-            ids = render_prompt([*self.system, *turns], self.template, self.tokenizer)
-            if len(ids) <= most:
-                break
-            if len(turns) < 3:
-                problem = f"with room for {room} of the answer, {most} fit"
-                raise ValueError(f"{len(ids)} tokens are too long: {problem}")
-            del turns[:2]
-        self.turns = turns
-        return ids
+    def render(self, turns: list[Turn]) -> list[int]:
+        return render_prompt(turns, self.template, self.tokenizer)
 
     def read(self, ids: list[int]):
         """Let the decoder have read ids but for the last one, which `generate` reads."""
-        same = 0
-        while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
+        same, most = 0, min(len(self.ids), len(ids) - 1)
+        while same < most and self.ids[same] == ids[same]:
             same += 1
         self.decoder.trim([same])
-        if new := ids[same:-1]:
+        new = ids[same:-1]
+        if new:
             self.decoder.read([new])
         self.ids = ids[:-1]
 
-    def answer(
-        self, text: str, max_new_tokens: int, sampling: Sampling, on_text: Callable[[str], None]
-    ) -> str:
-        """The model's answer, up to EOS, which is then part of the history.
-
-        on_text gets it as it comes. At least half of the context window is for what was said, the
-        rest, if so much is asked for, for the answer.
-        """
-        ids = self.prompt(text, min(max_new_tokens, self.window // 2))
+    def write(self, ids: list[int], max_new_tokens: int, sampling: Sampling, add: Callable):
         self.read(ids)
-        stream, parts = TextStream(self.tokenizer, ids), []
-
-        def hand_out(text: str):
-            text = text if parts else text.lstrip()
-            if text:
-                parts.append(text)
-                on_text(text)
-
-        def add(_, token: int) -> bool:
-            hand_out(stream.add(token))
-            return False
-
-        most = min(max_new_tokens, self.window - len(ids))
         ends = (self.tokenizer.eos_id, self.tokenizer.bos_id)
-        try:
-            generate(self.model, [ids], most, sampling, ends, add, self.decoder)
-        except ValueError:
-            self.turns.pop()  # a question without an answer is no exchange
-            raise
-        hand_out(stream.end())
-        said = "".join(parts).strip()
-        if said:
-            self.turns.append(Turn("assistant", said))
-        else:
-            self.turns.pop()
-        return said
+        generate(self.model, [ids], max_new_tokens, sampling, ends, add, self.decoder)
 
 
 # ---- command line ----

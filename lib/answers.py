@@ -1,6 +1,7 @@
 """What a model answered: collected until a question is complete, then graded; and how it was measured."""
 
 import hashlib
+import json
 import math
 import platform
 import time
@@ -12,7 +13,7 @@ import torch
 
 from lib.cli import git_commit
 from lib.prompts import Question, prompt_hash
-from lib.results import append_lines, read_lines
+from lib.results import append_lines, read_lines, write_all
 
 FLAGS = ("task", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit")
 ALIKE = (  # what two evaluations have in common that are the same one
@@ -120,3 +121,11 @@ class Answers:
 
 def first_score(record: dict) -> list[float]:
     return list(record.get("scores", {}).values())[:1]
+
+
+def write_result(out: Path, result: dict, records: list[dict], table: str):
+    """Write the three files of a result, and say so."""
+    lines, page = out.with_suffix(".jsonl"), out.with_suffix(".md")
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_all({lines: text, page: table + "\n", out: json.dumps(result, indent=2)})
+    print(f"\nwrote {out}, {lines} and {page}")

@@ -129,14 +129,6 @@ def write_all(texts: dict[Path, str | bytes]):
         raise
 
 
-def write_result(out: Path, result: dict, records: list[dict], table: str):
-    """Write the three files of a result, and say so."""
-    lines, page = out.with_suffix(".jsonl"), out.with_suffix(".md")
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_all({lines: text, page: table + "\n", out: json.dumps(result, indent=2)})
-    print(f"\nwrote {out}, {lines} and {page}")
-
-
 # ---- reading ----
 
 

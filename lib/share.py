@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -84,3 +85,10 @@ class World:
             return answer["value"]
         self._wait_for_the_others("heard")
         raise ValueError(answer["error"])
+
+
+def progress(world: World, items: Iterable | None = None, **options):
+    """A bar on stderr, on the first process."""
+    from tqdm import tqdm
+
+    return tqdm(items, file=sys.stderr, disable=world.rank > 0, **options)

@@ -360,7 +360,7 @@ MUTANTS = [
            "sample: alone_and_in_a_batch and cached"),
     Mutant("a full window goes on with all of itself but the first token", "sample.py",
            "self.contexts[row][-half:]", "self.contexts[row][1:]", "sample: beyond_the_context"),
-    Mutant("a full chat forgets a question and keeps its answer", "sample.py",
+    Mutant("a full chat forgets a question and keeps its answer", "lib/conversation.py",
            "del turns[:2]", "del turns[:1]", "mini: full_context"),
     Mutant("a chat goes on from what it has read though the prompt differs", "sample.py",
            " and self.ids[same] == ids[same]", "",

@@ -352,7 +352,7 @@ def test_random_numbers_are_drawn_when_they_are_needed_and_stay_those_of_the_see
     used = []
     with monkeypatch.context() as watched:
         watched.setattr("lib.sampling.DRAWN", 7)
-        watched.setattr(sample, "choose", lambda *args: used.append(args[-1]) or choose(*args))
+        watched.setattr("lib.sampling.choose", lambda *args: used.append(args[-1]) or choose(*args))
         assert generate(model, prompts, 20, Sampling(1.0, seed=3)) == expected
     assert torch.equal(torch.stack(used, 1), at_once)
     endless = generate(model, prompts[:1], 2**40, Sampling(1.0), stop=lambda row, token: True)
