@@ -49,9 +49,10 @@ class Decoder:
         self.model = model
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
         if prefix is not None:
-            length, other = prefix.cache.longest, prefix.cache
-            self.cache.keys[:, :, :, :length] = other.keys[:, :, :, :length]
-            self.cache.values[:, :, :, :length] = other.values[:, :, :, :length]
+            length = prefix.cache.longest
+            known = (slice(None), slice(None), slice(None), slice(length))
+            self.cache.keys[known] = prefix.cache.keys[known]
+            self.cache.values[known] = prefix.cache.values[known]
             self.cache.trim([length] * rows)
 
     @torch.no_grad()
@@ -61,10 +62,12 @@ class Decoder:
         They must be finite: a Decoder that rules tokens out gives them a very low logit. Padding of
         shorter chunks counts as read: trim it before the next.
         """
-        cache, longest = self.cache, max(map(len, chunks))
-        padded = [chunk + [0] * (longest - len(chunk)) for chunk in chunks]
-        hidden = self.model.hidden(torch.tensor(padded, device=cache.lengths.device), cache)
-        last = hidden[torch.arange(len(chunks)), [len(chunk) - 1 for chunk in chunks]]
+        cache = self.cache
+        sizes = [len(chunk) for chunk in chunks]
+        padded = [chunk + [0] * (max(sizes) - len(chunk)) for chunk in chunks]
+        tokens = torch.tensor(padded, device=cache.lengths.device)
+        hidden = self.model.hidden(tokens, cache)
+        last = hidden[torch.arange(len(chunks)), [size - 1 for size in sizes]]
         return self.model.unembedding(last).float()
 
     def trim(self, lengths: list[int]):
@@ -74,7 +77,8 @@ class Decoder:
     def keep(self, rows: list[int]):
         """Forget all but these rows, which move together."""
         cache = self.cache
-        cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
+        cache.keys = cache.keys[:, rows]
+        cache.values = cache.values[:, rows]
         cache.lengths = cache.lengths[rows]
 
 
@@ -89,8 +93,16 @@ def check_prompts(model: Transformer, prompts: list[list[int]]):
 class Rows:
     """The prompts of a batch as they grow: what the model sees of each, and what is new."""
 
-    def __init__(self, prompts: list[list[int]], window: int, end_ids: tuple[int, ...], stop):
-        self.window, self.end_ids, self.stop = window, end_ids, stop
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        window: int,
+        end_ids: tuple[int, ...],
+        stop: Callable[[int, int], bool] | None,
+    ):
+        self.window = window
+        self.end_ids = end_ids
+        self.stop = stop
         self.contexts = [list(prompt) for prompt in prompts]
         self.new: list[list[int]] = [[] for _ in prompts]
         self.told = False
@@ -117,16 +129,20 @@ class Rows:
 
     def shorten(self, rows: list[int]) -> bool:
         """Cut those that have filled the window to its last half; whether there are any."""
-        full = [row for row in rows if len(self.contexts[row]) > self.window]
+        full = False
         half = self.window // 2
-        for row in full:
-            self.contexts[row] = self.contexts[row][-half:]
+        for row in rows:
+            if len(self.contexts[row]) > self.window:
+                full = True
+                self.contexts[row] = self.contexts[row][-half:]
         if full and not self.told:
-            notice = f"the context window of {self.window} tokens is full"
-            going_on = f"reading on with the last {half}, whenever that happens"
-            print(f"\n[{notice}; {going_on}]", file=sys.stderr)
+            notice = (
+                f"the context window of {self.window} tokens is full; "
+                f"reading on with the last {half}, whenever that happens"
+            )
+            print(f"\n[{notice}]", file=sys.stderr)
             self.told = True
-        return bool(full)
+        return full
 
 
 @torch.no_grad()
@@ -150,7 +166,8 @@ def generate(
     """
     check_prompts(model, prompts)
     batch = Rows(prompts, model.config.max_seq_len, end_ids, stop)
-    contexts, rows = batch.contexts, list(range(len(prompts)))  # rows: those in the decoder
+    contexts = batch.contexts
+    rows = list(range(len(prompts)))  # those in the decoder
     uniform = UniformNumbers(sampling.seed, len(prompts), model.norm.weight.device)
     reader = decoder(model, len(rows), batch.room(rows, max_new_tokens), prefix)
     unread = [context[prefix.cache.longest :] if prefix else context for context in contexts]
@@ -219,7 +236,8 @@ class Chat(Conversation):
     turn = Turn
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, template: str, system: str = ""):
-        self.model, self.template = model, template
+        self.model = model
+        self.template = template
         self.decoder = Decoder(model, 1, model.config.max_seq_len)
         self.ids: list[int] = []  # what it has read
         super().__init__(tokenizer, model.config.max_seq_len, system)
@@ -229,7 +247,8 @@ class Chat(Conversation):
 
     def read(self, ids: list[int]):
         """Let the decoder have read ids but for the last one, which `generate` reads."""
-        same, most = 0, min(len(self.ids), len(ids) - 1)
+        same = 0
+        most = min(len(self.ids), len(ids) - 1)
         while same < most and self.ids[same] == ids[same]:
             same += 1
         self.decoder.trim([same])
@@ -259,14 +278,18 @@ def load_model(
     check_code(Transformer, ModelConfig, path, anyway)
     device, bf16 = "cpu", dtype == "bf16"
     if torch.cuda.is_available():
-        device, bf16 = "cuda", bf16 or dtype == "auto" and torch.cuda.is_bf16_supported(False)
-    model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
+        device = "cuda"
+        if dtype == "auto":
+            bf16 = torch.cuda.is_bf16_supported(False)
+    kind = torch.bfloat16 if bf16 else torch.float32
+    model = load(path, device, kind).eval()
     found = tokenizer or find_tokenizer(path)
     if not found and (Path(path) / "adapter_config.json").exists():
         found = find_tokenizer(read_adapter(path, ModelConfig).base)
     if not found:
         raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
-    words, most = Tokenizer(found), model.config.vocab_size
+    words = Tokenizer(found)
+    most = model.config.vocab_size
     if words.vocab_size > most:
         problem = f"has {words.vocab_size} tokens, more than the model's {most}"
         raise ValueError(f"tokenizer {words.name} {problem}")
@@ -303,9 +326,12 @@ class Config:
 
 def print_samples(config: Config, sampling: Sampling, model: Transformer, tokenizer: Tokenizer):
     prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
-    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    rows, shown = [], []
+    for prompt in prompts:
+        row = tokenizer.encode_prompt(prompt)
+        rows.append(row)
+        shown.append(tokenizer.decode(row))
     check_prompts(model, rows)
-    shown = [tokenizer.decode(row) for row in rows]
     settings = (config.max_new_tokens, sampling, config.stop)
     if len(prompts) == 1:  # as it comes
         show(shown[0])
@@ -314,11 +340,15 @@ def print_samples(config: Config, sampling: Sampling, model: Transformer, tokeni
         return
     texts = complete(model, tokenizer, prompts, *settings)
     for number, text in enumerate(texts):
-        print(f"--- {number + 1}\n{shown[number]}{text}")
+        print(f"--- {number + 1}")
+        print(shown[number] + text)
 
 
 def main(config: Config):
-    sampling = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
+    settings = {}
+    for field in fields(Sampling):
+        settings[field.name] = getattr(config, field.name)
+    sampling = Sampling(**settings)
     for name, most in MOST.items():
         number = getattr(config, name)
         if not 1 <= number <= most:

@@ -352,7 +352,7 @@ MUTANTS = [
     Mutant("all rows draw the same random numbers", "lib/sampling.py",
            "seed * 1_000_003 + row", "seed * 1_000_003", "sample: random_row"),
     Mutant("shorter prompts go on after their padding", "sample.py",
-           "hidden[torch.arange(len(chunks)), [len(chunk) - 1 for chunk in chunks]]",
+           "hidden[torch.arange(len(chunks)), [size - 1 for size in sizes]]",
            "hidden[:, -1]", "sample: alone_and_in_a_batch and cached"),
     Mutant("the cache keeps the last token and reads it again", "sample.py",
            "reader.trim([len(contexts[row]) - 1 for row in rows])",
