@@ -4,7 +4,6 @@ A result X.json has a table beside it in X.md, and in X.jsonl a line for each qu
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections import Counter
@@ -73,11 +72,6 @@ class Text(Line):
     bytes: Annotated[float, Meta(gt=0, le=1e300)]
     words: NotRequired[int]
     document: NotRequired[str]  # where a line is a window of a document, its name
-
-
-def question_hash(*parts: Any) -> str:
-    """A hash of a question's own text, choices and right answers, equal for every model and prompt."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 # ---- writing ----
@@ -162,6 +156,33 @@ def read_result(path: Path, expected: dict) -> dict:
 def check_line(record: Any, task: str, where: str | Path) -> dict:
     """What a comparison needs of a line. Raises ValueError naming a field that is missing or wrong."""
     return checked(record, Text if task == "perplexity" else Answer, where)
+
+
+def read_lines(path: Path, questions: list, keys: list[str]) -> dict[int, dict]:
+    """The records of an evaluation that was broken off, by the place of their question.
+
+    A last line that is not whole is deleted. Raises ValueError naming the line that is not of this
+    model, these questions, prompts and this protocol.
+    """
+    if not path.exists():
+        return {}
+    places = {(question.subject, question.index): i for i, question in enumerate(questions)}
+    data, done = path.read_bytes(), {}
+    whole = data[: data.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = parse_json(line, path)
+            check_line(record, record["task"], path)
+            place = places[record["subject"], record["index"]]
+            if record["key"] != keys[place]:
+                raise KeyError
+        except (ValueError, KeyError, TypeError):
+            problem = "is of another evaluation; choose another name"
+            raise ValueError(f"--out: {path}:{number} {problem}") from None
+        done[place] = record
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return done
 
 
 def read_answers(path: Path) -> tuple[Protocol, dict[tuple[str, int], dict]]:

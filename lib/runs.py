@@ -92,6 +92,16 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
+def find_template(path: str) -> str:
+    """The template that a run or its checkpoint was trained with; empty where its record names none."""
+    here, above = Path(path), Path(path).parent
+    folder = here if (here / "run.json").is_file() else above
+    sources = []
+    if folder == here or is_record(above / "run.json"):
+        sources = read_run(folder)["dataset"]
+    return next((source["template"] for source in sources if source.get("template")), "")
+
+
 def append_row(path: Path, row: dict):
     """Add a row to a log.jsonl, on a line of its own also where the last line is broken off."""
     with open(path, "ab+") as file:

@@ -133,6 +133,15 @@ def read_adapter(path: str | Path, config_class: type) -> Adapter:
         return Adapter(find_base(settings, path, config_class), settings, tensors)
 
 
+def whole_adapter(path: str | Path, config_class: type) -> Adapter:
+    """As `read_adapter`. Raises ValueError also where a run changed more of its base than that."""
+    adapter = read_adapter(path, config_class)
+    if read_config(path, config_class) != read_config(adapter.base, config_class):
+        more = "differs from its base in more than an adapter can say"
+        raise ValueError(f"{path} {more}; use --export")
+    return adapter
+
+
 def _read_adapted(path: Path, config_class: type) -> tuple:
     """The base model with the adapter at path merged into it: W + (alpha / rank) B A, where W is in NF4 if it was so
     in training."""

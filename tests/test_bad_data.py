@@ -520,7 +520,8 @@ def use(folder: Path):
     if mixture.kind != "text":
         data.show(folder, 1)
     else:
-        next(eval.perplexity(eval.Config("", "perplexity", str(folder)), Tokenizer("bytes"), 64))
+        read = eval.PROTOCOLS["perplexity"]["windows"].questions
+        next(read(eval.Config("", "perplexity", str(folder)), Tokenizer("bytes"), 64))
 
 
 @pytest.mark.parametrize("kind", ["text", "chat", "preference"])

@@ -512,8 +512,9 @@ def test_what_does_not_go_together_is_refused(tmp_path, pair_set, tiny_data):
     assert mixed.kind == "chat" and mixed.packed and type(mixed.parts[0].layout) is Packed
     batch = mixed.batch(range(40), 0)
     assert batch.positions().shape == batch.tokens.shape == (40, 512)
+    read = eval.PROTOCOLS["perplexity"]["windows"].questions
     with pytest.raises(ValueError, match="holds conversations; perplexity is that of text"):
-        next(eval.perplexity(eval.Config("", "perplexity", chats[0]), Tokenizer("bytes"), 64))
+        next(read(eval.Config("", "perplexity", chats[0]), Tokenizer("bytes"), 64))
     both = write_json(tmp_path / "both.json", [RECORDS["openai"], RECORDS["pairs"]])
     with pytest.raises(ValueError, match="both.json:2: preference pairs and conversations are mixed"):
         prepare_chats((str(both),), tmp_path / "both", "bytes", "plain", workers=1)

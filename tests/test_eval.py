@@ -26,8 +26,11 @@ from conftest import (
     run_ranks,
 )
 from data import Tokenizer
-from eval import CATEGORIES, Config, Question, Reader, check, compare, estimate, make_batches, pair, read_mmlu, rows_of
+from eval import CATEGORIES, PROTOCOLS, Config, Question, Reader, compare, read_mmlu, settled
+from lib.batches import make_batches, rows_to_read
 from lib.cli import run_command
+from lib.prompts import Prompts, pair
+from lib.statistics import estimate
 from model import SIZES, ModelConfig, Transformer, load, save
 
 TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=2048)
@@ -44,14 +47,14 @@ def llama(shared) -> Tokenizer:
 
 
 def questions_of(tokenizer, folder, window=4096, **options) -> list[Question]:
-    config = check(Config(model=("m",), task="mmlu", data=str(folder), **options))
+    config = settled(Config(model=("m",), task="mmlu", data=str(folder), **options), PROTOCOLS)
     return list(eval.mmlu(config, tokenizer, min(window, config.max_prompt or window)))
 
 
 def score(model, questions, batch_tokens) -> list[list[float]]:
     """All log-probabilities, by question."""
     reader, found = Reader(model), [{} for _ in questions]
-    for batch in make_batches(questions, list(rows_of(questions)), batch_tokens):
+    for batch in make_batches(questions, list(rows_to_read(questions)), batch_tokens):
         for number, choice, logprob in reader.score(batch):
             found[number][choice] = logprob
     return [[choices[i] for i in range(len(choices))] for choices in found]
@@ -136,7 +139,7 @@ def test_an_example_that_just_fits_stays(llama):
         texts = ["Ask.\n\n" + "".join(examples[:n]) + "And now?" for n in range(6)]
         sizes = [len(tokenizer.encode(text, bos=True)) for text in texts]
         for room in range(sizes[0], sizes[5] + 2):
-            fitted = eval.Prompts(Config(), tokenizer, "Ask.\n\n", examples, room).fit("And now?")
+            fitted = Prompts(Config(), tokenizer, "Ask.\n\n", examples, room).ask("And now?")
             most = max(n for n in range(6) if sizes[n] <= room)
             assert (fitted["shots"], fitted["cut"]) == (most, 0)
 
@@ -221,7 +224,7 @@ def test_a_hundred_questions_score_as_an_independent_scorer_says(rows, hundred, 
     for sharing in (True, False):
         if not sharing:
             monkeypatch.setattr("os.path.commonprefix", lambda rows: [])
-        batches = make_batches(questions, list(rows_of(questions)), rows * longest)
+        batches = make_batches(questions, list(rows_to_read(questions)), rows * longest)
         assert max(len(batch.rows) for batch in batches) >= rows and any(batch.prefix for batch in batches) == sharing
         for found, plain in zip(score(model, questions, rows * longest), expected):
             assert_same_but_for_rounding(found, plain, additions(model.config, 512))
@@ -252,7 +255,7 @@ def test_choices_of_any_length_score_as_one_by_one(batch_tokens, model):
 def test_what_questions_begin_with_is_read_once(model):
     first = list(range(100))
     questions = [Question("s", i, context := [*first, i, 7], [(context, [1]), (context, [2])]) for i in range(10)]
-    (batch,) = make_batches(questions, list(rows_of(questions)), 10_000)
+    (batch,) = make_batches(questions, list(rows_to_read(questions)), 10_000)
     assert batch.prefix == first and len(batch.rows) == 10  # one row for both choices
     read = []
     reader = Reader(model)
@@ -389,7 +392,7 @@ def test_half_a_line_at_the_end_is_no_line(shared, tmp_path):
 def test_scores_have_both_averages_and_wilsons_intervals():
     record = lambda subject, hit: {"subject": subject, "scores": {"acc": hit}, "shots": 5, "tie": hit > 0, "cut": 0}
     records = [record("anatomy", 1.0), record("virology", 0.0), record("virology", 0.0), record("virology", 1.0)]
-    found = eval.summarize(records, "mmlu")
+    found = eval.summarize(records, "mmlu", CATEGORIES)
     acc = found["scores"]["acc"]
     assert (acc["micro"][0], acc["macro"][0]) == (0.5, pytest.approx(2 / 3)) and found["ties"] == 2
     half = 1.96 * math.sqrt(0 / 1 + (2 / 9) / 3) / 2  # each subject's variance by its questions
@@ -525,7 +528,7 @@ def test_the_shared_prefix_makes_it_three_times_and_all_of_it_faster_than_transf
     def transformers() -> list[list[float]]:
         """Left padded, so that its logits_to_keep can leave out all positions but the last."""
         found = [[] for _ in questions]
-        for batch in make_batches(apart(questions), list(rows_of(apart(questions))), 2048):
+        for batch in make_batches(apart(questions), list(rows_to_read(apart(questions))), 2048):
             rows, longest = batch.rows, len(batch.rows[0].ids)
             ids = torch.tensor([[0] * (longest - len(row.ids)) + row.ids for row in rows])
             mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows])

@@ -10,8 +10,12 @@ import torch
 import eval
 from conftest import flags, random_model, run_ranks
 from data import Tokenizer
-from eval import BBH_TASKS, Config, Question, Reader, check, make_batches, rolling_windows, rows_of
+from eval import PROTOCOLS, Config, Question, Reader, settled
+from lib import grades
+from lib.batches import make_batches, rows_to_read
 from lib.cli import run_command
+from lib.perplexity import rolling_windows
+from lib.tasks import BBH_TASKS
 from model import ModelConfig, Transformer, save
 
 TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=2048)
@@ -35,7 +39,7 @@ def llama(shared) -> Tokenizer:
 
 
 def questions_of(tokenizer, task: str, data, room=4096, **options) -> list[Question]:
-    config = check(Config(model=("m",), task=task, data=str(data), **options))
+    config = settled(Config(model=("m",), task=task, data=str(data), **options), PROTOCOLS)
     task = eval.PROTOCOLS[task][config.protocol].questions
     return list(task(config, tokenizer, min(room, config.max_prompt or room)))
 
@@ -91,7 +95,7 @@ def test_chains_of_thought_come_after_the_authors_prompt(shared, llama):
     ("", "True", False),
 ])  # fmt: skip
 def test_the_answer_of_a_chain_is_what_follows_the_last_answer_is(text, target, right):
-    assert graded(eval.grade_chain, target, text) == {"acc": float(right)}
+    assert graded(grades.grade_chain, target, text) == {"acc": float(right)}
 
 
 @pytest.mark.parametrize("text, target, right", [
@@ -99,7 +103,7 @@ def test_the_answer_of_a_chain_is_what_follows_the_last_answer_is(text, target, 
     ("\n\nTrue", "True", True), ("It is True", "True", False), ("", "True", False), ("true", "True", False),
 ])  # fmt: skip
 def test_a_direct_answer_begins_with_the_target(text, target, right):
-    assert graded(eval.grade_beginning, target, text) == {"acc": float(right)}
+    assert graded(grades.grade_beginning, target, text) == {"acc": float(right)}
 
 
 # ---- GSM8K ----
@@ -138,16 +142,16 @@ def test_gsm8k_asks_after_the_eight_solved_problems(shared, llama):
     ("x = 12. So 3 of 4", "4", False, True),
 ])  # fmt: skip
 def test_numbers_are_found_as_the_reference_finds_them(text, target, strict, flexible):
-    assert graded(eval.grade_gsm8k, target, text) == {"strict": float(strict), "flexible": float(flexible)}
+    assert graded(grades.grade_gsm8k, target, text) == {"strict": float(strict), "flexible": float(flexible)}
 
 
 # ---- writing ----
 
 
 def write(model, questions, batch_tokens, **changes) -> list[str]:
-    protocol = eval.Protocol(None, None, max_new_tokens=12, **changes)
+    protocol = grades.Protocol(None, None, max_new_tokens=12, **changes)
     reader, found = Reader(model), {}
-    for batch in make_batches(questions, list(rows_of(questions)), batch_tokens, 12):
+    for batch in make_batches(questions, list(rows_to_read(questions)), batch_tokens, 12):
         found |= {number: text for number, _, text in reader.write(batch, Tokenizer("bytes"), protocol)}
     return [found[number] for number in range(len(questions))]
 
@@ -160,7 +164,7 @@ def test_written_answers_are_those_of_each_prompt_alone(model):
     alone = [write(model, [question], 10_000)[0] for question in questions]
     for batch_tokens in (1, 40, 10_000):
         assert write(model, questions, batch_tokens) == alone
-    batches = make_batches(questions, list(rows_of(questions)), 10_000, 12)
+    batches = make_batches(questions, list(rows_to_read(questions)), 10_000, 12)
     assert sorted((len(batch.prefix), len(batch.rows)) for batch in batches) == [(0, 1), (60, 9)]
     stop = next(text[2] for text in alone if len(text) > 2 and text[2].isascii())
     expected = [text.split(stop)[0] for text in alone]
@@ -237,8 +241,7 @@ def test_your_own_task_is_a_file_of_contexts_choices_and_answers(model, saved, t
 
 def test_choices_are_also_weighed_by_their_characters():
     question = Question("s", 0, [1], gold=[1], sizes=[1, 10, 4])
-    scores = eval.grade_choice(question, [-1.0, -5.0, -3.0])["scores"]
-    assert scores == {"acc": 0.0, "acc_norm": 1.0}
+    assert grades.grade_choice(question, [-1.0, -5.0, -3.0])["scores"] == {"acc": 0.0, "acc_norm": 1.0}
 
 
 def test_arc_hellaswag_and_truthfulqa_are_read_as_published(tmp_path):
@@ -274,8 +277,8 @@ def test_arc_hellaswag_and_truthfulqa_are_read_as_published(tmp_path):
 def test_truthfulqa_counts_the_probability_of_the_true_choices():
     logprobs = [math.log(p) for p in (0.1, 0.3, 0.2)]
     question = Question("mc2", 0, [1], gold=[0, 2])
-    assert eval.grade_truthfulqa(question, logprobs)["scores"] == {"mc2": pytest.approx(0.5)}
-    assert eval.grade_truthfulqa(Question("mc1", 0, [1], gold=[0]), logprobs)["scores"] == {"mc1": 0.0}
+    assert grades.grade_truthfulqa(question, logprobs)["scores"] == {"mc2": pytest.approx(0.5)}
+    assert grades.grade_truthfulqa(Question("mc1", 0, [1], gold=[0]), logprobs)["scores"] == {"mc1": 0.0}
 
 
 def test_ties_go_to_the_first_choice_and_are_counted(tmp_path):
@@ -366,7 +369,7 @@ def test_a_passkey_is_hidden_in_prompts_of_the_length_asked_for(llama, saved, tm
 
 @pytest.mark.parametrize("text, right", [(" 12345.", True), ("12345", True), (" 123456", False), ("is 1 12345", False)])
 def test_a_passkey_is_the_first_number_written(text, right):
-    assert graded(eval.grade_number, "12345", text) == {"acc": float(right)}
+    assert graded(grades.grade_number, "12345", text) == {"acc": float(right)}
 
 
 # ---- bad input ----

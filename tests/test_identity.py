@@ -18,8 +18,9 @@ import train
 from conftest import ROOT, random_model
 from data import Tokenizer
 from lib import opening, weights
+from lib.sampling import choose
 from model import SIZES, FeedForward, ModelConfig, RMSNorm, load, save
-from sample import Sampling, choose, generate, load_model
+from sample import Sampling, generate, load_model
 from test_dpo import OPTIONS as DPO
 from test_dpo import pairs  # noqa: F401
 
@@ -303,7 +304,7 @@ def test_runs_of_two_codes_are_two_curves(tiny_run, tiny_data, tmp_path, monkeyp
         changed.setattr(FeedForward, "forward", squared_relu)
         runs.append(str(tiny_run("relu2_0", steps=1)))
     seen = []
-    monkeypatch.setattr(eval, "draw", lambda points, *_: seen.extend(point[:2] for point in points))
+    monkeypatch.setattr("lib.curves.draw_curves", lambda points, *_: seen.extend(point[:2] for point in points))
     out = str(tmp_path / "curve.json")
     config = eval.Config(tuple(runs), "perplexity", str(tiny_data), out, checkpoints="all")
     with pytest.raises(ValueError, match="relu2_0.step_00000000 was trained by other code"):
@@ -361,8 +362,8 @@ def test_random_numbers_are_drawn_when_they_are_needed_and_stay_those_of_the_see
     at_once = torch.stack([torch.rand(20, generator=generator) for generator in generators])
     used = []
     with monkeypatch.context() as watched:
-        watched.setattr(sample, "DRAWN", 7)
-        watched.setattr(sample, "choose", lambda *args: used.append(args[-1]) or choose(*args))
+        watched.setattr("lib.sampling.DRAWN", 7)
+        watched.setattr("lib.sampling.choose", lambda *args: used.append(args[-1]) or choose(*args))
         assert generate(model, prompts, 20, Sampling(1.0, seed=3)) == expected
     assert torch.equal(torch.stack(used, 1), at_once)
     endless = generate(model, prompts[:1], 2**40, Sampling(1.0), stop=lambda row, token: True)

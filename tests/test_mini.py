@@ -16,7 +16,7 @@ from lib.chat_formats import Turn
 from lib.records import read_json
 from lib.templates import TEMPLATES, render, render_prompt
 from model import ModelConfig
-from sample import Chat, Sampling, find_template, load_model, read
+from sample import Chat, Decoder, Sampling, find_template, load_model
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import mini
@@ -190,11 +190,11 @@ def test_a_chat_goes_on_after_an_empty_answer(model, monkeypatch):
 def test_what_is_remembered_of_earlier_turns_changes_no_answer_and_is_not_read_again(model, monkeypatch):
     chat, sizes = chat_with(model), []
 
-    def counted(model, cache, chunks):
+    def counted(decoder, chunks, read=Decoder.read):
         sizes.append(len(chunks[0]))
-        return read(model, cache, chunks)
+        return read(decoder, chunks)
 
-    monkeypatch.setattr("sample.read", counted)
+    monkeypatch.setattr("sample.Decoder.read", counted)
     for number in range(6):
         fresh = chat_with(model)
         fresh.turns = list(chat.turns)

@@ -18,7 +18,7 @@ import bench
 import eval
 from conftest import flags, random_model
 from data import Dataset, Tokenizer
-from eval import Config, World, check, compare
+from eval import PROTOCOLS, Config, World, compare, settled
 from lib.cli import run_command
 from lib.results import read_result, write_all
 from model import ModelConfig, save
@@ -239,7 +239,7 @@ def test_what_the_first_process_refuses_ends_all(ask, saved):
         ),
         ("b.md/x.json", "b.md: File exists"),
     ):
-        config = check(Config(model=(saved,), task="choices", data="ours.jsonl", out=out))
+        config = settled(Config(model=(saved,), task="choices", data="ours.jsonl", out=out), PROTOCOLS)
         assert together(lambda world: eval.evaluate(config, saved, world)) == [sentence, sentence]
 
 
@@ -335,7 +335,7 @@ def test_a_question_has_the_same_hash_for_every_tokenizer_and_prompt(ask, shared
             more = more | {
                 name: changes[name] for name in ("subjects", "limit", "lengths") if name in changes
             }
-            config = check(Config(model=("m",), task=task, data=str(data), **more))
+            config = settled(Config(model=("m",), task=task, data=str(data), **more), PROTOCOLS)
             made = list(eval.PROTOCOLS[task][config.protocol].questions(config, tokenizer, 2000))
             found.append([question.sha256 for question in made])
         assert (
@@ -612,9 +612,8 @@ def test_questions_of_a_wrong_form_are_one_sentence(task, text, sentence, ask, t
     path = Path("bbh/snarks.json" if task == "bbh" else "t.jsonl")
     path.write_text(text if isinstance(text, str) else json.dumps(text))
     more = {"subjects": "snarks"} if task == "bbh" else {}
-    config = check(
-        Config(model=("m",), task=task, data="." if task == "bbh" else "t.jsonl", **more)
-    )
+    data = "." if task == "bbh" else "t.jsonl"
+    config = settled(Config(model=("m",), task=task, data=data, **more), PROTOCOLS)
     with pytest.raises(ValueError, match=sentence):
         list(eval.PROTOCOLS[task][config.protocol].questions(config, Tokenizer("bytes"), 2000))
 
@@ -624,9 +623,9 @@ def test_prompts_that_are_no_utf8_are_one_sentence(ask):
     Path("cot-prompts").mkdir()
     Path("bbh/snarks.json").write_text('{"examples": [{"input": "a", "target": "b"}]}')
     Path("cot-prompts/snarks.txt").write_bytes(b"a\xff")
-    config = check(Config(model=("m",), task="bbh", data=".", subjects="snarks", protocol="cot"))
+    config = settled(Config(model=("m",), task="bbh", data=".", subjects="snarks", protocol="cot"), PROTOCOLS)
     with pytest.raises(ValueError, match="snarks.txt: not UTF-8 at byte 1"):
-        list(eval.bbh(config, Tokenizer("bytes"), 2000))
+        list(eval.PROTOCOLS["bbh"]["cot"].questions(config, Tokenizer("bytes"), 2000))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import torch
 
 from conftest import command, flags, random_model
 from data import Tokenizer
+from lib.sampling import Sampling, choose
+from lib.stream import TextStream
 from model import ModelConfig, Transformer, load, save
-from sample import Sampling, TextStream, choose, complete, generate, load_model
+from sample import complete, generate, load_model
 
 TINY = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=258, max_seq_len=48)
 

@@ -1,0 +1,88 @@
+"""How the next token is drawn from logits: the settings, and the random numbers of each row."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DRAWN = 256  # random numbers that a row has in advance
+NOT_FINITE = -1  # in place of a token, where the logits have infinities or NaN
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The default is greedy: the likeliest token, always."""
+
+    temperature: float = 0.0         # divides the logits; 0 is greedy
+    top_k: int = 0                   # only the k likeliest tokens; 0 is all
+    top_p: float = 1.0               # only the likeliest that together have this probability
+    min_p: float = 0.0               # only tokens at least this likely, relative to the likeliest
+    repetition_penalty: float = 1.0  # divides logits of tokens that are there, or multiplies
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0):
+            wrong = f"--temperature {self.temperature} and --top_k {self.top_k}"
+            raise ValueError(f"{wrong} must be numbers that are not negative")
+        if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
+            wrong = f"--top_p {self.top_p} and --min_p {self.min_p}"
+            raise ValueError(f"{wrong} must lie between 0 and 1, top_p above 0")
+        if not 0 < self.repetition_penalty < math.inf:
+            wrong = f"--repetition_penalty {self.repetition_penalty}"
+            raise ValueError(f"{wrong} must be a number above 0")
+
+
+def choose(
+    logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor
+) -> Tensor:
+    """The next token (B,) from logits (B, V), which are changed.
+
+    uniform (B,), numbers in [0, 1), picks where sampling is random. Nucleus sampling, top_p, is
+    Holtzman et al. 2020, arXiv:1904.09751.
+    """
+    if sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        for row, context in zip(logits, contexts):
+            seen = torch.tensor(sorted(set(context)), device=logits.device)
+            row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+    if sampling.temperature < 1e-5:  # dividing by less would overflow
+        return logits.argmax(-1)
+    logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(logits, dtype=torch.bool)
+    if sampling.top_k:  # by rank, so that equal logits do not let more than k through
+        keep[:, sampling.top_k :] = False
+    scaled = (logits / sampling.temperature).masked_fill(~keep, -math.inf)
+    p = scaled.softmax(-1)  # top_p counts what top_k leaves
+    keep &= p.cumsum(-1) - p < sampling.top_p
+    keep &= p >= sampling.min_p * p[:, :1]
+    mass = (p * keep).cumsum(-1)
+    place = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1)
+    place = torch.minimum(place, keep.sum(-1) - 1).clamp(min=0)
+    return tokens.gather(-1, place[:, None])[:, 0]
+
+
+def next_tokens(
+    logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor
+) -> list[int]:
+    """The next token of each row, NOT_FINITE where its logits have infinities or NaN."""
+    finite = logits.isfinite().all(-1)
+    tokens = choose(logits, contexts, sampling, uniform)
+    return torch.where(finite, tokens, NOT_FINITE).tolist()  # one wait for both
+
+
+class UniformNumbers:
+    """Random numbers in [0, 1) for each row, from a seed of its own, whichever rows still run."""
+
+    def __init__(self, seed: int, rows: int, device: torch.device):
+        self.generators, self.device = [], device
+        for row in range(rows):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63)
+            self.generators.append(generator)
+
+    def at(self, step: int, rows: list[int]) -> Tensor:
+        """One number for each of these rows (B,); the steps are asked for in order."""
+        if step % DRAWN == 0:
+            drawn = [torch.rand(DRAWN, generator=generator) for generator in self.generators]
+            self.numbers = torch.stack(drawn).to(self.device)
+        return self.numbers[rows, step % DRAWN]
