@@ -95,7 +95,7 @@ def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
     """Cosine and sine of the angle of every channel pair at these positions (…, T).
 
     Two fp32 tensors (…, T, K/2). Computed where it is used, never stored: a stored table is rounded
-    by `model.to(torch.bfloat16)`, which leaves 769 distinct positions of 4,096, and is garbage after
+    by `model.to(torch.bfloat16)`, which leaves 769 distinct positions of 4,096, and garbage after
     initialisation on the meta device.
     """
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
@@ -116,7 +116,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 class KVCache:
-    """The keys and values of the tokens read so far; row b holds the first lengths[b] of sequence b.
+    """The keys and values of the tokens read so far: of row b the first lengths[b].
 
     Pass it to `Transformer.forward` with the next chunk (B, T) of tokens, of any size. Rows may
     differ in length: pad a chunk on the right, then `trim` to the true lengths; what was padding is

@@ -14,11 +14,11 @@ from conftest import ROOT
 
 SCRIPTS = ("model", "data", "train", "sample", "eval", "bench")
 BOOK = {  # file: lines, columns of its widest line, syntax nodes a code line, lines of its longest function
-    "model.py": (370, 100, 12, 45),
+    "model.py": (370, 100, 12.1, 45),
     "data.py": (400, 100, 10.6, 45),
     "train.py": (590, 120, 11.2, 45),
     "sample.py": (400, 100, 10.5, 45),
-    "eval.py": (400, 100, 10.5, 45),
+    "eval.py": (400, 100, 11.3, 45),
 }
 LIBRARY = sorted(path.name for path in (ROOT / "lib").glob("*.py"))
 ABOVE = {  # which script may import which
