@@ -408,9 +408,9 @@ def settle(config: Config, record: dict | None, data: Mixture, device: torch.dev
     if record:
         shape = ModelConfig(**record["model"])
     else:
+        shape = first_config(config, metas[0], SIZES, ModelConfig)
         if config.init_from:
             probe.check_code(Transformer, ModelConfig, config.init_from, config.anyway)
-        shape = first_config(config, metas[0], SIZES, ModelConfig)
     dtype = world.compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     config = dataclasses.replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
     if record is None:  # with the flags as they were typed

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from lib import lora
+from lib import world as world_of
 from model import SIZES, ModelConfig, Transformer
 
 
@@ -101,7 +102,7 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
     dist.init_process_group(backend, rank=0, world_size=world, store=store)
     try:
         device, dtype = torch.device("cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-        mesh = world.make_mesh(config.shard_over, device)
+        mesh = world_of.make_mesh(config.shard_over, device)
         with fake_tensors() if fake else contextlib.nullcontext(), Allocated() as allocated:
             torch.set_default_dtype(dtype if config.lora_rank else torch.float32)
             model = Transformer(shape)

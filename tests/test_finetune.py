@@ -69,7 +69,7 @@ def test_a_length_that_cannot_be_read_is_one_sentence(tiny_run):
     ("constant", 1.0, 1.0, 1.0), ("wsd", 1.0, 0.55, 0.1),
 ])  # fmt: skip
 def test_the_learning_rate_warms_up_and_goes_down_as_the_schedule_says(schedule, middle, late, end):
-    config = Config(steps=1100, warmup=100, learning_rate=1.0, final_lr=0.1, schedule=schedule, decay=2 / 11)
+    config = Config(steps=1101, warmup=100, learning_rate=1.0, final_lr=0.1, schedule=schedule, decay=201 / 1101)
     rates = [learning_rate(step, config) for step in range(1101)]
     assert rates[:100] == pytest.approx([(step + 1) / 101 for step in range(100)])
     assert [rates[step] for step in (100, 600, 1000, 1100)] == pytest.approx([1.0, middle, late, end])

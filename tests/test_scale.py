@@ -96,12 +96,12 @@ def test_a_step_without_any_target_moves_nothing_and_is_counted(world):  # noqa:
     batch = micro_batch(rows())
     batch = batch._replace(targets=torch.full_like(batch.targets, IGNORE))
     outcome = train.train_step(model, optimizers, [batch], 0.0, Config(), train.Guard(6.0, CPU))
-    assert outcome.loss == 0 and outcome.norm == 0 and not outcome.bad and outcome.counts.tolist() == [0, 4]
+    assert outcome.loss == 0 and outcome.norm == 0 and not outcome.bad and outcome.counts.tolist() == [0, 0, 4]
     assert all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
     some = batch._replace(targets=batch.targets.clone())
     some.targets[1, 3] = 7
     outcome = train.train_step(model, optimizers, [some, batch], 0.0, Config(), train.Guard(6.0, CPU))
-    assert outcome.counts.tolist() == [1, 7]
+    assert outcome.counts.tolist() == [1, 1, 7]
 
 
 # ---- forecasts ----
