@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import train
-from conftest import ROOT, TINY_RUN, byte_data, command, flags, torchrun
+from conftest import ROOT, TINY_RUN, byte_data, checkpoints_of, command, flags, torchrun
 from data import Dataset, prepare
 from lib import forecast
 from lib.checkpoints import checkpoint_folder
@@ -364,7 +364,7 @@ def save_for_ever(folder, ready):
     config = Config(keep=2)
     model = build()
     optimizers, guard = train.make_optimizers(model, config), train.Guard(6.0, CPU)
-    checkpoints = train.Checkpoints(folder, config, model, optimizers, guard, CPU)
+    checkpoints = checkpoints_of(folder, config, model, optimizers, guard)
     last = folder / "last"
     for step in range(int(last.read_text()[5:]) + 1 if last.exists() else 1, 10_000):
         with torch.no_grad():

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from conftest import ROOT, TINY_RUN, command, flags
+from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags
 from data import Batch, Mixture
 from lib.kernels import KERNELS, Documents, attend_within
 from model import SIZES, ModelConfig, load
@@ -237,7 +237,7 @@ def test_a_checkpoint_is_of_its_step_and_holds_training_up_less_than_a_blocking_
     model, optimizers, guard, config = build(device, shape=shape)
     weights = {name: p.detach().full_tensor().to(CPU, copy=True) for name, p in model.named_parameters()}
     (tmp_path / "run.json").write_text("{}")
-    checkpoints = train.Checkpoints(tmp_path, config, model, optimizers, guard, device)
+    checkpoints = checkpoints_of(tmp_path, config, model, optimizers, guard)
     checkpoints.begin(0)  # also takes the memory to copy to
     assert checkpoints.finish() is None
     started = time.perf_counter()
