@@ -2,6 +2,7 @@
 
 import doctest
 import gzip
+import importlib
 import json
 import re
 import resource
@@ -157,10 +158,13 @@ def test_help_explains_every_flag_and_a_mistyped_one_gets_a_suggestion(script, r
     assert done.returncode == 2 and meant in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bench", "data", "eval", "model", "sample", "train"])
+SCRIPTS = ["bench", "data", "eval", "model", "sample", "train"]
+LIBRARY = sorted(f"lib.{path.stem}" for path in (ROOT / "lib").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", SCRIPTS + LIBRARY)
 def test_the_examples_in_docstrings_are_right(name):
-    module = __import__(name)
-    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_the_files_import_only_downwards():
