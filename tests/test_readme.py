@@ -165,17 +165,3 @@ LIBRARY = sorted(f"lib.{path.stem}" for path in (ROOT / "lib").glob("*.py") if p
 @pytest.mark.parametrize("name", SCRIPTS + LIBRARY)
 def test_the_examples_in_docstrings_are_right(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
-
-
-def test_the_files_import_only_downwards():
-    allowed = {
-        "model": set(),
-        "data": set(),
-        "train": {"model", "data"},
-        "sample": {"model", "data"},
-        "eval": {"model", "data", "sample"},
-        "bench": {"model", "data", "train"},
-    }
-    for name, below in allowed.items():
-        found = set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M))
-        assert found & set(allowed) <= below
