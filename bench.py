@@ -40,7 +40,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import train
 from data import Batch
-from lib import forecast, opening, world
+from lib import forecast, gpus, planning, train_flags, world
 from lib.configs import config_to_hugging_face
 from lib.results import check_out, write_all
 from lib.rows import local_rows
@@ -107,8 +107,8 @@ class Ours:
 
     def __init__(self, setting: Setting, config: Config, shape: ModelConfig, device: torch.device):
         world.keep_freed_memory(True)
-        self.config, dtype = setting.train_config(config), world.compute_dtype(setting.dtype, device)
-        self.model = train.build(shape, self.config, device, dtype, compiled=setting.compile == "blocks")
+        self.config = setting.train_config(config)
+        self.model = train.build(shape, self.config, device)
         self.model.init_weights(self.config.seed)
         self.optimizers = train.make_optimizers(self.model, self.config)
         self.guard = train.Guard(self.config.spike, device)
@@ -180,7 +180,7 @@ SIDES = {"plainllama": Ours, "hf": HuggingFace, "hf here": HuggingFace}
 
 
 def random_batches(setting: Setting, config: Config, shape: ModelConfig, device: torch.device):
-    """This process's micro-batches, each a train.MicroBatch. Packed rows have the same tokens, in documents of random
+    """This process's micro-batches, each a train.Batch. Packed rows have the same tokens, in documents of random
     lengths, a quarter of a row on average."""
     draw, batches = np.random.default_rng(dist.get_rank()), []
     for _ in range(config.accumulate):
@@ -273,7 +273,8 @@ class Bench:
 
     def forecast(self, setting: Setting) -> dict[str, int]:
         config = setting.train_config(self.config)
-        return train.forecast(self.shape, config, self.world, compiled=setting.compile != "off")
+        model = train.empty_model(self.shape, config)
+        return forecast.forecast(model, config, self.world, compiled=setting.compile != "off")
 
     def measure(self, setting: Setting, rounds: int) -> dict:
         """Train under a setting, from nothing."""
@@ -297,8 +298,8 @@ class Bench:
         config = self.config
         tokens = row["micro_batch"] * config.accumulate * self.world * config.seq_len * config.steps
         speed = tokens / median(row["seconds"])
-        flops = forecast.flops_per_token(self.shape, config.seq_len) * speed / self.world
-        peak = forecast.gpu_peak(self.device) if row["dtype"] == "bf16" else None
+        flops = planning.flops_per_token(self.shape, config.seq_len) * speed / self.world
+        peak = gpus.gpu_peak(self.device) if row["dtype"] == "bf16" else None
         row |= {"tokens_per_round": tokens, "tokens_per_s": speed, "tokens_per_s_per_device": speed / self.world}
         row |= {"mfu": peak and flops / peak, "share_of_product": flops / matrix_product(row["dtype"], self.device)}
         row["peak_over_forecast"] = row["forecast_bytes"] and row["peak_bytes"] / row["forecast_bytes"]
@@ -398,7 +399,7 @@ def run(config: Config, device: torch.device) -> dict:
     dtype = "bf16" if world.compute_dtype(config.dtype, device) == torch.bfloat16 else "fp32"
     way = "blocks" if world.should_compile(config.compile, device, math.inf) else "off"
     base = Setting("plainllama", dtype, way, config.micro_batch, config.checkpointing, config.pack)
-    opening.check(base.train_config(config), dist.get_world_size())
+    train_flags.check(base.train_config(config), dist.get_world_size())
     shape = model_config(base.train_config(config), SIZES)
     bench, results = Bench(config, shape, device), describe(config, shape, device)
     bench.say(f"{config.size}, {results['parameters']:,} parameters; {results['processes']} × {results['device']}")
@@ -429,7 +430,7 @@ def describe(config: Config, shape: ModelConfig, device: torch.device) -> dict:
         "git_commit": git_commit(),
         "command": " ".join(sys.argv),
         "settings": dataclasses.asdict(config),
-        "parameters": forecast.count_parameters(shape),
+        "parameters": planning.count_parameters(shape),
     }
 
 
@@ -452,7 +453,7 @@ def draw(results: dict, picture: io.BytesIO):
 
 def main(config: Config):
     check(config)
-    device = train.join_world()
+    device = world.join_world()
     try:
         results = run(config, device)
         if config.out and dist.get_rank() == 0:
@@ -467,4 +468,4 @@ def main(config: Config):
 
 if __name__ == "__main__":
     run_command(main, Config)
-    train.leave()
+    world.leave()

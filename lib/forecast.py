@@ -1,58 +1,17 @@
 """What a run will need: bytes on each GPU at the peak of a step, floating-point operations, hours."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from lib.kernels import LOSS_CHUNK
 
-GIB = 2**30
-GPUS = {  # bf16 FLOP/s without sparsity, GiB of memory, share of the FLOP/s that training is taken to reach
-    "A100-40GB": (312e12, 39.5, 0.55),
-    "A100-80GB": (312e12, 79.2, 0.55),
-    "H100-80GB": (989e12, 79.1, 0.40),
-    "H200": (989e12, 139.8, 0.40),
-    "A6000-48GB": (154.8e12, 47.5, 0.55),
-}
 LOGIT_BYTES = {  # by size of a number and whether the loss is compiled: of a logit, at the loss's own peak
     (2, False): 6,  # bf16, and an fp32 copy
     (4, False): 4,
     (2, True): 4,   # bf16, and its gradient
     (4, True): 12,  # logits, exponentials and gradient
 }
-
-
-@dataclass
-class Flags:
-    # forecast
-    plan: bool = False                  # only say what the run would need, on this hardware:
-    gpus: int = 8                       # how many
-    gpu: str = "A100-80GB"              # a name in lib.forecast.GPUS
-
-
-def count_parameters(shape) -> int:
-    """Parameters of a model of this shape (a model.ModelConfig)."""
-    dim, kv_dim = shape.dim, shape.num_kv_heads * shape.head_dim
-    block = 2 * dim + 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * shape.ffn_dim
-    ends = shape.vocab_size * dim * (1 if shape.tie_embeddings else 2)
-    return ends + shape.num_layers * block + dim
-
-
-def flops_per_token(shape, seq_len: int, frozen: bool = False) -> float:
-    """6 N + 12 layers · width · T, for a forward and backward pass without recomputation (PaLM, appendix B).
-
-    Frozen weights need no gradients, a third of 6 N; what adapters cost in their place is not counted.
-    """
-    each = 4 if frozen else 6
-    return each * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
-
-
-def gpu_peak(device: torch.device) -> float | None:
-    """bf16 FLOP/s of this GPU, where it is known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for gpu, (peak, *_) in GPUS.items() if gpu.split("-")[0] in name), None)
 
 
 def kept_bytes(shape, mode: str, compiled: bool, size: int, rank: int = 0, targets: str = "") -> int:
@@ -162,39 +121,3 @@ def _activations(shape, config, compiled: bool, size: int) -> tuple[int, int]:
     # it then has all it keeps, and gradients of it
     whole = kept_bytes(shape, "none", compiled, size, *adapted)
     return kept, whole + size * (2 * shape.ffn_dim + shape.dim)
-
-
-def describe(parts: dict[str, int]) -> str:
-    """A forecast in words, for the first lines of a run."""
-    most = ", ".join(f"{name} {num_bytes / GIB:.2g}" for name, num_bytes in parts.items())
-    total = sum(parts.values()) / GIB
-    return f"forecast: {total:.2g} GiB in each process at the peak of a step ({most})"
-
-
-def plan(model: nn.Module, config, length: str, pairs: bool) -> str:
-    """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time.
-
-    length describes the steps in words; nothing is run.
-    """
-    shape, (peak_flops, capacity, efficiency) = model.config, GPUS[config.gpu]
-    parts = forecast(model, config, config.gpus, config.compile != "off", pairs)
-    need, reserve = sum(parts.values()) / GIB, 2.0  # the reserve is for CUDA, NCCL and gaps in the allocator
-    verdict = "fits" if need + reserve <= capacity else "does not fit"
-    tokens = config.steps * config.batch_size * config.seq_len
-    flops = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
-    again = {"none": 0.0, "selective": 1 / 6, "full": 1 / 3}.get(config.checkpointing)
-    if again is None:
-        again = 1 / 3 / int(config.checkpointing)
-    speed = efficiency * peak_flops / (flops + again * flops_per_token(shape, config.seq_len))
-    hours = tokens / (speed * config.gpus) / 3600
-    rows = config.micro_batch or config.batch_size // config.gpus
-    setting = f"{rows} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
-    name, num = config.init_from or config.size, count_parameters(shape)
-    memory = ", ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items())
-    return "\n".join([
-        f"{name}: {num:,} parameters on {config.gpus} × {config.gpu}, {setting}",
-        f"GiB a GPU: {memory}",
-        f"together {need:.1f} of {capacity} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)",
-        f"about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak_flops / 1e12:.0f} TFLOP/s are reached, "
-        f"{hours:,.1f} hours for {config.steps:,} steps of {length} ({tokens:,} tokens)",
-    ])  # fmt: skip

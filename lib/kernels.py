@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 IGNORE = -100      # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
@@ -226,21 +225,3 @@ def choose(model, config, compiled: bool, device_type: str):
     if compiled and device_type == "cpu":
         for block in model.blocks:
             block.attention.attend = attend_on_cpu
-
-
-KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention", "varlen_attn")  # of attention, in names
-
-
-def keep_the_costly():
-    """For selective checkpointing: keep the outputs of attention and of every second matrix product."""
-    products = {False: 0, True: 0}  # seen in the forward pass, and when computing again
-
-    def policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-        if op is torch.ops.aten.mm.default:
-            products[context.is_recompute] += 1
-            keep = products[context.is_recompute] % 2 == 1
-        else:
-            keep = any(name in str(op) for name in KERNELS)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)

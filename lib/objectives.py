@@ -26,6 +26,22 @@ class Flags:
     dpo_beta: float = 0.1               # how much moving away from the first weights costs
 
 
+def bits_per_byte(sums: Tensor, val) -> dict[str, float]:
+    """Scores of validation sums (sources, 2), targets and nats: nats a target, bits a byte of text.
+
+    The bytes are those that the whole split (val, a data.Mixture) has for a target: of its text, or
+    of the answers in conversations. Several sources are also listed one by one.
+    """
+    each = torch.tensor([part.bytes_per_target for part in val.parts], dtype=sums.dtype)
+    num_bytes, (targets, nats) = sums[:, 0] @ each, sums.sum(0)
+    bits = (nats / math.log(2) / num_bytes).item()
+    scores = {"val_loss": (nats / targets).item(), "val_bits_per_byte": bits}
+    if len(val.parts) > 1:
+        for name, (count, loss) in zip(val.folders, sums):
+            scores[f"val_loss {name}"] = (loss / count).item()
+    return scores
+
+
 def count_targets(targets: Tensor) -> tuple[Tensor, Tensor]:
     """How many targets (B, T) count, and how many of the B sequences have none."""
     counted = targets != IGNORE

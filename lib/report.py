@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from lib import forecast
+from lib import planning
 from lib.files import write_whole
+from lib.forecast import forecast
+from lib.gpus import gpu_peak
 from lib.plots import draw_losses
 from lib.runs import append_row, read_log
 from lib.world import memory
@@ -26,17 +29,19 @@ class Flags:
 class Report:
     """What a run says of itself, on rank 0: the progress line, log.jsonl, loss.png and, when asked, wandb."""
 
-    def __init__(self, config, data, objective, start: int, step_flops: float, device: torch.device):
-        """data is the Mixture that is trained on, step_flops the floating-point operations of a step."""
-        self.config, self.folder, self.data = config, Path(config.out), data
-        self.objective, self.device, self.wandb = objective, device, None
+    def __init__(self, config, shape, data, objective, guard, start: int, device: torch.device):
+        """shape is the model's ModelConfig, data the Mixture that is trained on."""
+        self.config, self.shape, self.data = config, shape, data
+        self.objective, self.guard, self.device = objective, guard, device
+        self.folder, self.wandb, self.pending = Path(config.out), None, []
         self.quiet = dist.get_rank() != 0
         self.unit, self.in_step = objective.unit, config.batch_size
-        self.mfu_of_speed, self.pending = None, []
+        self.mfu_of_speed = None
         if self.unit == "tokens":  # pairs have different lengths
             self.in_step *= config.seq_len
-            if peak := forecast.gpu_peak(device):
-                self.mfu_of_speed = step_flops / self.in_step / peak / dist.get_world_size()
+            if peak := gpu_peak(device):
+                flops = planning.flops_of_a_step(shape, config)
+                self.mfu_of_speed = flops / self.in_step / peak / dist.get_world_size()
         self.begin(start)
         if config.wandb and not self.quiet:
             self._start_wandb()
@@ -54,22 +59,30 @@ class Report:
         except OSError as error:  # as when a line is written
             print(f"log.jsonl: what follows step {start} is still there ({error.strerror})", file=sys.stderr)
 
-    def introduce(self, shape, compiled: bool, needs: dict[str, int]):
+    def introduce(self, model: nn.Module):
         """The first words of a run: what, where, how much, and what it will need, a forecast."""
         config, world = self.config, dist.get_world_size()
         where = f"{config.dtype} arithmetic on {self.device.type}, {world} process"
         where += "es" if world > 1 else ""
-        where += ", compiled" if compiled else ""
+        where += ", compiled" if config.compile == "on" else ""
         each = "pairs" if self.unit == "pairs" else f"× {config.seq_len} tokens"
         size = f"{config.steps} steps of {config.batch_size} {each}, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
-        self.say(f"{forecast.count_parameters(shape):,} parameters, {where}; {size}, {read}")
-        self.say(forecast.describe(needs))
+        self.say(f"{planning.count_parameters(self.shape):,} parameters, {where}; {size}, {read}")
+        needs = forecast(model, config, world, config.compile == "on", self.unit == "pairs")
+        self.say(planning.describe(needs))
 
-    def take(self, step: int, lr: float, passed_over: int, outcome):
+    def finished(self, step: int):
+        """A run that has nothing more to do."""
+        done = f"already at step {step}"
+        if step >= self.config.steps:
+            done = "finished; to train again, delete it or choose another --out"
+        self.say(f"{self.config.out} is {done}")
+
+    def take(self, step: int, lr: float, outcome):
         """Keep a step's outcome, which is on the device, until `read`."""
-        self.pending.append((step, lr, passed_over, outcome))
+        self.pending.append((step, lr, outcome))
 
     def read(self, last: int, log_now: bool) -> int | None:
         """Read the outcomes since the last reading, on every rank: log the last, and each that went wrong.
@@ -77,29 +90,29 @@ class Report:
         Returns the first step that was a spike, None without one. Raises ValueError after --max_bad_steps in a row.
         """
         spike = None
-        for step, _, passed_over, outcome in self.pending:
+        for step, _, outcome in self.pending:
             bad = bool(outcome.bad)
             self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
             if bad or outcome.spike:
-                self._went_wrong(step, passed_over, outcome)
+                self._went_wrong(step, outcome)
                 spike = step if spike is None and not bad else spike
             if self.bad_in_a_row >= self.config.max_bad_steps:
                 what = f"{self.bad_in_a_row} steps in a row up to {step} without a finite loss and gradient"
                 raise ValueError(f"{what}; a lower --learning_rate usually helps, or a look at the data named above")
         if log_now:
-            step, lr, _, outcome = self.pending[-1]
+            step, lr, outcome = self.pending[-1]
             self._step(step, last, lr, outcome)
         self.pending.clear()
         return spike
 
-    def _went_wrong(self, step: int, passed_over: int, outcome):
+    def _went_wrong(self, step: int, outcome):
         """Log a bad step or a spike with the data it read: of the micro-batches to blame, where these are known."""
         kind = "bad step" if outcome.bad else "spike"
         skipped = bool(outcome.bad) or self.config.on_spike == "skip"
         loss, norm = outcome.loss.item(), outcome.norm.item()
         blamed = ~outcome.losses.cpu().isfinite()
         blamed = blamed if blamed.any() else torch.ones_like(blamed)
-        numbers = self.data.numbers(step - 1 + passed_over, self.config.batch_size)
+        numbers = self.data.numbers(step - 1 + int(self.guard.passed_over), self.config.batch_size)
         each = len(numbers) // blamed.numel()
         places = [
             self.data.place(number, self.config.seed)
@@ -136,6 +149,16 @@ class Report:
         more = self.objective.in_words(scores)
         words = f"validation {scores['val_loss']:.4f} nats a {self.unit[:-1]}, {more}"
         self.say(f"step {done}/{self.config.steps}  {words}")
+
+    def rolled_back(self, step: int, spike: int):
+        """The run is at this step again, because of a spike at a later one."""
+        self.begin(step)
+        passed_over = int(self.guard.passed_over)
+        self.write(step=step, event="rollback", spike=spike, passed_over=passed_over)
+        self.say(f"back to step {step}, and on past the data of {spike - step} steps")
+
+    def stopped(self, step: int, by: str):
+        self.say(f"{by}: stopped after step {step}; the same command continues {self.config.out}")
 
     @contextlib.contextmanager
     def paused(self):

@@ -1,40 +1,31 @@
 """A run's checkpoints, written beside the training and read again before they count."""
 
+import contextlib
 import functools
+import gc
 import json
 import os
 import shutil
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lib import probe
 from lib.checkpoint_index import Reader
-from lib.checkpoints import (
-    HASHES,
-    check_hashes,
-    has_checkpoint,
-    hashes,
-    named_by_last,
-    newest_first,
-    remove,
-    remove_old,
-)
+from lib.checkpoints import HASHES, has_checkpoint, hashes, remove, remove_old
 from lib.configs import config_to_hugging_face
 from lib.files import sync, write_whole
 from lib.guard import Guard
 from lib.lora import adapters
-from lib.naming import is_finite, readable
-from lib.records import read_json
+from lib.naming import is_finite
+from lib.restoring import flat, read_newest, transfer
 from lib.world import all_agree, local, my_share, on_all, on_first_rank
 
 
@@ -52,10 +43,12 @@ class Checkpoints:
     at any moment leaves the one before. It holds tensors alone: weights, moments, and the state of the guard.
     """
 
-    def __init__(self, folder: Path, config, model: nn.Module, tensors: dict, probed: list[float], adapter=None):
-        """tensors are those of `checkpoint_tensors`, probed the probe of the code, adapter LoRA's settings."""
-        self.folder, self.config, self.model = folder, config, model
-        self.tensors, self.probe, self.adapter = tensors, probed, adapter
+    def __init__(self, config, model: nn.Module, optimizers: list, guard: Guard, probed: list[float], record: dict):
+        """probed is the probe of the code, record that of the run; with LoRA it has the adapter's settings."""
+        self.folder, self.config, self.model, self.guard = Path(config.out), config, model, guard
+        self.tensors = checkpoint_tensors(model, optimizers, guard)
+        self.probe, self.adapter = probed, record.get("adapter")
+        self.rollbacks: Counter[int] = Counter()  # how often there was one to a step
         cuda = model.norm.weight.device.type == "cuda"
         how = dict(use_pinned_memory=cuda, use_non_blocking_copy=cuda, use_shared_memory=False, use_async_staging=False)
         self.stager = DefaultStager(StagingOptions(**how))
@@ -84,6 +77,43 @@ class Checkpoints:
             before = f"the last one is that of step {self.newest}" if self.newest >= 0 else "there is none yet"
             return ValueError(f"{self.folder}: no checkpoint of step {step} ({reason(error)}; {space}); {before}")
         return None
+
+    def save(self, step: int, ends: bool, report):
+        """Begin a checkpoint. One that failed is reported and the run goes on, but at its end that is an error."""
+        if problem := self.finish():
+            report.say(f"{problem}; the run goes on")
+        self.begin(step)
+        report.draw()
+        if ends:
+            if problem := self.finish():
+                raise problem
+            report.say(f"{self.config.out}: checkpoint of step {step}, log.jsonl, loss.png")
+
+    def restore(self) -> int:
+        """Read the last checkpoint that is whole and return its step; -1 where there is none.
+
+        Raises ValueError where none is, and for one of another size, or of code that computes something else.
+        """
+        if not has_checkpoint(self.folder):
+            return -1
+        self.newest = read_newest(self.folder, self.model.config, self.tensors)
+        checkpoint = self.folder / f"step_{self.newest:08d}"
+        if (theirs := probe.read(checkpoint)) is not None:
+            probe.check(checkpoint, theirs, self.probe, self.config.anyway)
+        return self.newest
+
+    def roll_back(self, spike: int, report) -> int:
+        """Return to the last checkpoint, to go on past the data between it and the spike (PaLM, section 5.1)."""
+        self.finish()
+        passed_over, most = int(self.guard.passed_over), self.config.max_bad_steps
+        step = read_newest(self.folder, self.model.config, self.tensors)
+        self.rollbacks[step] += 1
+        if self.rollbacks[step] > most:
+            what = f"a spike at step {spike} again after going back to step {step} {most} times"
+            raise ValueError(f"{what}; a lower --learning_rate usually helps, or a higher --spike")
+        self.guard.passed_over.fill_(passed_over + spike - step)
+        report.rolled_back(step, spike)
+        return step
 
     def _write(self, step: int, staged: dict):
         name = f"step_{step:08d}"
@@ -145,68 +175,20 @@ def checkpoint_tensors(model: nn.Module, optimizers: list, guard: Guard) -> dict
     return {"model": adapters(model) or dict(model.named_parameters()), "optimizer": state, "guard": judged}
 
 
-def transfer(
-    action: Callable, tensors: dict, folder: Path, group: dist.ProcessGroup | None = None, **how
-):
-    """dcp.save of this rank's shards, or dcp.load with a Reader as its storage_reader.
-
-    A single process is told that it is one: through gloo, the list of tensors would wake a second team of OpenMP
-    threads, after which all training on a CPU is slower by 40 %.
-    """
-    with warnings.catch_warnings(action="ignore"):  # that it is a single process
-        alone = dist.get_world_size() == 1
-        action(tensors, checkpoint_id=folder, process_group=group, no_dist=alone, **how)
-
-
 def detached(tensors: dict) -> dict:
     return {key: detached(t) if isinstance(t, dict) else t.detach() for key, t in tensors.items()}
 
 
-def flat(tensors: dict) -> Iterator[Tensor]:
-    for t in tensors.values():
-        yield from flat(t) if isinstance(t, dict) else [t]
-
-
-def restore(folder: Path, shape, tensors: dict) -> int:
-    """Read the last checkpoint, on any number of ranks, and return its step; -1 where there is none.
-
-    One that is damaged is passed over, with a word about it, for the one before. Raises ValueError when none is whole,
-    and for a checkpoint of another size.
-    """
-    if not has_checkpoint(folder):
-        return -1
-    problem = None
-    if not named_by_last(folder):
-        problem = ValueError(f"{folder / 'last'} is missing or names no checkpoint")
-    for checkpoint in newest_first(folder):
-        if problem and dist.get_rank() == 0:
-            print(f"{problem}; going back to {checkpoint}", file=sys.stderr)
-        problem = None
-        try:
-            _read_checkpoint(checkpoint, shape, tensors)
-        except ValueError as error:
-            problem = error
-        if all_agree(problem is None):
-            return int(checkpoint.name.removeprefix("step_"))
-        problem = problem or ValueError(f"{checkpoint} cannot be read by another process")
-    raise problem
-
-
-def _read_checkpoint(checkpoint: Path, shape, tensors: dict):
-    reader = Reader(checkpoint)
-
-    def check():
-        with readable(checkpoint):
-            found, expected = read_json(checkpoint / "config.json"), config_to_hugging_face(shape)
-            for name in expected:
-                if found.get(name) != expected[name]:
-                    sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
-                    raise ValueError(f"{checkpoint} is of another size: {sizes}")
-            check_hashes(checkpoint, my_share())
-            reader.read_metadata()
-
-    on_all(check)  # before they read it together, and wait for each other
-    with readable(checkpoint), torch.no_grad():
-        transfer(dcp.load, tensors, checkpoint, storage_reader=reader)
-        if not all(is_finite(local(t)) for t in flat(tensors)):
-            raise ValueError(f"{checkpoint} holds numbers that are not finite")
+@contextlib.contextmanager
+def undisturbed(checkpoints: Checkpoints, report) -> Iterator[None]:
+    """Inside, Python's garbage collector works at the pauses of training instead of anywhere, and a run that fails does
+    not lose the checkpoint that is under way; Ctrl-C does not wait for it."""
+    gc.disable()
+    try:
+        yield
+    except Exception:
+        if problem := checkpoints.finish():
+            report.say(str(problem))
+        raise
+    finally:
+        gc.enable()

@@ -19,6 +19,13 @@ def model_config(config, sizes: dict, vocab_size: int | None = None):
     return dataclasses.replace(sizes[config.size], max_seq_len=config.seq_len, **changes)
 
 
+def planned_config(config, sizes: dict, config_class: type):
+    """The shape of a model that is planned, whose data need not be there yet."""
+    if config.init_from:
+        return read_config(config.init_from, config_class)
+    return model_config(config, sizes)
+
+
 def first_config(config, meta: dict, sizes: dict, config_class: type):
     """The shape of a new run's model. Raises ValueError where --init_from does not fit the other flags or the data."""
     if not config.init_from:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,14 @@ from lib.processes import end_with_parent
 
 @dataclass
 class Flags:
+    # machine
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """of the arithmetic, weights stay fp32; auto: bf16 where it is faster"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """auto: where there is a compiler, if the run is long enough"""
+    reshard_after_forward: bool = True
+    """give gathered weights back until the backward pass; costs time, saves memory"""
+    reduce_each: bool = False           # reduce gradients with every micro-batch, not the last; the same
     shard_over: int = 0                 # neighbouring processes that share one copy of the model; 0 is all of them
     deterministic: bool = False         # on a GPU: the same bits again, slower; a CPU always does that
 
@@ -163,6 +172,11 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         choice = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
+
+
+def arithmetic(config) -> torch.dtype:
+    """The type of a run's arithmetic; bf16 while auto is not settled, as on the GPUs of a plan."""
+    return torch.float32 if config.dtype == "fp32" else torch.bfloat16
 
 
 def should_compile(choice: str, device: torch.device, run_flops: float) -> bool:

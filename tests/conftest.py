@@ -105,9 +105,18 @@ def assert_same_but_for_rounding(mine, theirs, additions: int, size: float = 0.0
 
 def checkpoints_of(folder: Path, config, model, optimizers, guard, adapter=None):
     """What saves a run of this model."""
-    from lib.saving import Checkpoints, checkpoint_tensors
+    from lib.saving import Checkpoints
 
-    return Checkpoints(folder, config, model, checkpoint_tensors(model, optimizers, guard), [0.0], adapter)
+    config, record = dataclasses.replace(config, out=str(folder)), {"adapter": adapter} if adapter else {}
+    return Checkpoints(config, model, optimizers, guard, [1.0], record)
+
+
+def forecast_of(shape, config, ranks: int, compiled: bool, pairs: bool = False) -> dict[str, int]:
+    """The forecast of a run's memory, by what it is for."""
+    import train
+    from lib.forecast import forecast
+
+    return forecast(train.empty_model(shape, config), config, ranks, compiled, pairs)
 
 
 TINY_RUN = dict(
@@ -120,14 +129,14 @@ TINY_RUN = dict(
 def tiny_run(tiny_data, tmp_path, monkeypatch):
     """A function that trains a tiny model in this process and returns the run's folder; flags change the defaults."""
     import train
-    from lib import opening
+    from lib import train_flags
 
     monkeypatch.chdir(tmp_path)
 
     def run(out: str = "run", **flags) -> Path:
         if "resume" in flags:
             flags |= {"data": (flags["data"],)} if "data" in flags else {}
-            config = dataclasses.replace(opening.resumed(train.Config(resume=flags["resume"])), **flags)
+            config = dataclasses.replace(train_flags.resumed(train.Config(resume=flags["resume"])), **flags)
         else:
             shape = dict.fromkeys(("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"), 0)
             shape |= {"size": train.Config.size}
@@ -179,12 +188,12 @@ def start_ranks(world: int, function, *args) -> list[multiprocessing.Process]:
 def _rank(rank: int, world: int, port: int, function, args):
     import torch
 
-    import train
+    from lib.world import leave
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     function(*args)
-    train.leave()
+    leave()
 
 
 def run_ranks(world: int, function, *args):

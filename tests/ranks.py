@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import Batch
+from lib.world import join_world, leave
 from model import IGNORE, ModelConfig
-from train import Config, Guard, MicroBatch, build, join_world, leave, train_step
+from train import Config, Guard, build, train_step
 
 CONFIG = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=50, max_seq_len=64)
 
@@ -20,7 +22,7 @@ def one_step(micro_batch: int) -> dict:
     """The weights move by exactly the gradient, since the learning rate is 1 and nothing is clipped."""
     device = join_world()
     try:
-        model = build(CONFIG, Config(), device, torch.float32, compiled=False)
+        model = build(CONFIG, Config(dtype="fp32"), device)
         model.init_weights(0)
         rows = torch.randint(50, (8, 17), generator=torch.Generator().manual_seed(1))
         tokens, targets = rows[:, :-1], rows[:, 1:].clone()
@@ -29,7 +31,7 @@ def one_step(micro_batch: int) -> dict:
         share = 8 // dist.get_world_size()
         mine = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
         parts = zip(tokens[mine].split(micro_batch), targets[mine].split(micro_batch))
-        batches = [MicroBatch(*part, documents=None) for part in parts]
+        batches = [Batch(*part, documents=None) for part in parts]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         config, guard = Config(grad_clip=float("inf")), Guard(6.0, device)
         loss, norm, *_ = train_step(model, [optimizer], batches, 1.0, config, guard)

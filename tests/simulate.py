@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
+from conftest import forecast_of
 from lib import lora
-from lib import world as world_of
 from model import SIZES, ModelConfig, Transformer
 
 
@@ -102,17 +102,16 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
     dist.init_process_group(backend, rank=0, world_size=world, store=store)
     try:
         device, dtype = torch.device("cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
-        mesh = world_of.make_mesh(config.shard_over, device)
         with fake_tensors() if fake else contextlib.nullcontext(), Allocated() as allocated:
             torch.set_default_dtype(dtype if config.lora_rank else torch.float32)
             model = Transformer(shape)
             torch.set_default_dtype(torch.float32)
             model.to = lambda dtype: model  # fake weights cannot be converted, and have this type already
             model = lora.prepare(model, config, dtype)
-            model = train.shard(model, config, mesh, dtype, compiled=config.compile == "on")
+            model = train.shard(model, config, device)
             optimizers, guard = train.make_optimizers(model, config), train.Guard(config.spike, device)
             tokens = torch.ones(config.micro_batch, config.seq_len, dtype=torch.long)
-            batches = [train.MicroBatch(tokens, tokens, None)] * (config.batch_size // world // config.micro_batch)
+            batches = [train.Batch(tokens, tokens, None)] * (config.batch_size // world // config.micro_batch)
             for _ in range(2):
                 allocated.peak = 0
                 train.train_step(model, optimizers, batches, 1e-4, config, guard)
@@ -126,5 +125,5 @@ if __name__ == "__main__":
 
     settings = tyro.cli(train.Config, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
     found = peak(SIZES[settings.size], settings, settings.gpus, fake=True)
-    expected = sum(train.forecast(SIZES[settings.size], settings, settings.gpus, compiled=False).values())
+    expected = sum(forecast_of(SIZES[settings.size], settings, settings.gpus, compiled=False).values())
     print(f"simulated {found / 2**30:.2f} GiB, forecast {expected / 2**30:.2f} GiB")

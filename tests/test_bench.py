@@ -14,9 +14,9 @@ import model
 import train
 from bench import Config, Setting
 from conftest import command, flags, torchrun
-from lib import forecast, naming
+from lib import naming, planning
 from lib.cli import git_commit
-from lib.world import local
+from lib.world import join_world, local
 
 TINY = dict(size="260K", seq_len=32, micro_batch=2, steps=2, warmup=1, repeats=2, compile="off", dtype="fp32")
 
@@ -41,7 +41,7 @@ def check_numbers(results: dict, processes: int, tokens_per_round: int):
         assert row["tokens_per_round"] == tokens_per_round and len(row["seconds"]) == 2 and seconds > 0
         assert row["tokens_per_s"] * seconds == pytest.approx(tokens_per_round)
         assert row["tokens_per_s_per_device"] == pytest.approx(row["tokens_per_s"] / processes)
-        flops = forecast.flops_per_token(model.SIZES["260K"], 32) * row["tokens_per_s_per_device"]
+        flops = planning.flops_per_token(model.SIZES["260K"], 32) * row["tokens_per_s_per_device"]
         assert row["share_of_product"] * results["product_flops"][row["dtype"]] == pytest.approx(flops)
         assert row["mfu"] is None  # nobody knows the peak of a CPU
 
@@ -95,7 +95,7 @@ def test_the_peer_is_the_same_model(peer, size, checkpointing):
     """As many parameters, and with the same weights the same loss and the same next step."""
     pytest.importorskip("transformers")
     shape = model.ModelConfig(32, 2, 4, 2, 64, 96) if size == "untied" else model.SIZES[size]
-    device = train.join_world()
+    device = join_world()
     try:
         setting = Setting("plainllama", "fp32", "off", 2, checkpointing, False)
         config = Config(**TINY, accumulate=2)
@@ -110,7 +110,7 @@ def test_the_peer_is_the_same_model(peer, size, checkpointing):
             local(same.detach()).copy_(local(p.detach()))
         assert not weights
         whole = [torch.cat((batch.tokens, batch.targets[:, -1:]), 1) for batch in ours.batches]
-        theirs.batches = [train.MicroBatch(rows, rows, None) for rows in whole]
+        theirs.batches = [train.Batch(rows, rows, None) for rows in whole]
         losses = [(ours.step().item(), theirs.step().item()) for _ in range(3)]
         for mine, other in losses:
             assert mine == pytest.approx(other, abs=1e-4)
@@ -178,7 +178,7 @@ def test_packed_rows_are_measured_beside_the_same_rows_unmasked(bench_run):
     results = bench_run(pack=True)
     assert [row["pack"] for row in results["rows"]] == [True, False] and results["contests"][0]["ratio"] > 0
     setting, config, shape = Setting("plainllama", "fp32", "off", 50, "none", True), Config(**TINY), model.SIZES["260K"]
-    device = train.join_world()
+    device = join_world()
     try:
         (packed,) = bench.random_batches(setting, config, shape, device)
         (plain,) = bench.random_batches(dataclasses.replace(setting, pack=False), config, shape, device)

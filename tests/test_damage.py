@@ -17,10 +17,10 @@ import sample
 import train
 from conftest import TINY_RUN, checkpoints_of, random_model, run_ranks
 from data import Tokenizer
-from lib import formats, opening, peft
+from lib import formats, opening, peft, train_flags
 from lib.checkpoints import checkpoint_folder
 from lib.weights import read_config
-from lib.world import local
+from lib.world import join_world, local
 from model import ModelConfig, Transformer, load, save
 from test_train import CPU, build, micro_batch, rows, same_bits, world  # noqa: F401
 from train import Config
@@ -52,7 +52,7 @@ def copy(a_run, tmp_path, monkeypatch):
 
 def resume(run, **flags) -> int:
     """Continue a run in this process; returns the step of its last checkpoint."""
-    resumed = opening.resumed(Config(resume=run.name))
+    resumed = train_flags.resumed(Config(resume=run.name))
     train.main(dataclasses.replace(resumed, **flags))
     return int((run / "last").read_text()[5:])
 
@@ -213,7 +213,7 @@ def flip_a_bit(path, draw: random.Random):
 
 def flips_on_two_processes(folder):
     """Two checkpoints whose weights equal their steps; a bit of the second flips in each file."""
-    train.join_world()
+    join_world()
     model = build()
     optimizers, guard = train.make_optimizers(model, Config()), train.Guard(6.0, CPU)
     checkpoints = checkpoints_of(folder, Config(), model, optimizers, guard, {"r": 1})
@@ -233,13 +233,13 @@ def flips_on_two_processes(folder):
         if first:
             flip_a_bit(folder / "step_00000002" / name, draw)
         train.dist.barrier()
-        assert train.restore(folder, model.config, checkpoints.tensors) == 1, name
+        assert checkpoints.restore() == 1, name
         assert all(bool((local(p) == 1).all()) for p in model.parameters()), name
         train.dist.barrier()
         if first:
             (folder / "step_00000002" / name).write_bytes(kept)
         train.dist.barrier()
-    assert train.restore(folder, model.config, checkpoints.tensors) == 2
+    assert checkpoints.restore() == 2
 
 
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_noticed(tmp_path):
@@ -317,7 +317,7 @@ def test_a_run_is_never_begun_anew_over_its_checkpoints(again, copy, tiny_data):
     for step in copy.glob("step_*"):
         (step / ".metadata").unlink()
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    config = opening.resumed(Config(resume="run"))
+    config = train_flags.resumed(Config(resume="run"))
     if again != "resume":
         config.resume = ""
     with pytest.raises(ValueError, match="cannot be read"):
@@ -607,10 +607,10 @@ def test_an_adapter_with_nan_is_refused_by_name(tmp_path):
 
 def reads_its_rows(folder):
     """NaN in one of the last rows, which are the second process's: both refuse the model."""
-    train.join_world()
-    model = train.build(TINY, Config(), CPU, torch.float32, compiled=False)
+    join_world()
+    model = train.build(TINY, Config(dtype="fp32"), CPU)
     with pytest.raises(ValueError, match="blocks.1.feed_forward.up.weight holds NaN"):
-        train.first_weights(model, Config(), str(folder))
+        opening.first_weights(model, 0, str(folder))
 
 
 def test_all_processes_refuse_a_model_where_one_reads_nan(tmp_path):

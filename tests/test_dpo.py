@@ -10,9 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import train
-from conftest import TINY_RUN, additions, assert_same_but_for_rounding, run_ranks
+from conftest import TINY_RUN, additions, assert_same_but_for_rounding, forecast_of, run_ranks
 from data import Mixture, Tokenizer
+from lib import objectives
 from lib.objectives import DPO
+from lib.world import join_world
 from model import IGNORE, load
 from ranks import CONFIG
 from test_train import log, read_checkpoint, same_bits
@@ -63,8 +65,8 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 def models() -> tuple:
     """A model, and its reference with weights of its own so that all margins differ."""
-    model = train.build(CONFIG, Config(), CPU, torch.float32, compiled=False)
-    reference = train.build(CONFIG, Config(), CPU, torch.float32, compiled=False, frozen=True)
+    model = train.build(CONFIG, Config(dtype="fp32"), CPU)
+    reference = train.build(CONFIG, Config(dtype="fp32"), CPU, frozen=True)
     model.init_weights(0)
     reference.init_weights(1)
     with torch.no_grad():
@@ -75,13 +77,13 @@ def models() -> tuple:
 
 def one_step(path, micro_batch: int):
     """A step of SGD at a learning rate of 1 moves the weights by the gradient."""
-    device = train.join_world()
+    device = join_world()
     try:
         model, reference = models()
         before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
         tokens, targets = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in rows())
         parts = zip(tokens.split(2 * micro_batch), targets.split(2 * micro_batch))
-        batches = [train.MicroBatch(*part, documents=None) for part in parts]
+        batches = [train.Batch(*part, documents=None) for part in parts]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         config, guard = Config(grad_clip=float("inf")), train.Guard(6.0, device)
         outcome = train.train_step(model, [optimizer], batches, 1.0, config, guard, DPO(BETA, reference))
@@ -175,14 +177,14 @@ def test_a_run_begins_at_log_2_and_ends_above_chance_on_pairs_held_out(dpo_run):
 def test_the_reference_is_the_first_model_also_after_the_run_was_resumed(dpo_run, monkeypatch):
     straight = dpo_run("straight", steps=8)
     seen = []
-    save = train.save
+    validation = objectives.DPO.validation
 
-    def look(run, step, ends):
-        reference = run.objective.reference
-        seen.append({name: p.detach().full_tensor().clone() for name, p in reference.named_parameters()})
-        save(run, step, ends)
+    def look(self, sums, val):
+        parameters = self.reference.named_parameters()
+        seen.append({name: p.detach().full_tensor().clone() for name, p in parameters})
+        return validation(self, sums, val)
 
-    monkeypatch.setattr(train, "save", look)
+    monkeypatch.setattr(objectives.DPO, "validation", look)
     cut = dpo_run("cut", steps=8, stop_at=3)
     dpo_run("cut", steps=8)
     assert same_bits(cut, straight) and log(cut, "loss") == log(straight, "loss")
@@ -260,6 +262,6 @@ def test_the_mixture_gives_pairs_row_by_row(pairs):
 
 def test_the_forecast_of_pairs_has_two_rows_each_and_the_reference():
     config = Config(seq_len=4096, batch_size=16, micro_batch=2, dtype="bf16", checkpointing="full")
-    text, of_pairs = (train.forecast(train.SIZES["7B"], config, 8, True, pairs=flag) for flag in (False, True))
+    text, of_pairs = (forecast_of(train.SIZES["7B"], config, 8, True, pairs=flag) for flag in (False, True))
     assert of_pairs["reference"] == text["weights"] // 2
     assert sum(of_pairs.values()) > sum(text.values()) + of_pairs["reference"] + 2 * 4096 * 4096 * 2 * 32

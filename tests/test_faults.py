@@ -18,13 +18,14 @@ import pytest
 
 import train
 from conftest import ROOT, TINY_RUN, command, flags, run_ranks
-from data import Dataset, Mixture, mixture_weights
+from data import Dataset, Mixture, Tokenizer, mixture_weights
 from eval import Config as EvalConfig
 from eval import World, curves
-from lib import files, opening, saving, shards
+from lib import files, opening, saving, shards, train_flags
 from lib.datasets import HASHES, changed_file
 from lib.runs import held, read_log
 from lib.shards import ShardWriter
+from lib.world import join_world
 from model import IGNORE, Transformer
 from sample import find_template
 from test_chat import chat_set, talk
@@ -77,7 +78,7 @@ def test_a_run_holds_the_lock_of_its_folder_from_before_it_writes_until_its_end(
 
         return call
 
-    for place, name in ((opening, "choose_run"), (opening, "prepare_folder"), (train, "evaluate")):
+    for place, name in ((opening, "choose_run"), (train, "prepare_folder"), (train, "evaluate")):
         monkeypatch.setattr(place, name, watched(getattr(place, name)))
     tiny_run(steps=1)
     assert len(seen) >= 3 and all(seen)
@@ -232,7 +233,7 @@ def test_a_full_disk_when_the_log_is_begun_anew_does_not_end_a_run(tiny_run, mon
         files.write_whole(path, text)
 
     monkeypatch.setattr("lib.report.write_whole", full)
-    monkeypatch.setattr(train.Tokenizer, "save", lambda self, folder: 1 / 0)  # it would leave half of the one there
+    monkeypatch.setattr(Tokenizer, "save", lambda self, folder: 1 / 0)  # it would leave half of the one there
     tiny_run(resume="run", stop_at=0)
     assert "log.jsonl: what follows step 2 is still there (No space left on device)" in capsys.readouterr().err
     assert (run / "log.jsonl").read_text().startswith(before) and log(run, "step")[-1] == 4
@@ -300,7 +301,7 @@ def test_masks_and_bounds_have_their_hashes_in_meta_json_over_several_writes_and
 
 
 def check_files(folder: str):
-    train.join_world()
+    join_world()
     with pytest.raises(ValueError, match="train_00000.bin has SHA-256"):
         opening.check_files([(Path(folder), Mixture((folder,), "train", 32).parts[0].meta)])
 
@@ -415,4 +416,4 @@ def test_the_last_step_has_the_final_learning_rate(schedule, steps):
 @pytest.mark.parametrize("name", ["learning_rate", "lora_alpha", "dpo_beta"])
 def test_a_flag_that_is_infinite_is_refused(name):
     with pytest.raises(ValueError, match=f"--{name} inf must be a finite number"):
-        opening.check(Config(**{name: math.inf}), 1)
+        train_flags.check(Config(**{name: math.inf}), 1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from conftest import additions, assert_same_but_for_rounding, byte_data, command
+from conftest import additions, assert_same_but_for_rounding, byte_data, command, forecast_of
 from data import Dataset
 from lib import kernels
 from lib.objectives import noise
@@ -123,7 +123,7 @@ def test_a_run_takes_the_terms_and_reports_the_plain_loss(tiny_run):
 
 def noise_of(numbers: range, seed: int = 0) -> torch.Tensor:
     tokens = torch.zeros(len(numbers), 16, dtype=torch.long)
-    return noise(train.MicroBatch(tokens, tokens, None, numbers), 32, 5.0, seed)
+    return noise(train.Batch(tokens, tokens, None, numbers), 32, 5.0, seed)
 
 
 def test_the_noise_of_a_sequence_depends_on_the_seed_and_its_number_alone():
@@ -191,7 +191,7 @@ def test_a_pattern_must_fit_something_and_leave_something(tiny_run):
 
 def test_frozen_parameters_need_neither_moments_nor_gradients_in_the_forecast():
     whole, half = (
-        train.forecast(train.SIZES["7B"], Config(seq_len=4096, dtype="bf16", freeze=freeze), 8, compiled=True)
+        forecast_of(train.SIZES["7B"], Config(seq_len=4096, dtype="bf16", freeze=freeze), 8, compiled=True)
         for freeze in ((), ("blocks.?.*", "blocks.1[0-5].*"))
     )
     assert half["weights"] == whole["weights"] and half["moments"] == pytest.approx(0.52 * whole["moments"], rel=0.02)

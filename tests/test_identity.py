@@ -17,8 +17,9 @@ import sample
 import train
 from conftest import ROOT, random_model
 from data import Tokenizer
-from lib import opening, weights
+from lib import train_flags, weights
 from lib.sampling import choose
+from lib.world import from_first_rank
 from model import SIZES, FeedForward, ModelConfig, RMSNorm, load, save
 from sample import Sampling, generate, load_model
 from test_dpo import OPTIONS as DPO
@@ -88,7 +89,7 @@ def test_a_run_of_before_is_known_by_the_first_rows_that_it_wrote_down(tiny_run,
 
     known = weights.fingerprint(base, ModelConfig, first_rows_sha256)
     with monkeypatch.context() as before:
-        before.setattr("lib.opening.fingerprint", lambda path, config_class: known)
+        before.setattr("lib.run_record.fingerprint", lambda path, config_class: known)
         run = tiny_run("lora", init_from=str(base), stop_at=2, **LORA)
     load_model(str(tiny_run(resume="lora")))
     change_last_row(base, row=0)
@@ -151,9 +152,9 @@ def test_one_process_hashes_a_model_for_all(monkeypatch):
             monkeypatch.setattr(train.dist, "get_rank", lambda: rank)
             if problem:
                 with pytest.raises(ValueError, match=problem):
-                    train.from_first_rank(lambda: find(problem))
+                    from_first_rank(lambda: find(problem))
             else:
-                assert train.from_first_rank(lambda: find(problem)) == "known"
+                assert from_first_rank(lambda: find(problem)) == "known"
     assert asked == [0, 0]
 
 
@@ -208,7 +209,7 @@ def test_a_run_of_other_code_is_not_scored_sampled_exported_or_trained_further(
         capsys.readouterr()
         use(anyway=True)
         assert "step_00000002 was trained by other code" in capsys.readouterr().err
-    resumed = opening.resumed(train.Config(resume=str(tmp_path / "more")))
+    resumed = train_flags.resumed(train.Config(resume=str(tmp_path / "more")))
     assert not resumed.anyway  # it is said anew each time
 
 

@@ -12,8 +12,8 @@ import model as module
 import sample
 import simulate
 import train
-from conftest import TINY_RUN, additions, assert_same_but_for_rounding, random_model, run_ranks
-from lib import forecast, lora, weights
+from conftest import TINY_RUN, additions, assert_same_but_for_rounding, forecast_of, random_model, run_ranks
+from lib import forecast, lora, planning, weights
 from lib.lora import TARGETS, FrozenLinear, adapters
 from model import SIZES, ModelConfig, Transformer, load, save
 from test_train import log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
@@ -67,7 +67,7 @@ def logits(model) -> torch.Tensor:
 
 def build(base, quantize="none", **flags) -> Transformer:
     """What train.py trains, spread over the ranks of the world."""
-    model = train.build(SHAPE, Config(quantize=quantize, **LORA | flags), CPU, torch.float32, False)
+    model = train.build(SHAPE, Config(dtype="fp32", quantize=quantize, **LORA | flags), CPU)
     weights.load_weights(model, base)
     lora.init_adapters(model, 0)
     return model
@@ -219,7 +219,7 @@ def test_qlora_keeps_less_than_a_quarter_of_what_training_all_weights_does_in_nf
 
     def kept(**flags) -> int:
         config = Config(dtype="fp32", **flags)
-        model = train.build(shape, config, CPU, torch.float32, False)
+        model = train.build(shape, config, CPU)
         weights.load_weights(model, tmp_path / "large")
         optimizers, batch = train.make_optimizers(model, config), micro_batch(rows(length=32))
         model(batch.tokens, batch.targets).backward()
@@ -240,7 +240,7 @@ def test_matrices_are_packed_as_they_are_read_and_never_all_unpacked_in_nf4(tmp_
         model.to_empty(device="cpu")
         held = allocated.now
         weights.load_weights(model, tmp_path / "large")
-    whole = 4 * forecast.count_parameters(shape)
+    whole = 4 * planning.count_parameters(shape)
     assert held < whole / 3 and allocated.peak < held + whole / 8
 
 
@@ -255,7 +255,7 @@ def test_matrices_are_packed_as_they_are_read_and_never_all_unpacked_in_nf4(tmp_
 ])  # fmt: skip
 def test_the_forecast_of_memory_is_within_a_tenth_of_a_simulation(size, options):
     config = Config(**dict(dtype="bf16", compile="off", lora_rank=16) | options)
-    expected = sum(train.forecast(SIZES[size], config, config.gpus, compiled=False).values())
+    expected = sum(forecast_of(SIZES[size], config, config.gpus, compiled=False).values())
     assert expected == pytest.approx(simulate.peak(SIZES[size], config, config.gpus, fake=True), rel=0.1)
 
 
@@ -281,10 +281,10 @@ def beside_random(targets: list[str], nf4: bool) -> Transformer:
 
 def test_a_plan_counts_frozen_weights_once_and_no_gradients_of_them():
     shape, tokens = SIZES["7B"], 512
-    full, frozen = (forecast.flops_per_token(shape, tokens, frozen) for frozen in (False, True))
-    assert full - frozen == 2 * forecast.count_parameters(shape)
+    full, frozen = (planning.flops_per_token(shape, tokens, frozen) for frozen in (False, True))
+    assert full - frozen == 2 * planning.count_parameters(shape)
     config = Config(size="7B", seq_len=tokens, batch_size=8, micro_batch=1, lora_rank=8, dtype="bf16", gpus=8)
-    assert train.forecast(shape, config, 8, True)["weights"] == pytest.approx(2 * 6.74e9 / 8, rel=0.02)
+    assert forecast_of(shape, config, 8, True)["weights"] == pytest.approx(2 * 6.74e9 / 8, rel=0.02)
 
 
 # ---- merging and exchange ----

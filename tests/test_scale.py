@@ -21,10 +21,11 @@ import torch.distributed as dist
 import simulate
 import test_train
 import train
-from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags, run_ranks, start_ranks
+from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags, forecast_of, run_ranks, start_ranks
 from data import Batch, Mixture
-from lib import forecast, opening, saving
+from lib import forecast, saving, train_flags
 from lib import world as world_of
+from lib.world import join_world
 from model import IGNORE, SIZES, Transformer, load, save
 from ranks import CONFIG
 from test_train import CPU, build, log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
@@ -119,7 +120,7 @@ SHAPE = SIZES["15M"]
 ])  # fmt: skip
 def test_the_forecast_of_memory_is_within_a_tenth_of_a_simulation(size, options):
     config = Config(**dict(dtype="bf16", compile="off") | options)
-    expected = sum(train.forecast(SIZES[size], config, config.gpus, compiled=False).values())
+    expected = sum(forecast_of(SIZES[size], config, config.gpus, compiled=False).values())
     assert expected == pytest.approx(simulate.peak(SIZES[size], config, config.gpus, fake=True), rel=0.1)
 
 
@@ -131,13 +132,13 @@ def test_the_forecast_of_memory_is_within_a_tenth_of_a_simulation(size, options)
 def test_the_forecast_for_7b_on_8_gpus_is_within_a_tenth_of_traced_figures(options, gib):
     """Traced on another implementation of the same shape with the same sharding."""
     config = Config(seq_len=4096, batch_size=8 * options["micro_batch"], dtype="bf16", **options)
-    assert sum(train.forecast(SIZES["7B"], config, 8, compiled=False).values()) / 2**30 == pytest.approx(gib, rel=0.1)
+    assert sum(forecast_of(SIZES["7B"], config, 8, compiled=False).values()) / 2**30 == pytest.approx(gib, rel=0.1)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(checkpointing="full"), dict(dtype="fp32")])
 def test_the_forecast_of_memory_is_within_a_tenth_of_what_a_real_step_allocates(options):
     config = Config(**dict(dtype="bf16", compile="off", micro_batch=2, batch_size=2, seq_len=256) | options)
-    expected = sum(train.forecast(SHAPE, config, 1, compiled=False).values())
+    expected = sum(forecast_of(SHAPE, config, 1, compiled=False).values())
     assert expected == pytest.approx(simulate.peak(SHAPE, config, 1, fake=False), rel=0.1)
 
 
@@ -174,14 +175,15 @@ def test_gloo_does_not_start_threads_that_slow_training_down(tmp_path):
     (tmp_path / "count.py").write_text(
         f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-import os, torch, torch.distributed as dist, train
-train.join_world()
+import os, torch, torch.distributed as dist
+from lib.world import join_world, leave
+join_world()
 torch.randn(2_000_000).exp()  # the training's own team
 before = len(os.listdir("/proc/self/task"))
 works = [dist.all_reduce(torch.randn(2_000_000), async_op=True) for _ in range(24)]
 [work.wait() for work in works]
 print("threads", len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
-train.leave()
+leave()
 """
     )
     done = command(tmp_path / "count.py", env={"OMP_NUM_THREADS": "2"})
@@ -236,7 +238,7 @@ def test_copies_of_the_model_in_groups_of_processes_train_as_one(options, tmp_pa
     for field in ("loss", "grad_norm", "val_loss"):
         assert log(tmp_path / "copies", field) == pytest.approx(log(tmp_path / "one", field), rel=1e-5)
     with pytest.raises(ValueError, match="--shard_over 3 must divide the 4 processes"):
-        opening.check(Config(shard_over=3), 4)
+        train_flags.check(Config(shard_over=3), 4)
 
 
 def test_muon_trains_alike_on_any_number_of_processes_and_resumes_exactly(options, tmp_path, tiny_run):
@@ -342,7 +344,7 @@ def test_a_restarted_attempt_does_not_see_what_the_one_before_left_in_the_store(
     monkeypatch.setenv("RANK", "0")
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        train.join_world()
+        join_world()
     stores[0].set("address", "of a process that has ended")
     assert stores[0].check(["address"]) and not stores[1].check(["address"])
 
@@ -606,7 +608,7 @@ def test_the_same_command_gives_the_same_bits(tiny_run):
 @pytest.mark.slow
 def test_a_save_stalls_training_for_a_fraction_of_what_writing_takes(world, tmp_path):  # noqa: F811
     """The 110M size; median of five."""
-    model = train.build(SIZES["110M"], Config(), CPU, torch.float32, compiled=False)
+    model = train.build(SIZES["110M"], Config(dtype="fp32"), CPU)
     model.init_weights(0)
     optimizers, guard = train.make_optimizers(model, Config()), train.Guard(6.0, CPU)
     checkpoints = checkpoints_of(tmp_path, Config(keep=1), model, optimizers, guard)

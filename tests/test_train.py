@@ -20,9 +20,9 @@ import torch.distributed.checkpoint as dcp
 import train
 from conftest import ROOT, TINY_RUN, byte_data, checkpoints_of, command, flags, torchrun
 from data import Dataset, prepare
-from lib import forecast
+from lib import planning
 from lib.checkpoints import checkpoint_folder
-from lib.world import should_compile
+from lib.world import join_world, should_compile
 from model import IGNORE, SIZES, Transformer, load, save
 from ranks import CONFIG, one_step
 from train import Config, learning_rate
@@ -170,21 +170,21 @@ def test_the_validation_loss_does_not_depend_on_the_batch(tiny_run):
 
 @pytest.fixture
 def world():
-    yield train.join_world()
+    yield join_world()
     dist.destroy_process_group()
 
 
 CPU = torch.device("cpu")
 
 
-def build(dtype=torch.float32, compiled=False, **flags) -> Transformer:
-    model = train.build(CONFIG, Config(**flags), CPU, dtype, compiled)
+def build(dtype="fp32", compiled=False, **flags) -> Transformer:
+    model = train.build(CONFIG, Config(dtype=dtype, compile="on" if compiled else "off", **flags), CPU)
     model.init_weights(0)
     return model
 
 
-def micro_batch(tokens: torch.Tensor) -> train.MicroBatch:
-    return train.MicroBatch(tokens[:, :-1], tokens[:, 1:], None)
+def micro_batch(tokens: torch.Tensor) -> train.Batch:
+    return train.Batch(tokens[:, :-1], tokens[:, 1:], None)
 
 
 def rows(count: int = 4, length: int = 33) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_weights_gradients_and_moments_are_fp32_under_bf16_arithmetic(world, mon
     seen = []
     original = module.rotate
     monkeypatch.setattr(module, "rotate", lambda x, rope: seen.append((x.dtype, rope[0].dtype)) or original(x, rope))
-    model = build(torch.bfloat16)
+    model = build("bf16")
     optimizers = train.make_optimizers(model, Config())
     before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
     loss = model(rows()[:, :-1], rows()[:, 1:])
@@ -360,7 +360,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_last_names_it(ti
 
 def save_for_ever(folder, ready):
     """Save checkpoints whose weights all equal their step, one after the other."""
-    train.join_world()
+    join_world()
     config = Config(keep=2)
     model = build()
     optimizers, guard = train.make_optimizers(model, config), train.Guard(6.0, CPU)
@@ -612,8 +612,8 @@ def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path, 
 
 
 def test_the_work_of_a_token_is_the_published_one():
-    assert forecast.flops_per_token(SIZES["7B"], 4096) / 1e9 == pytest.approx(46.87, abs=0.005)
-    assert forecast.flops_per_token(SIZES["7B"], 2048) / 1e9 == pytest.approx(43.65, abs=0.005)
+    assert planning.flops_per_token(SIZES["7B"], 4096) / 1e9 == pytest.approx(46.87, abs=0.005)
+    assert planning.flops_per_token(SIZES["7B"], 2048) / 1e9 == pytest.approx(43.65, abs=0.005)
 
 
 def test_compiling_is_chosen_where_it_pays(monkeypatch):

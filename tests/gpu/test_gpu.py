@@ -19,9 +19,12 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags
+from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags, forecast_of
 from data import Batch, Mixture
-from lib.kernels import KERNELS, Documents, attend_within
+from lib.checkpointing import KERNELS
+from lib.kernels import Documents, attend_within
+from lib.rows import local_rows
+from lib.world import join_world
 from model import SIZES, ModelConfig, load
 from test_train import log, same_bits
 
@@ -35,7 +38,7 @@ SHAPE = ModelConfig(dim=256, num_layers=4, num_heads=8, num_kv_heads=2, ffn_dim=
 
 @pytest.fixture(scope="module")
 def device():
-    yield train.join_world()
+    yield join_world()
     dist.destroy_process_group()
 
 
@@ -49,10 +52,10 @@ def clean():
         torch.cuda.empty_cache()
 
 
-def build(device, dtype=torch.bfloat16, compiled=False, shape=SHAPE, **options) -> tuple:
+def build(device, dtype="bf16", compiled=False, shape=SHAPE, **options) -> tuple:
     """The arguments of train_step without batches: model, optimizers, guard and flags."""
-    config = train.Config(**options)
-    model = train.build(shape, config, device, dtype, compiled)
+    config = train.Config(dtype=dtype, compile="on" if compiled else "off", **options)
+    model = train.build(shape, config, device)
     model.init_weights(0)
     return model, train.make_optimizers(model, config), train.Guard(config.spike, device), config
 
@@ -62,7 +65,7 @@ def steps(parts: tuple, batches: list, count: int, lr: float = 3e-3) -> list[flo
     return [train.train_step(model, optimizers, batches, lr, config, guard).loss.item() for _ in range(count)]
 
 
-def random_batch(device, rows=4, seq_len=256, pack=False, shape=SHAPE) -> train.MicroBatch:
+def random_batch(device, rows=4, seq_len=256, pack=False, shape=SHAPE) -> train.Batch:
     """Of documents of about 64 tokens where packed."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(shape.vocab_size, size=(rows, seq_len + 1))
@@ -72,7 +75,7 @@ def random_batch(device, rows=4, seq_len=256, pack=False, shape=SHAPE) -> train.
     return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), bounds).to(device)
 
 
-def gradients(model, batch: train.MicroBatch) -> dict[str, torch.Tensor]:
+def gradients(model, batch: train.Batch) -> dict[str, torch.Tensor]:
     model.loss(batch.tokens, batch.targets, batch.documents).backward()
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
@@ -121,10 +124,10 @@ def test_attention_over_documents_is_that_of_each_document_alone(head_dim, num_k
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_training_in_bf16_on_a_gpu_follows_fp32_on_a_cpu(pack, device):
-    exact, rounded = build(CPU, torch.float32, pack=pack), build(device, pack=pack)
+    exact, rounded = build(CPU, "fp32", pack=pack), build(device, pack=pack)
     with torch.no_grad():
         for mine, theirs in zip(rounded[0].parameters(), exact[0].parameters()):
-            train.local_rows(mine)[1].copy_(train.local_rows(theirs)[1])
+            local_rows(mine)[1].copy_(local_rows(theirs)[1])
     expected = steps(exact, [random_batch(CPU, pack=pack)], 10)
     found = steps(rounded, [random_batch(device, pack=pack)], 10)
     assert expected[-1] < expected[0] - 0.3 and found == pytest.approx(expected, rel=0.02)
@@ -199,7 +202,7 @@ def test_the_memory_forecast_is_within_a_tenth_of_the_peak(compiled, options, de
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     steps(parts, batches, 1, lr=1e-4)
-    expected = sum(train.forecast(shape, parts[3], 1, compiled).values())
+    expected = sum(forecast_of(shape, parts[3], 1, compiled).values())
     if not CUDA:
         pytest.skip("only a GPU counts its memory")
     found = torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,112 @@
+"""What a run comes to: steps, parameters, floating-point operations, hours, and memory in words."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from torch import nn
+
+from lib.forecast import forecast
+from lib.gpus import GPUS
+from lib.meta import read_meta
+from lib.order import mixture_weights
+
+GIB = 2**30
+RESERVE = 2.0  # GiB for CUDA, NCCL and gaps in the allocator
+
+
+def in_steps(config, epoch: float):
+    """The same run with all its lengths in steps, rounded up; an epoch has `epoch` of them.
+
+    So the last step of --epochs takes what it lacks from the next epoch. Raises ValueError for a length it cannot read.
+    """
+    lengths = {}
+    for name in ("eval_every", "save_every"):
+        value = str(getattr(config, name))
+        try:
+            count = float(value.removesuffix("epoch")) * epoch if value.endswith("epoch") else int(value)
+            lengths[name] = math.ceil(round(count, 6))
+        except (ValueError, OverflowError):
+            raise ValueError(f"--{name} {value} is neither a number of steps nor one of epochs (0.5epoch)") from None
+    if config.epochs:
+        lengths["steps"] = math.ceil(round(config.epochs * epoch, 6))
+    return dataclasses.replace(config, **lengths)
+
+
+def count_parameters(shape) -> int:
+    """Parameters of a model of this shape (a model.ModelConfig)."""
+    dim, kv_dim = shape.dim, shape.num_kv_heads * shape.head_dim
+    block = 2 * dim + 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * shape.ffn_dim
+    ends = shape.vocab_size * dim * (1 if shape.tie_embeddings else 2)
+    return ends + shape.num_layers * block + dim
+
+
+def flops_per_token(shape, seq_len: int, frozen: bool = False) -> float:
+    """6 N + 12 layers · width · T: a forward and backward pass, nothing computed again.
+
+    (PaLM, appendix B.)
+    Frozen weights need no gradients, a third of 6 N; what adapters cost in their place is not counted.
+    """
+    each = 4 if frozen else 6
+    return each * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
+
+
+def flops_of_a_step(shape, config) -> float:
+    """Of all processes together."""
+    each = flops_per_token(shape, config.seq_len, config.lora_rank > 0)
+    return each * config.batch_size * config.seq_len
+
+
+def describe(parts: dict[str, int]) -> str:
+    """A forecast in words, for the first lines of a run."""
+    most = ", ".join(f"{name} {num_bytes / GIB:.2g}" for name, num_bytes in parts.items())
+    total = sum(parts.values()) / GIB
+    return f"forecast: {total:.2g} GiB in each process at the peak of a step ({most})"
+
+
+def plan(model: nn.Module, config, data=None) -> str:
+    """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time.
+
+    data is the Mixture whose epochs are counted, where --epochs is given; nothing is run.
+    """
+    length = f"{config.batch_size} × {config.seq_len}"
+    if data:
+        config = in_steps(config, len(data) / config.batch_size)
+        length += f", {config.epochs:g} epochs of {len(data):,} sequences"
+    gpu, compiled = GPUS[config.gpu], config.compile != "off"
+    parts = forecast(model, config, config.gpus, compiled, has_pairs(config.data))
+    memory = ", ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items())
+    need = sum(parts.values()) / GIB
+    verdict = "fits" if need + RESERVE <= gpu.memory else "does not fit"
+    tokens = config.steps * config.batch_size * config.seq_len
+    speed = gpu.efficiency * gpu.peak / flops_with_recomputation(model.config, config)
+    hours = tokens / (speed * config.gpus) / 3600
+    rows = config.micro_batch or config.batch_size // config.gpus
+    setting = f"{rows} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
+    name, num = config.init_from or config.size, count_parameters(model.config)
+    reached = f"{gpu.efficiency:.0%} of its {gpu.peak / 1e12:.0f} TFLOP/s are reached"
+    steps = f"{config.steps:,} steps of {length} ({tokens:,} tokens)"
+    return "\n".join([
+        f"{name}: {num:,} parameters on {config.gpus} × {config.gpu}, {setting}",
+        f"GiB a GPU: {memory}",
+        f"together {need:.1f} of {gpu.memory} GiB: {verdict} ({RESERVE:.0f} GiB are kept in reserve)",
+        f"about {speed:,.0f} tokens/s a GPU if {reached}, {hours:,.1f} hours for {steps}",
+    ])  # fmt: skip
+
+
+def has_pairs(sources: tuple[str, ...]) -> bool:
+    """Whether --data are preference pairs; data that are not made yet are taken for text."""
+    folders, _ = mixture_weights(sources)
+    made = [folder for folder in folders if (Path(folder) / "meta.json").exists()]
+    return any(read_meta(folder).get("kind") == "preference" for folder in made)
+
+
+def flops_with_recomputation(shape, config) -> float:
+    """Of a token, with what --checkpointing computes again: of a forward pass, a third of all."""
+    shares = {"none": 0.0, "selective": 1 / 2, "full": 1.0}
+    share = shares.get(config.checkpointing)
+    if share is None:
+        share = 1 / int(config.checkpointing)
+    frozen = config.lora_rank > 0
+    again = share / 3 * flops_per_token(shape, config.seq_len)
+    return flops_per_token(shape, config.seq_len, frozen) + again
