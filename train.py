@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -116,7 +117,8 @@ def build(
     model = empty_model(shape, config)
     if frozen:
         model.to(world.arithmetic(config)).requires_grad_(False)
-    model = shard(model, config, device).to_empty(device=device)
+    mesh = world.make_mesh(config.shard_over, device)
+    model = shard(model, config, mesh).to_empty(device=device)
     if frozen:
         model.set_reshard_after_forward(True)  # no backward pass will do it
     if shape.tie_embeddings:
@@ -124,21 +126,20 @@ def build(
     return model
 
 
-def shard(model: Transformer, config: Config, device: torch.device) -> Transformer:
+def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
     """Checkpoint, compile, then shard every block: fp32 shards, bf16 arithmetic, fp32 gradients."""
     # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
     policy = MixedPrecisionPolicy(
         world.arithmetic(config), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    mesh = world.make_mesh(config.shard_over, device)
     unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh)
     again = config.reshard_after_forward
-    kernels.choose(model, config, config.compile == "on", device.type)
+    kernels.choose(model, config, config.compile == "on", mesh.device_type)
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointing.wrap(block.forward, config.checkpointing, layer)
         if config.compile == "on":
             # the loop over documents that stands in for the GPU's kernel cannot be compiled
-            whole = not config.pack or device.type == "cuda"
+            whole = not config.pack or mesh.device_type == "cuda"
             block.forward = torch.compile(block.forward, fullgraph=whole)
         unit(block, reshard_after_forward=again)
     if not model.config.tie_embeddings:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from conftest import forecast_of
 from lib import lora
+from lib.world import make_mesh
 from model import SIZES, ModelConfig, Transformer
 
 
@@ -102,13 +103,14 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
     dist.init_process_group(backend, rank=0, world_size=world, store=store)
     try:
         device, dtype = torch.device("cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+        mesh = make_mesh(config.shard_over, device)
         with fake_tensors() if fake else contextlib.nullcontext(), Allocated() as allocated:
             torch.set_default_dtype(dtype if config.lora_rank else torch.float32)
             model = Transformer(shape)
             torch.set_default_dtype(torch.float32)
             model.to = lambda dtype: model  # fake weights cannot be converted, and have this type already
             model = lora.prepare(model, config, dtype)
-            model = train.shard(model, config, device)
+            model = train.shard(model, config, mesh)
             optimizers, guard = train.make_optimizers(model, config), train.Guard(config.spike, device)
             tokens = torch.ones(config.micro_batch, config.seq_len, dtype=torch.long)
             batches = [train.Batch(tokens, tokens, None)] * (config.batch_size // world // config.micro_batch)

@@ -186,11 +186,13 @@ def test_the_reference_is_the_first_model_also_after_the_run_was_resumed(dpo_run
 
     monkeypatch.setattr(objectives.DPO, "validation", look)
     cut = dpo_run("cut", steps=8, stop_at=3)
+    before = len(seen)
     dpo_run("cut", steps=8)
     assert same_bits(cut, straight) and log(cut, "loss") == log(straight, "loss")
     assert log(cut, "val_loss") == log(straight, "val_loss") and log(cut, "kl") == log(straight, "kl")
     base = dict(load(straight.parent / "base").named_parameters())
-    assert len(seen) == 2 and all(torch.equal(reference[name], base[name]) for reference in seen for name in base)
+    assert 0 < before < len(seen)
+    assert all(torch.equal(reference[name], base[name]) for reference in seen for name in base)
     dpo_run("other", steps=8, stop_at=3)
     monkeypatch.setattr("lib.opening.is_known", lambda path, known, config_class: False)
     with pytest.raises(ValueError, match="holds other weights than when .*other began"):

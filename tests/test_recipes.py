@@ -105,6 +105,7 @@ def test_the_slurm_job_saves_on_sigterm_queues_up_again_and_goes_on_to_its_end(t
     shape = "--dim 32 --num_layers 2 --num_heads 4 --num_kv_heads 2 --ffn_dim 64"
     env = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",  # two processes wait for each other
         "SLURM_JOB_ID": job, "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
         "DATA": str(tiny_data), "OUT": "run", "SIZE": "260K", "SEQ_LEN": "32", "BATCH_SIZE": "4", "MICRO_BATCH": "2",
         "STEPS": "400", "EXTRA_FLAGS": f"{shape} --eval_tokens 512 --log_every 1 --dtype fp32 --sample=",
