@@ -1,4 +1,4 @@
-"""What a run will need: bytes on each GPU at the peak of a step, floating-point operations, hours."""
+"""What a run will need: bytes on each GPU at the peak of a step."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from lib.kernels import LOSS_CHUNK
 
-LOGIT_BYTES = {  # by size of a number and whether the loss is compiled: of a logit, at the loss's own peak
+LOGIT_BYTES = {  # by size of a number and whether the loss is compiled: of a logit, at its own peak
     (2, False): 6,  # bf16, and an fp32 copy
     (4, False): 4,
     (2, True): 4,   # bf16, and its gradient
@@ -14,28 +14,58 @@ LOGIT_BYTES = {  # by size of a number and whether the loss is compiled: of a lo
 }
 
 
-def kept_bytes(shape, mode: str, compiled: bool, size: int, rank: int = 0, targets: str = "") -> int:
-    """Bytes that one block keeps of a token for its backward pass.
+class Tally(NamedTuple):
+    """What the parameters of a model or a block come to, before sharding."""
+
+    stored: int    # bytes
+    gathered: int  # bytes as the arithmetic takes them
+    trained: int   # numbers that have a gradient
+
+
+def tally(part: nn.Module, size: int) -> Tally:
+    """size is that of a number in the arithmetic, in bytes."""
+    stored = gathered = trained = 0
+    for p in part.parameters():
+        stored += p.nbytes
+        gathered += p.numel() * (size if p.is_floating_point() else 1)
+        trained += p.numel() if p.requires_grad else 0
+    return Tally(stored, gathered, trained)
+
+
+# ---- what is kept for the backward pass ----
+
+
+def kept_bytes(
+    shape, mode: str, compiled: bool, size: int, rank: int = 0, targets: str = ""
+) -> int:
+    """Bytes that one block keeps of a token for its backward pass, under --checkpointing mode.
 
     size is that of a number in the arithmetic; rank and targets are LoRA's.
     """
-    dim, kv_dim, ffn_dim = shape.dim, shape.num_kv_heads * shape.head_dim, shape.ffn_dim
-    attention = 4 * shape.num_heads  # its fp32 normalizers
+    dim, ffn_dim = shape.dim, shape.ffn_dim
+    kv_dim = shape.num_kv_heads * shape.head_dim
+    normalizers = 4 * shape.num_heads  # of attention, in fp32
     if mode == "full":
         return size * dim  # the input
-    if mode == "selective":  # input, attention's output, and of the seven products query, value, gate and down
-        return size * (4 * dim + kv_dim + ffn_dim) + attention
-    adapters = size * _kept_beside_adapters(shape, compiled, rank, targets) if rank else 0
+    if mode == "selective":
+        products = dict(query=dim, value=kv_dim, gate=ffn_dim, down=dim)  # of seven
+        numbers = dict(input=dim, attention=dim, **products)
+        return size * sum(numbers.values()) + normalizers
+    numbers = dict(query=dim, key=kv_dim, value=kv_dim, attention=dim)
+    numbers |= dict(gate=ffn_dim, up=ffn_dim, product=ffn_dim)
     if compiled:
-        # input, two normed inputs, query, key, value, attention's output, out, gate, up, their product
-        return size * (6 * dim + 2 * kv_dim + 3 * ffn_dim) + attention + 8 + adapters
-    # the norms keep an fp32 copy, the normed and the scaled input; SiLU keeps its input, the product its factors
-    norms = 2 * (4 + 2 * size) * dim
-    return norms + size * (2 * dim + 2 * kv_dim + 4 * ffn_dim) + attention + 8 + adapters
+        numbers |= dict(input=dim, normed=2 * dim, out=dim)
+        norms = 8  # a number for each, in fp32
+    else:
+        numbers |= dict(activated=ffn_dim)  # the gate after SiLU, which also keeps its input
+        norms = 2 * (4 + 2 * size) * dim + 8  # an fp32 copy, the normed and the scaled input
+    if rank:
+        numbers |= dict(adapters=_beside_adapters(shape, compiled, rank, targets))
+    return size * sum(numbers.values()) + normalizers + norms
 
 
-def _kept_beside_adapters(shape, compiled: bool, rank: int, targets: str) -> int:
-    """Numbers a token that adapters add to what a block keeps, less those that a frozen block can spare."""
+def _beside_adapters(shape, compiled: bool, rank: int, targets: str) -> int:
+    """Numbers a token that adapters add to what a block keeps, less what frozen matrices spare."""
     adapted = set(targets.split(","))
     numbers = rank * len(adapted)  # x A^T; but frozen matrices need no inputs
     if not adapted & {"query", "key", "value"}:
@@ -49,67 +79,8 @@ def _kept_beside_adapters(shape, compiled: bool, rank: int, targets: str) -> int
     return numbers
 
 
-class Tally(NamedTuple):
-    """What the parameters of a model or a block come to, before sharding."""
-
-    stored: int    # bytes
-    gathered: int  # bytes as the arithmetic takes them
-    trained: int   # numbers that have a gradient
-
-
-def tally(part: nn.Module, size: int) -> Tally:
-    parameters = list(part.parameters())
-    gathered = sum(p.numel() * (size if p.is_floating_point() else 1) for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return Tally(sum(p.nbytes for p in parameters), gathered, trained)
-
-
-def forecast(model: nn.Module, config, world: int, compiled: bool, pairs: bool = False) -> dict[str, int]:
-    """Bytes on each rank at the peak of a step, by what they are for; the allocator's and NCCL's are not in it.
-
-    model is the one to train, on the meta device. Pairs have two rows each, here of full length, and a frozen
-    reference. The peak is at one of three moments: in the loss, when all activations are kept; in the backward pass
-    of the last block, the same; or in that of the first, when the gradients of all others are there instead.
-    """
-    shape, size = model.config, 4 if config.dtype == "fp32" else 2
-    whole, block = tally(model, size), tally(model.blocks[0], size)
-    ends = shape.vocab_size * shape.dim  # numbers in the embedding, and in the output
-    share = config.batch_size // world
-    tokens = (config.micro_batch or share) * config.seq_len * (2 if pairs else 1)
-    ranks = config.shard_over or world
-    shard = whole.trained // ranks
-
-    kept, again = _activations(shape, config, compiled, size)
-    chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
-    in_chunk = min(tokens, chunk) * shape.vocab_size
-    trained_ends = ends if model.unembedding.weight.requires_grad else 0
-    # the weight's gradient, and a chunk's beside it
-    product = 4 if size == 4 and tokens <= chunk else 4 + size
-    first_chunks = LOGIT_BYTES[size, compiled] * in_chunk + (4 * trained_ends if tokens > chunk else 0)
-    logits = max(first_chunks, size * in_chunk + product * trained_ends)
-    gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
-    earlier = 0  # gradients of earlier micro-batches: whole until the last one reduces them
-    if config.micro_batch not in (0, share):
-        earlier = 4 * (shard if config.reduce_each else whole.trained)
-    gathered = 2 * block.gathered + size * ends if config.reshard_after_forward else whole.gathered
-    if config.quantize == "nf4":  # the largest matrix, unpacked
-        gathered += size * shape.dim * max(shape.dim, shape.ffn_dim)
-    loss = dict(gradients=earlier, activations=tokens * kept, logits=logits)
-    last = dict(gradients=earlier + gradients, activations=tokens * (kept + again), logits=0)
-    first = dict(gradients=max(earlier, 4 * shard) + gradients, activations=tokens * again, logits=0)
-    peak = max((loss, last, first), key=lambda parts: sum(parts.values()))
-    moments = 8 * shard
-    if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
-        trained = (p for p in model.blocks.parameters() if p.requires_grad and p.dim() >= 2)
-        moments -= 4 * sum(p.numel() for p in trained) // ranks
-    parts = {"weights": whole.stored // ranks, "moments": moments, "gathered": gathered}
-    if pairs and not config.lora_rank:
-        parts["reference"] = whole.gathered // ranks
-    return parts | peak
-
-
 def _activations(shape, config, compiled: bool, size: int) -> tuple[int, int]:
-    """Bytes of a token that all blocks keep, and those of one block whose forward pass is computed again."""
+    """Bytes of a token that all blocks keep, and those of one block that is computed again."""
     modes = [config.checkpointing] * shape.num_layers
     if config.checkpointing.isdigit():
         every = int(config.checkpointing)
@@ -120,4 +91,98 @@ def _activations(shape, config, compiled: bool, size: int) -> tuple[int, int]:
         return kept, 0
     # it then has all it keeps, and gradients of it
     whole = kept_bytes(shape, "none", compiled, size, *adapted)
-    return kept, whole + size * (2 * shape.ffn_dim + shape.dim)
+    gradients = size * (2 * shape.ffn_dim + shape.dim)
+    return kept, whole + gradients
+
+
+# ---- the peak of a step ----
+
+
+def forecast(
+    model: nn.Module, config, num_ranks: int, compiled: bool, pairs: bool = False
+) -> dict[str, int]:
+    """Bytes on each rank at the peak of a step, by what they are for.
+
+    What the allocator and NCCL need is not in it. model is the one to train, on whatever device.
+    Pairs have two rows each, here of full length, and a frozen reference. The peak is at one of
+    three moments: in the loss, when all activations are kept; in the backward pass of the last
+    block, the same; or in that of the first, when the gradients of all others are there instead.
+    """
+    shape = model.config
+    size = 4 if config.dtype == "fp32" else 2
+    whole, block = tally(model, size), tally(model.blocks[0], size)
+    sharers = config.shard_over or num_ranks
+    shard = whole.trained // sharers
+    rows = config.micro_batch or config.batch_size // num_ranks
+    tokens = rows * config.seq_len * (2 if pairs else 1)
+
+    kept, again = _activations(shape, config, compiled, size)
+    earlier = _earlier_gradients(config, num_ranks, whole, shard)
+    gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
+    in_loss = dict(
+        gradients=earlier,
+        activations=tokens * kept,
+        logits=_logits(model, tokens, compiled, size),
+    )
+    in_last = dict(
+        gradients=earlier + gradients,
+        activations=tokens * (kept + again),
+        logits=0,
+    )
+    in_first = dict(
+        gradients=max(earlier, 4 * shard) + gradients,
+        activations=tokens * again,
+        logits=0,
+    )
+    parts = dict(
+        weights=whole.stored // sharers,
+        moments=_moments(model, config, whole, sharers),
+        gathered=_gathered(shape, config, whole, block, size),
+    )
+    if pairs and not config.lora_rank:
+        parts["reference"] = whole.gathered // sharers
+    return parts | max(in_loss, in_last, in_first, key=lambda moment: sum(moment.values()))
+
+
+def _logits(model: nn.Module, tokens: int, compiled: bool, size: int) -> int:
+    """Bytes of logits, and of the gradient of the output matrix, at the peak of the loss."""
+    chunk = 4 * LOSS_CHUNK if compiled and size == 2 else LOSS_CHUNK
+    in_chunk = min(tokens, chunk) * model.config.vocab_size
+    trained = 0  # numbers of the output matrix
+    if model.unembedding.weight.requires_grad:
+        trained = model.config.vocab_size * model.config.dim
+    alone = size == 4 and tokens <= chunk
+    products = 4 if alone else 4 + size  # the matrix's gradient, and a chunk's beside it
+    first_chunks = LOGIT_BYTES[size, compiled] * in_chunk
+    if tokens > chunk:
+        first_chunks += 4 * trained
+    return max(first_chunks, size * in_chunk + products * trained)
+
+
+def _earlier_gradients(config, num_ranks: int, whole: Tally, shard: int) -> int:
+    """Bytes of earlier micro-batches' gradients: whole until the last one reduces them."""
+    if config.micro_batch in (0, config.batch_size // num_ranks):
+        return 0
+    return 4 * (shard if config.reduce_each else whole.trained)
+
+
+def _moments(model: nn.Module, config, whole: Tally, sharers: int) -> int:
+    """Bytes of the optimizers' moments on a rank, two numbers a weight in fp32."""
+    shard = whole.trained // sharers
+    moments = 8 * shard
+    if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
+        matrices = 0
+        for p in model.blocks.parameters():
+            matrices += p.numel() if p.requires_grad and p.dim() >= 2 else 0
+        moments -= 4 * matrices // sharers
+    return moments
+
+
+def _gathered(shape, config, whole: Tally, block: Tally, size: int) -> int:
+    """Bytes of the weights that are there whole: two blocks and an end, or all of them."""
+    gathered = whole.gathered
+    if config.reshard_after_forward:
+        gathered = 2 * block.gathered + size * shape.vocab_size * shape.dim
+    if config.quantize == "nf4":  # the largest matrix, unpacked
+        gathered += size * shape.dim * max(shape.dim, shape.ffn_dim)
+    return gathered

@@ -1,7 +1,8 @@
 """What a run minimises beside the next token: preferences, and noise on the embeddings.
 
-An objective has `names`, of the sums that it gives of a batch; the gradient is that of the first, divided by the first
-of its counts over the whole step. `unit` is what the counts count, and the sums' means are made into `scores`.
+An objective has `names`, of the sums that it gives of a batch; the gradient is that of the first,
+divided by the first of its counts over the whole step. `unit` is what the counts count, and the
+sums' means are made into `scores`.
 """
 
 import contextlib
@@ -33,9 +34,13 @@ def bits_per_byte(sums: Tensor, val) -> dict[str, float]:
     of the answers in conversations. Several sources are also listed one by one.
     """
     each = torch.tensor([part.bytes_per_target for part in val.parts], dtype=sums.dtype)
-    num_bytes, (targets, nats) = sums[:, 0] @ each, sums.sum(0)
-    bits = (nats / math.log(2) / num_bytes).item()
-    scores = {"val_loss": (nats / targets).item(), "val_bits_per_byte": bits}
+    num_bytes = sums[:, 0] @ each
+    targets, nats = sums.sum(0)
+    bits = nats / math.log(2)
+    scores = {
+        "val_loss": (nats / targets).item(),
+        "val_bits_per_byte": (bits / num_bytes).item(),
+    }
     if len(val.parts) > 1:
         for name, (count, loss) in zip(val.folders, sums):
             scores[f"val_loss {name}"] = (loss / count).item()
@@ -49,10 +54,11 @@ def count_targets(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DPO:
-    """Direct preference optimization (Rafailov et al. 2023, equation 7) of rows that are chosen, rejected, chosen, …
+    """Direct preference optimization (Rafailov et al. 2023, equation 7).
 
-    A reward is beta times the log-probability of an answer's targets, less that under the reference: the model as it
-    was before training; with LoRA, the same model without its adapters.
+    Rows are chosen, rejected, chosen, … A reward is beta times the log-probability of an answer's
+    targets, less that under the reference: the model as it was before training; with LoRA, the same
+    model without its adapters.
     """
 
     unit, names = "pairs", ("loss", "margin", "correct", "drift", "targets")
@@ -61,7 +67,10 @@ class DPO:
         self.beta, self.reference = beta, reference
 
     def counts(self, batch) -> Tensor:
-        """Pairs, their targets, and rows without any; what fills a batch up has no targets and is no pair."""
+        """Pairs, their targets, and rows without any.
+
+        What fills a batch up has no targets and is no pair.
+        """
         pairs = (batch.targets[::2] != IGNORE).any(1).sum()
         return torch.stack((pairs, *count_targets(batch.targets)))
 
@@ -71,54 +80,77 @@ class DPO:
             return self.reference.log_probs(batch.tokens, batch.targets, batch.documents)
 
     def sums(self, model: nn.Module, batch) -> Tensor:
-        """Of all pairs: the loss in nats; by how much the chosen answer's reward exceeds the rejected one's; whether
-        it does; the log-probability of the chosen answer's targets, less that under the reference; these targets."""
+        """Of all pairs, one sum for each of names.
+
+        The loss in nats; by how much the chosen answer's reward exceeds the rejected one's; whether
+        it does; the log-probability of the chosen answer's targets, less that under the reference;
+        these targets.
+        """
         before = self.log_probs(batch)
-        drifts = (model.log_probs(batch.tokens, batch.targets, batch.documents) - before).sum(1)
+        after = model.log_probs(batch.tokens, batch.targets, batch.documents)
+        drifts = (after - before).sum(1)  # of each row
         chosen, rejected = drifts.unflatten(0, (-1, 2)).unbind(1)
         margin = self.beta * (chosen - rejected)
-        targets = (batch.targets[::2] != IGNORE).sum(1).to(margin.device, non_blocking=True)
+        targets = (batch.targets[::2] != IGNORE).sum(1)
+        targets = targets.to(margin.device, non_blocking=True)
         moved = margin.detach()
-        rows = (-F.logsigmoid(margin), moved, (moved > 0).float(), chosen.detach(), targets.float())
-        return (torch.stack(rows) * (targets > 0)).sum(1)
+        each = (
+            -F.logsigmoid(margin),
+            moved,
+            (moved > 0).float(),
+            chosen.detach(),
+            targets.float(),
+        )
+        return (torch.stack(each) * (targets > 0)).sum(1)
 
     def scores(self, means: list[float]) -> dict[str, float]:
         """kl is a proxy for the distance from the reference: the drift a target."""
         loss, margin, correct, drift, targets = means
-        return dict(loss=loss, margin=margin, accuracy=correct, kl=drift / targets if targets else 0.0)
+        kl = drift / targets if targets else 0.0
+        return dict(loss=loss, margin=margin, accuracy=correct, kl=kl)
 
     def validation(self, sums: Tensor, val) -> dict[str, float]:
         """Scores of validation sums (sources, 1 + names), the first the pairs."""
         pairs, *totals = sums.sum(0).tolist()
-        scores = self.scores([total / pairs for total in totals])
-        return {f"val_{name}": mean for name, mean in scores.items()} | {"val_pairs": int(pairs)}
+        means = self.scores([total / pairs for total in totals])
+        scores = {f"val_{name}": mean for name, mean in means.items()}
+        scores["val_pairs"] = int(pairs)
+        return scores
 
     def in_words(self, scores: dict[str, float]) -> str:
-        pairs = scores["val_pairs"]
-        return f"accuracy {scores['val_accuracy']:.1%} of {pairs}, margin {scores['val_margin']:.4f}"
+        pairs, margin = scores["val_pairs"], scores["val_margin"]
+        return f"accuracy {scores['val_accuracy']:.1%} of {pairs}, margin {margin:.4f}"
 
 
 def noise(batch, dim: int, alpha: float, seed: int) -> Tensor:
     """Noise (B, T, D) for the embeddings, uniform up to alpha / sqrt(T · D) (Jain et al. 2023).
 
-    On one kind of device that of a sequence is a function of the seed and of its number in the run alone.
+    On one kind of device that of a sequence is a function of the seed and of its number in the run.
     """
     drawn = torch.empty(*batch.tokens.shape, dim, device=batch.tokens.device)
     for number, row in zip(batch.numbers, drawn, strict=True):
         digest = hashlib.sha256(f"{seed} neftune {number}".encode()).digest()
-        generator = torch.Generator(drawn.device).manual_seed(int.from_bytes(digest[:7]))
+        generator = torch.Generator(drawn.device)
+        generator.manual_seed(int.from_bytes(digest[:7]))
         row.uniform_(-1, 1, generator=generator)
     return drawn.mul_(alpha / math.sqrt(drawn[0].numel()))
 
 
 @contextlib.contextmanager
 def noisy(model: nn.Module, batch, alpha: float, seed: int) -> Iterator[None]:
-    """Inside, what is trained has `noise` on its embeddings; without an alpha, and in evaluation, nothing changes."""
+    """Inside, what is trained has `noise` on its embeddings.
+
+    Without an alpha, and in evaluation, nothing changes.
+    """
     if not alpha or not torch.is_grad_enabled():
         yield
         return
     added = noise(batch, model.config.dim, alpha, seed)
-    hook = model.embedding.register_forward_hook(lambda module, inputs, x: x + added.to(x.dtype))
+
+    def add(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor:
+        return x + added.to(x.dtype)
+
+    hook = model.embedding.register_forward_hook(add)
     try:
         yield
     finally:

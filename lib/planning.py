@@ -13,21 +13,33 @@ from lib.order import mixture_weights
 
 GIB = 2**30
 RESERVE = 2.0  # GiB for CUDA, NCCL and gaps in the allocator
+PLAN = """\
+{name}: {parameters:,} parameters on {gpus}, \
+{rows} × {seq_len} tokens at a time, checkpointing {mode}
+GiB a GPU: {parts}
+together {need:.1f} of {memory} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)
+about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak:.0f} TFLOP/s are reached, \
+{hours:,.1f} hours for {steps:,} steps of {length} ({tokens:,} tokens)"""
 
 
 def in_steps(config, epoch: float):
     """The same run with all its lengths in steps, rounded up; an epoch has `epoch` of them.
 
-    So the last step of --epochs takes what it lacks from the next epoch. Raises ValueError for a length it cannot read.
+    So the last step of --epochs takes what it lacks from the next epoch. Raises ValueError for a
+    length that it cannot read.
     """
     lengths = {}
     for name in ("eval_every", "save_every"):
         value = str(getattr(config, name))
         try:
-            count = float(value.removesuffix("epoch")) * epoch if value.endswith("epoch") else int(value)
+            if value.endswith("epoch"):
+                count = float(value.removesuffix("epoch")) * epoch
+            else:
+                count = int(value)
             lengths[name] = math.ceil(round(count, 6))
         except (ValueError, OverflowError):
-            raise ValueError(f"--{name} {value} is neither a number of steps nor one of epochs (0.5epoch)") from None
+            problem = "is neither a number of steps nor one of epochs (0.5epoch)"
+            raise ValueError(f"--{name} {value} {problem}") from None
     if config.epochs:
         lengths["steps"] = math.ceil(round(config.epochs * epoch, 6))
     return dataclasses.replace(config, **lengths)
@@ -36,16 +48,20 @@ def in_steps(config, epoch: float):
 def count_parameters(shape) -> int:
     """Parameters of a model of this shape (a model.ModelConfig)."""
     dim, kv_dim = shape.dim, shape.num_kv_heads * shape.head_dim
-    block = 2 * dim + 2 * dim * dim + 2 * dim * kv_dim + 3 * dim * shape.ffn_dim
-    ends = shape.vocab_size * dim * (1 if shape.tie_embeddings else 2)
+    attention = 2 * dim * dim + 2 * dim * kv_dim  # query and out; key and value
+    feed_forward = 3 * dim * shape.ffn_dim
+    norms = 2 * dim
+    block = attention + feed_forward + norms
+    embedding = shape.vocab_size * dim
+    ends = embedding if shape.tie_embeddings else 2 * embedding
     return ends + shape.num_layers * block + dim
 
 
 def flops_per_token(shape, seq_len: int, frozen: bool = False) -> float:
-    """6 N + 12 layers · width · T: a forward and backward pass, nothing computed again.
+    """6 N + 12 layers · width · T: a forward and a backward pass (PaLM, appendix B).
 
-    (PaLM, appendix B.)
-    Frozen weights need no gradients, a third of 6 N; what adapters cost in their place is not counted.
+    What is computed again does not count. Frozen weights need no gradients, a third of 6 N; what
+    adapters cost in their place does not count either.
     """
     each = 4 if frozen else 6
     return each * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
@@ -58,7 +74,7 @@ def flops_of_a_step(shape, config) -> float:
 
 
 def describe(parts: dict[str, int]) -> str:
-    """A forecast in words, for the first lines of a run."""
+    """A forecast of bytes in words, for the first lines of a run."""
     most = ", ".join(f"{name} {num_bytes / GIB:.2g}" for name, num_bytes in parts.items())
     total = sum(parts.values()) / GIB
     return f"forecast: {total:.2g} GiB in each process at the peak of a step ({most})"
@@ -75,23 +91,32 @@ def plan(model: nn.Module, config, data=None) -> str:
         length += f", {config.epochs:g} epochs of {len(data):,} sequences"
     gpu, compiled = GPUS[config.gpu], config.compile != "off"
     parts = forecast(model, config, config.gpus, compiled, has_pairs(config.data))
-    memory = ", ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items())
     need = sum(parts.values()) / GIB
     verdict = "fits" if need + RESERVE <= gpu.memory else "does not fit"
     tokens = config.steps * config.batch_size * config.seq_len
     speed = gpu.efficiency * gpu.peak / flops_with_recomputation(model.config, config)
     hours = tokens / (speed * config.gpus) / 3600
-    rows = config.micro_batch or config.batch_size // config.gpus
-    setting = f"{rows} × {config.seq_len} tokens at a time, checkpointing {config.checkpointing}"
-    name, num = config.init_from or config.size, count_parameters(model.config)
-    reached = f"{gpu.efficiency:.0%} of its {gpu.peak / 1e12:.0f} TFLOP/s are reached"
-    steps = f"{config.steps:,} steps of {length} ({tokens:,} tokens)"
-    return "\n".join([
-        f"{name}: {num:,} parameters on {config.gpus} × {config.gpu}, {setting}",
-        f"GiB a GPU: {memory}",
-        f"together {need:.1f} of {gpu.memory} GiB: {verdict} ({RESERVE:.0f} GiB are kept in reserve)",
-        f"about {speed:,.0f} tokens/s a GPU if {reached}, {hours:,.1f} hours for {steps}",
-    ])  # fmt: skip
+    facts = {
+        "name": config.init_from or config.size,
+        "parameters": count_parameters(model.config),
+        "gpus": f"{config.gpus} × {config.gpu}",
+        "rows": config.micro_batch or config.batch_size // config.gpus,
+        "seq_len": config.seq_len,
+        "mode": config.checkpointing,
+        "parts": ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items()),
+        "need": need,
+        "memory": gpu.memory,
+        "verdict": verdict,
+        "reserve": RESERVE,
+        "speed": speed,
+        "efficiency": gpu.efficiency,
+        "peak": gpu.peak / 1e12,
+        "hours": hours,
+        "steps": config.steps,
+        "length": length,
+        "tokens": tokens,
+    }
+    return PLAN.format(**facts)
 
 
 def has_pairs(sources: tuple[str, ...]) -> bool:

@@ -62,9 +62,10 @@ class Report:
     def introduce(self, model: nn.Module):
         """The first words of a run: what, where, how much, and what it will need, a forecast."""
         config, world = self.config, dist.get_world_size()
-        where = f"{config.dtype} arithmetic on {self.device.type}, {world} process"
-        where += "es" if world > 1 else ""
-        where += ", compiled" if config.compile == "on" else ""
+        processes = f"{world} processes" if world > 1 else "1 process"
+        where = f"{config.dtype} arithmetic on {self.device.type}, {processes}"
+        if config.compile == "on":
+            where += ", compiled"
         each = "pairs" if self.unit == "pairs" else f"× {config.seq_len} tokens"
         size = f"{config.steps} steps of {config.batch_size} {each}, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
@@ -114,11 +115,10 @@ class Report:
         blamed = blamed if blamed.any() else torch.ones_like(blamed)
         numbers = self.data.numbers(step - 1 + int(self.guard.passed_over), self.config.batch_size)
         each = len(numbers) // blamed.numel()
-        places = [
-            self.data.place(number, self.config.seed)
-            for i in blamed.flatten().nonzero().squeeze(1).tolist()
-            for number in numbers[i * each : (i + 1) * each]
-        ]
+        places = []
+        for i in blamed.flatten().nonzero().squeeze(1).tolist():
+            for number in numbers[i * each : (i + 1) * each]:
+                places.append(self.data.place(number, self.config.seed))
         self.write(step=step, event=kind, skipped=skipped, loss=loss, grad_norm=norm, data=places)
         more = f" and {len(places) - 1} more places" if len(places) > 1 else ""
         update = "no update" if skipped else "update made"

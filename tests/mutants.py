@@ -287,7 +287,7 @@ MUTANTS = [
            "math.sqrt(drawn[0].numel())", "math.sqrt(drawn.numel())",
            "finetune: noise_of_a_sequence"),
     Mutant("DPO forgets the reference", "lib/objectives.py",
-           "batch.documents) - before).sum(1)", "batch.documents) - 0 * before).sum(1)",
+           "drifts = (after - before).sum(1)", "drifts = (after - 0 * before).sum(1)",
            "dpo: formula_of_the_paper and 1-4"),
     Mutant("DPO's loss counts the pairs of one process", "lib/objectives.py",
            "torch.stack((pairs, *count", "torch.stack((pairs * 0 + 1, *count",
