@@ -130,19 +130,24 @@ class Report:
         speed, left = self.in_step / seconds, round(seconds * (last - done))
         self.logged, self.clock = done, time.perf_counter()
         loss, (_, targets, without) = outcome.loss.item(), outcome.counts.tolist()
+        scores = self.objective.scores(outcome.means.tolist())
+        amounts = {self.unit: done * self.in_step}
+        amounts[f"{self.unit}_per_s"] = round(speed, 0 if speed > 100 else 2)
         self.write(
-            **self.objective.scores(outcome.means.tolist()) | dict(step=done, loss=loss),
+            **scores | dict(step=done, loss=loss),
             lr=lr,
             grad_norm=outcome.norm.item(),
-            **{self.unit: done * self.in_step, f"{self.unit}_per_s": round(speed, 0 if speed > 100 else 2)},
+            **amounts,
             targets=targets,
             sequences_without_target=without,
             epochs=self.data.epochs(done * self.config.batch_size),
             mfu=self.mfu_of_speed and speed * self.mfu_of_speed,
             memory=memory(self.device),
         )
-        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} {self.unit}/s"
-        self.say(f"{progress}  {left // 60}:{left % 60:02} left", passing=True)
+        minutes, seconds = divmod(left, 60)
+        progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}"
+        speed = f"{speed:,.0f} {self.unit}/s  {minutes}:{seconds:02} left"
+        self.say(f"{progress}  {speed}", passing=True)
 
     def validation(self, done: int, scores: dict[str, float]):
         self.write(step=done, **scores)
