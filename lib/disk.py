@@ -9,14 +9,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, or a qu
 
 
 @contextlib.contextmanager
-def writing(path: str | Path, *of_library: type[Exception]) -> Iterator[None]:
+def writing(path: str | Path, *own_errors: type[Exception]) -> Iterator[None]:
     """Whatever fails inside is raised as an OSError that names path, which the system does only when it opens a file.
 
-    of_library are the errors of a library that has its own instead of OSError.
+    own_errors are the errors of a library that has its own instead of OSError.
     """
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    except of_library as error:
+    except own_errors as error:
         raise OSError(errno.EIO, str(error), str(path)) from error

@@ -74,7 +74,7 @@ def read_hugging_face(folder: Path, config_class: type) -> tuple:
     return config, tensors()
 
 
-def read_meta(folder: Path, config_class: type) -> tuple:
+def read_meta_release(folder: Path, config_class: type) -> tuple:
     """Meta's release: params.json and one consolidated.NN.pth for each model-parallel rank."""
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
@@ -132,8 +132,8 @@ def read_llama2c(path: Path, config_class: type) -> tuple:
     stacks, rope_pairs = block_shapes(config), config.head_dim // 2
     ends = [("norm.weight", (dim,)), ("", (2 * seq_len * rope_pairs,))]  # its rotary tables too
     ends += [] if config.tie_embeddings else [("unembedding.weight", (abs(vocab), dim))]
-    of_layers = layers * sum(map(math.prod, stacks.values()))
-    expected = abs(vocab) * dim + of_layers + sum(math.prod(shape) for _, shape in ends)
+    in_layers = layers * sum(map(math.prod, stacks.values()))
+    expected = abs(vocab) * dim + in_layers + sum(math.prod(shape) for _, shape in ends)
     expected, found = 28 + 4 * expected, path.stat().st_size
     if expected != found:
         raise ValueError(f"{path}: {found} bytes, but its header asks for {expected}; is it a llama2.c version 0 file?")
@@ -155,7 +155,7 @@ def read_llama2c(path: Path, config_class: type) -> tuple:
     return config, tensors()
 
 
-def read_run(folder: Path, config_class: type) -> tuple:
+def read_checkpoint(folder: Path, config_class: type) -> tuple:
     """A checkpoint of train.py that holds a whole model."""
     from lib.checkpoint_index import read_index
 

@@ -72,12 +72,12 @@ def read_dataset_meta(path: Path) -> DatasetMeta:
     for name in ("train", "val"):
         split = meta["splits"][name]
         fields[f"splits.{name}.targets"] = "targets" in split
-        for sum_of in ("tokens", "documents", "bytes", "targets"):
-            found = sum(file.get(sum_of, 0) for file in split["files"])
-            if found != split.get(sum_of, 0):
-                told = split.get(sum_of, 0)
+        for amount in ("tokens", "documents", "bytes", "targets"):
+            found = sum(file.get(amount, 0) for file in split["files"])
+            if found != split.get(amount, 0):
+                told = split.get(amount, 0)
                 raise ValueError(
-                    f"{path}: field splits.{name}.{sum_of} is {told}, its files have {found}"
+                    f"{path}: field splits.{name}.{amount} is {told}, its files have {found}"
                 )
     for name, there in fields.items():
         if there != (kind != "text"):

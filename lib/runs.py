@@ -109,7 +109,9 @@ def append_row(path: Path, row: dict):
         if file.tell():
             file.seek(-1, os.SEEK_END)
             broken = file.read() != b"\n"
-        file.write(b"\n" * broken + json.dumps(row).encode() + b"\n")
+        if broken:
+            file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 @contextlib.contextmanager

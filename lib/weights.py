@@ -39,9 +39,9 @@ def open_model(path: Path, config_class: type) -> tuple:
     if (path / "adapter_config.json").exists():
         return _read_adapted(path, config_class)
     if (path / ".metadata").exists():
-        return formats.read_run(path, config_class)
+        return formats.read_checkpoint(path, config_class)
     if (path / "params.json").exists():
-        return formats.read_meta(path, config_class)
+        return formats.read_meta_release(path, config_class)
     if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
         return formats.read_hugging_face(path, config_class)
     raise ValueError(f"{path}: no model here (looked for config.json with safetensors, params.json, a checkpoint)")
