@@ -399,7 +399,7 @@ def run(config: Config, device: torch.device) -> dict:
     dtype = "bf16" if world.compute_dtype(config.dtype, device) == torch.bfloat16 else "fp32"
     way = "blocks" if world.should_compile(config.compile, device, math.inf) else "off"
     base = Setting("plainllama", dtype, way, config.micro_batch, config.checkpointing, config.pack)
-    train_flags.check(base.train_config(config), dist.get_world_size())
+    train_flags.check_flags(base.train_config(config), dist.get_world_size())
     shape = model_config(base.train_config(config), SIZES)
     bench, results = Bench(config, shape, device), describe(config, shape, device)
     bench.say(f"{config.size}, {results['parameters']:,} parameters; {results['processes']} × {results['device']}")

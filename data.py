@@ -125,7 +125,7 @@ def make_dataset(config: sources.Flags, source: Text) -> dict:
     """
     out = Path(config.out)
     workers = config.workers or os.cpu_count()
-    sources.check_sources(config, workers)
+    sources.check_flags(config, workers)
     files = find_files(config.source, out.parent / "downloads", source.suffixes)
     with new_folder(out) as folder:
         meta = write_dataset(folder, source, files, config.val_fraction, workers)

@@ -376,7 +376,7 @@ def train(run: Run, stop: Stop) -> bool:
 
 def plan(config: Config) -> str:
     """What a run would need on --gpus of --gpu; nothing is run."""
-    train_flags.check(config, config.gpus)
+    train_flags.check_flags(config, config.gpus)
     model = empty_model(planned_config(config, SIZES, ModelConfig), config)
     data = None
     if config.epochs:

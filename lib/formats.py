@@ -155,7 +155,7 @@ def read_llama2c(path: Path, config_class: type) -> tuple:
     return config, tensors()
 
 
-def read_checkpoint(folder: Path, config_class: type) -> tuple:
+def open_checkpoint(folder: Path, config_class: type) -> tuple:
     """A checkpoint of train.py that holds a whole model."""
     from lib.checkpoint_index import read_index
 

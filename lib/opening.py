@@ -28,7 +28,7 @@ from lib.run_record import choose_run, describe_data, describe_run
 from lib.runs import held
 from lib.shapes import first_config
 from lib.tokenizer import Tokenizer
-from lib.train_flags import check
+from lib.train_flags import check_flags
 from lib.weights import find_base, is_known, load_weights
 from lib.world import (
     compute_dtype,
@@ -58,7 +58,7 @@ def find_record(config, config_class: type) -> dict | None:
     Raises ValueError where the flags are not those of the run, or out of range.
     """
     record = choose_run(config, config_class)
-    check(config, dist.get_world_size())
+    check_flags(config, dist.get_world_size())
     is_default = config.data == type(config).data and not Path(config.data[0]).exists()
     if dist.get_rank() == 0 and is_default:
         prepare_default(config.data[0])

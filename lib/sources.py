@@ -30,7 +30,7 @@ class Flags:
     workers: int = 0                    # processes; 0 takes all cores
 
 
-def check_sources(flags: Flags, workers: int):
+def check_flags(flags: Flags, workers: int):
     """Raise ValueError for what cannot be prepared, before anything is read or downloaded."""
     if not 1 <= workers <= MAX_WORKERS:
         raise ValueError(f"--workers {workers} must be at least 1 and at most {MAX_WORKERS}, or 0 for all cores")

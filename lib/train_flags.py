@@ -56,7 +56,7 @@ MAY_CHANGE_ON_RESUME = set(
 )
 
 
-def check(config, num_processes: int):
+def check_flags(config, num_processes: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
     shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale", "lora_rank")
     terms = ("weight_decay", "neftune", "z_loss")

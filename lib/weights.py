@@ -39,7 +39,7 @@ def open_model(path: Path, config_class: type) -> tuple:
     if (path / "adapter_config.json").exists():
         return _read_adapted(path, config_class)
     if (path / ".metadata").exists():
-        return formats.read_checkpoint(path, config_class)
+        return formats.open_checkpoint(path, config_class)
     if (path / "params.json").exists():
         return formats.read_meta_release(path, config_class)
     if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):

@@ -416,4 +416,4 @@ def test_the_last_step_has_the_final_learning_rate(schedule, steps):
 @pytest.mark.parametrize("name", ["learning_rate", "lora_alpha", "dpo_beta"])
 def test_a_flag_that_is_infinite_is_refused(name):
     with pytest.raises(ValueError, match=f"--{name} inf must be a finite number"):
-        train_flags.check(Config(**{name: math.inf}), 1)
+        train_flags.check_flags(Config(**{name: math.inf}), 1)

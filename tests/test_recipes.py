@@ -57,7 +57,7 @@ def test_a_recipe_for_fine_tuning_trains_what_it_forecasts_and_evaluates_it(name
     forecast, config = parse(planned), parse(trained)
     for flag in ("seq_len", "batch_size", "micro_batch", "checkpointing", "reduce_each", "optimizer"):
         assert getattr(forecast, flag) == getattr(config, flag)
-    train_flags.check(config, forecast.gpus)
+    train_flags.check_flags(config, forecast.gpus)
     assert config.epochs and config.dtype == "bf16"
     script = re.sub(r" \\\n +", " ", (RECIPES / name).read_text())
     assert f"--max_len {config.seq_len} " in script and f"recipes/{name}\n" in script

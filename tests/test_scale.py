@@ -238,7 +238,7 @@ def test_copies_of_the_model_in_groups_of_processes_train_as_one(options, tmp_pa
     for field in ("loss", "grad_norm", "val_loss"):
         assert log(tmp_path / "copies", field) == pytest.approx(log(tmp_path / "one", field), rel=1e-5)
     with pytest.raises(ValueError, match="--shard_over 3 must divide the 4 processes"):
-        train_flags.check(Config(shard_over=3), 4)
+        train_flags.check_flags(Config(shard_over=3), 4)
 
 
 def test_muon_trains_alike_on_any_number_of_processes_and_resumes_exactly(options, tmp_path, tiny_run):
