@@ -68,9 +68,10 @@ class Config:
     """a run or checkpoint folder, a Hugging Face or Meta folder, or a llama2.c .bin"""
     task: Task = ""
     """choices is any .jsonl of {context, choices, answer}"""
+    # mmlu: the folder with dev/ and test/; bbh: with bbh/ and cot-prompts/; perplexity: a dataset
+    # or text files; passkey: nothing; else the file of questions
     data: str = ""
-    """mmlu: the folder with dev/ and test/; bbh: with bbh/ and cot-prompts/; perplexity: a dataset
-    or text files; passkey: nothing; else the file of questions"""
+
     out: str = ""
     """results as JSON; one line a question goes beside it in .jsonl, a table in .md"""
     compare: tuple[str, ...] = ()
@@ -90,9 +91,10 @@ class Config:
     """tokens; a longer prompt loses examples, then its left; 0 is the protocol's"""
     bos: bool = True          # begin prompts with BOS
     chat: bool = False        # wrap prompts as LLaMA-2's chat models know them: [INST] … [/INST]
+    # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
+    # GPU, 2,048 on a CPU
     batch_tokens: int = 0
-    """tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
-    GPU, 2,048 on a CPU"""
+
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     anyway: bool = False      # also measure a run of code that computes something else than this
 
@@ -130,9 +132,10 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
         letters = [pair(config, tokenizer, "\nAnswer:", f" {letter}")[1] for letter in "ABCD"]
         room -= max(map(len, letters)) - 1  # the last token of a choice is not read
     for subject in chosen_subjects(config, SUBJECTS):
-        header, examples = mmlu_examples(config, subject, harness)
-        prompts = Prompts(config, tokenizer, header, examples, room)
+        solved = read_mmlu(Path(config.data) / "dev" / f"{subject}_dev.csv")
         rows = read_mmlu(Path(config.data) / "test" / f"{subject}_test.csv")
+        header, examples = mmlu_examples(config, subject, solved)
+        prompts = Prompts(config, tokenizer, header, examples, room)
         for index, row in enumerate(rows[: config.limit or None]):
             fitted = prompts.ask(mmlu_prompt(row, harness))  # context, shots and what was cut
             question = Question(subject, index, **fitted)
@@ -145,17 +148,19 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
             yield question
 
 
-def mmlu_examples(config: Config, subject: str, harness: bool) -> tuple[str, list[str]]:
-    """With what the prompts of a subject begin: a header, and examples as long as they fit."""
+def mmlu_examples(
+    config: Config, subject: str, solved: list[list[str]]
+) -> tuple[str, list[str]]:
+    """What the prompts of a subject begin with: a header, and the examples that may leave."""
+    harness = config.protocol == "harness"
     blanks = " " if harness else "  "
     about = f"about{blanks}{subject.replace('_', ' ')}"
     header = f"The following are multiple choice questions (with answers) {about}.\n\n"
-    rows = read_mmlu(Path(config.data) / "dev" / f"{subject}_dev.csv")
-    if len(rows) < config.shots:
-        few = f"the {len(rows)} examples of {subject}"
+    if len(solved) < config.shots:
+        few = f"the {len(solved)} examples of {subject}"
         raise ValueError(f"--shots {config.shots} is more than {few}")
-    examples = [f"{mmlu_prompt(row, harness)} {row[5]}\n\n" for row in rows[: config.shots]]
-    if harness:  # none of them may leave
+    examples = [f"{mmlu_prompt(row, harness)} {row[5]}\n\n" for row in solved[: config.shots]]
+    if harness:  # which keeps all of them
         return header + "".join(examples), []
     return header, examples
 

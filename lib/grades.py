@@ -30,7 +30,7 @@ def grade_choice(question: Question, logprobs: list[float]) -> dict:
 
 
 def grade_truthfulqa(question: Question, logprobs: list[float]) -> dict:
-    """mc1: whether the likeliest choice is true. mc2: the probability of the true ones among all."""
+    """mc1: whether the likeliest choice is true. mc2: the probability of all that are true."""
     record = grade_letter(question, logprobs)
     score = record["scores"]["acc"]
     if question.subject != "mc1":
