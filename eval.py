@@ -1,53 +1,58 @@
-"""Measure a model: MMLU here, by protocols of lib/grades.py reasoning, choices, texts and more.
+"""Measure a model: MMLU from prompt to score, and other tasks by protocols of lib/protocols.py.
 
     python eval.py --model out/RUN --task mmlu --data DIR --out results.json
     python eval.py --model out/RUN --task perplexity --data data/stdlib
     python eval.py --compare a.json b.json
 
-1. A task, such as `mmlu`, yields `Question`s: a context as ids, and the choices or the text that
-   may follow it.
-2. `make_batches` lays them out: alike in length, what the questions of a subject begin with in
-   common set apart.
-3. `Reader.score` gives log-probabilities, `write` text; every process has its share of the batches,
-   the first collects.
-4. The protocol's grade makes a record of each answer (lib/answers.py), lib/statistics.py the
-   averages, lib/tables.py the tables.
+1. `mmlu` makes a prompt of every question, after solved examples, and token ids of the prompt. It
+   yields `Question`s: a context, the ids of the prompt; choices, the ids that may follow it; gold,
+   the places of the right ones.
+2. `make_batches` puts those alike in length together, and sets apart the prefix with which all
+   prompts of a subject begin.
+3. `Reader.score` runs the model on a batch: the log-probability of every choice. (Where a protocol
+   wants a text for an answer, `Reader.write` lets the model write one.)
+4. The protocol's grade compares that with gold. `grade_letter` takes the likeliest choice: its
+   score is 1 if that is right, else 0.
+5. `summarize` averages the scores over questions, subjects and categories, with 95 % intervals, and
+   `describe_result` makes the table, beside published scores of the same protocol.
 
-A score here is that of the protocol's reference code, and depends neither on the batch nor on the
-processes. To bring your own task, write lines {"context": ..., "choices": [...], "answer": 0} for
---task choices, or add a Protocol to `PROTOCOLS`.
+Several processes share the batches, and the first collects. A score here is that of the protocol's
+reference code, and depends neither on the batch nor on the processes.
+
+To bring your own task, write lines {"context": ..., "choices": [...], "answer": 0} for --task
+choices, or add a `Protocol` to `PROTOCOLS`: a function that yields Questions, and one that grades.
 """
 
 from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
 
-import copy
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from data import Dataset, Tokenizer
-from lib import grades
-from lib.answers import ALIKE, FLAGS, Answers, describe, identify, write_result
+from lib.answers import Answers, check_free, describe, identify, read_finished, write_result
 from lib.batches import ScoreBatch, make_batches, rows_to_read
+from lib.comparison import report_difference
 from lib.curves import draw_runs
-from lib.files import write_whole
-from lib.grades import Protocol, check_out_name, settled
+from lib.eval_flags import settled
+from lib.grades import grade_beginning, grade_document, grade_letter
 from lib.identity import weights_sha256
-from lib.mmlu import CATEGORIES, read_mmlu
+from lib.mmlu import CATEGORIES, SUBJECTS, read_mmlu
 from lib.perplexity import perplexity
+from lib.prefix import SharedPrefix
 from lib.prompts import Prompts, Question, chosen_subjects, pair, question_hash
-from lib.results import append_lines, check_out, read_result
+from lib.protocols import OTHER_TASKS, Protocol
 from lib.share import World, progress
 from lib.statistics import paired_difference, summarize
-from lib.stream import TextStream
-from lib.tables import describe_result, heading, headline, say_difference
-from model import KVCache, Transformer
+from lib.stream import TextStreams
+from lib.tables import describe_result
+from model import Transformer
 from sample import Decoder, generate, load_model
 
 Task = Literal[
@@ -94,55 +99,85 @@ class Config:
     anyway: bool = False      # also measure a run of code that computes something else than this
 
 
-# ---- MMLU, and the other protocols ----
+# ---- the questions of MMLU ----
 
 
 def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
-    """MMLU as in hendrycks/test: few-shot prompt, one of four letters (Hendrycks et al. 2021).
+    """The questions of MMLU (Hendrycks et al. 2021), with prompts of at most room tokens.
 
-    hendrycks and instructeval have two blanks after "about", as in the original, and use cells as
-    they are in the file; harness has one, strips questions, and keeps all examples, cutting the
-    prompt from its left.
+    After a header come up to five solved examples, as many as fit, and the question:
+
+        The following are multiple choice questions (with answers) about  abstract algebra.
+
+        Find all c in Z_3 such that Z_3[x]/(x^2 + c) is a field.
+        A. 0
+        B. 1
+        C. 2
+        D. 3
+        Answer: B
+
+        Find the degree for the given field extension Q(sqrt(2), sqrt(3), sqrt(18)) over Q.
+        ...
+        Answer:
+
+    The choices are the tokens of " A" to " D"; by the protocol instructeval the model writes. This
+    one and hendrycks have two blanks after "about", as in the original, and use cells as they are
+    in the file; harness has one, strips questions, and keeps all examples, cutting the prompt from
+    its left.
     """
-    harness, writes = config.protocol == "harness", config.protocol == "instructeval"
-    letters = [pair(config, tokenizer, "\nAnswer:", f" {letter}")[1] for letter in "ABCD"]
-    if not writes:
-        room -= max(map(len, letters)) - 1
-    blanks = " " if harness else "  "
-    for subject in chosen_subjects(config, sorted(sum(CATEGORIES.values(), []))):
-        about = f"about{blanks}{subject.replace('_', ' ')}"
-        header = f"The following are multiple choice questions (with answers) {about}.\n\n"
-        dev = read_mmlu(Path(config.data) / "dev" / f"{subject}_dev.csv")
-        test = read_mmlu(Path(config.data) / "test" / f"{subject}_test.csv")
-        if len(dev) < config.shots:
-            few = f"the {len(dev)} examples of {subject}"
-            raise ValueError(f"--shots {config.shots} is more than {few}")
-        shots = [f"{mmlu_prompt(row, harness)} {row[5]}\n\n" for row in dev[: config.shots]]
-        if harness:
-            header, shots = header + "".join(shots), []
-        prompts = Prompts(config, tokenizer, header, shots, room)
-        for index, row in enumerate(test[: config.limit or None]):
-            question = Question(subject, index, **prompts.ask(mmlu_prompt(row, harness)))
+    harness = config.protocol == "harness"
+    letters: list[list[int]] = []
+    if config.protocol != "instructeval":
+        # encoded behind the end of a prompt: alone, they may have other tokens
+        letters = [pair(config, tokenizer, "\nAnswer:", f" {letter}")[1] for letter in "ABCD"]
+        room -= max(map(len, letters)) - 1  # the last token of a choice is not read
+    for subject in chosen_subjects(config, SUBJECTS):
+        solved = read_mmlu(Path(config.data) / "dev" / f"{subject}_dev.csv")
+        rows = read_mmlu(Path(config.data) / "test" / f"{subject}_test.csv")
+        header, examples = mmlu_examples(config, subject, solved)
+        prompts = Prompts(config, tokenizer, header, examples, room)
+        for index, row in enumerate(rows[: config.limit or None]):
+            fitted = prompts.ask(mmlu_prompt(row, harness))  # context, shots and what was cut
+            question = Question(subject, index, **fitted)
             if harness:
                 question.shots = config.shots
-            if not writes:
-                question.choices = [(question.context, ids) for ids in letters]
+            question.choices = [(question.context, letter) for letter in letters]
             question.target = row[5]
-            question.gold = ["ABCD".index(row[5])]
+            question.gold = ["ABCD".index(question.target)]
             question.sha256 = question_hash(subject, row)
             yield question
 
 
-def mmlu_prompt(row: list[str], strip: bool) -> str:
-    question = row[0].strip() if strip else row[0]
-    for letter, text in zip("ABCD", row[1:5]):
-        question += f"\n{letter}. {text}"
-    return question + "\nAnswer:"
+def mmlu_examples(
+    config: Config, subject: str, solved: list[list[str]]
+) -> tuple[str, list[str]]:
+    """What the prompts of a subject begin with: a header, and the examples that may leave."""
+    harness = config.protocol == "harness"
+    blanks = " " if harness else "  "
+    about = f"about{blanks}{subject.replace('_', ' ')}"
+    header = f"The following are multiple choice questions (with answers) {about}.\n\n"
+    if len(solved) < config.shots:
+        few = f"the {len(solved)} examples of {subject}"
+        raise ValueError(f"--shots {config.shots} is more than {few}")
+    examples = [f"{mmlu_prompt(row, harness)} {row[5]}\n\n" for row in solved[: config.shots]]
+    if harness:  # which keeps all of them
+        return header + "".join(examples), []
+    return header, examples
 
+
+def mmlu_prompt(row: list[str], strip: bool) -> str:
+    """The question and the choices of a row, which ends with the right letter."""
+    prompt = row[0].strip() if strip else row[0]
+    for letter, choice in zip("ABCD", row[1:5]):
+        prompt += f"\n{letter}. {choice}"
+    return prompt + "\nAnswer:"
+
+
+# ---- protocols ----
 
 MMLU = {
     "hendrycks": Protocol(
-        mmlu, grades.grade_letter, shots=5, most_shots=99, max_prompt=2048,
+        questions=mmlu, grade=grade_letter, shots=5, most_shots=99, max_prompt=2048,
         published=(
             ("LLaMA-1 7B / 13B / 65B (paper)", "35.1 / 46.9 / 63.4"),
             ("LLaMA-2 7B / 13B / 70B (paper)", "45.3 / 54.8 / 68.9"),
@@ -150,7 +185,8 @@ MMLU = {
         ),
     ),
     "instructeval": Protocol(
-        mmlu, grades.grade_beginning, shots=5, most_shots=99, max_prompt=2048, max_new_tokens=2,
+        questions=mmlu, grade=grade_beginning, shots=5, most_shots=99, max_prompt=2048,
+        max_new_tokens=2,
         published=(
             ("LLaMA-1 7B / 13B / 65B", "35.2 / 46.2 / 62.6"),
             ("GOAT-7B-Community (its card)", "49.31"),
@@ -159,123 +195,103 @@ MMLU = {
             ("RedPajama-INCITE-7B-Instruct", "38.1"),
         ),
     ),
-    "harness": Protocol(mmlu, grades.grade_letter, shots=5, most_shots=99),
+    "harness": Protocol(questions=mmlu, grade=grade_letter, shots=5, most_shots=99),
 }  # fmt: skip
-TEXT = Protocol(
-    perplexity(Dataset), grades.grade_document
-)
-PROTOCOLS = {"mmlu": MMLU, **grades.PROTOCOLS, "perplexity": {"windows": TEXT}}
+
+PROTOCOLS = {  # by task and name
+    "mmlu": MMLU,
+    **OTHER_TASKS,
+    "perplexity": {
+        "windows": Protocol(questions=perplexity(Dataset), grade=grade_document),
+    },
+}
 
 
-# ---- what the model says ----
+# ---- what the model answers ----
 
 
 class Reader:
-    """A model, and the prefix that it has read last: alone, and in every row of a wide decoder."""
+    """A model that scores the choices of questions, or writes answers.
+
+    The prefix that all rows of a batch begin with is read once, and kept for the next batch.
+    """
 
     def __init__(self, model: Transformer):
         self.model = model
         self.device = model.norm.weight.device
         # in bf16, letters would often have equal logits
         self.unembedding = model.unembedding.weight.float()
-        self.prefix: list[int] = []
-        self.decoder: Decoder | None = None
-        self.wide: Decoder | None = None
-
-    def begin(self, prefix: list[int]) -> Decoder | None:
-        """Let a decoder of one row have read the prefix, if there is any."""
-        if prefix != self.prefix:
-            self.decoder = Decoder(self.model, 1, len(prefix)) if prefix else None
-            if prefix:
-                self.decoder.read([prefix])
-            self.prefix, self.wide = prefix, None
-        return self.decoder
-
-    def spread(self, rows: int, slots: int) -> KVCache:
-        """A cache whose rows all hold the prefix.
-
-        Its memory is that of the last one where it suffices.
-        """
-        shape = self.wide.cache.keys.shape if self.wide else (0, 0, 0, 0)  # (layers, B, G, S, K)
-        if shape[1] < rows or shape[3] < slots:
-            more = rows + rows // 4  # later batches have more rows
-            self.wide = Decoder(self.model, more, slots, self.decoder)
-        cache = copy.copy(self.wide.cache)
-        cache.keys = cache.keys[:, :rows]
-        cache.values = cache.values[:, :rows]
-        cache.lengths = cache.lengths[:rows]
-        cache.trim([len(self.prefix)] * rows)
-        return cache
+        self.prefix = SharedPrefix(model, Decoder)
 
     @torch.no_grad()
     def score(self, batch: ScoreBatch) -> list[tuple[int, int, float]]:
         """(question, choice, log-probability in nats), in fp32 over the whole vocabulary.
 
-        Rows are padded on the right, which a causal model cannot see. Only the positions that count
-        are projected.
+        A row is a context and a choice but for its last token, so that choices which differ in this
+        one alone, as letters do, share a row. Rows are padded on the right, which a causal model
+        cannot see. Only the positions that count are projected.
         """
-        self.begin(batch.prefix)
-        past = len(batch.prefix)
-        longest = max(len(row.ids) for row in batch.rows) - past
-        tokens = padded([row.ids[past:] for row in batch.rows], longest).to(self.device)
-        cache = self.spread(len(batch.rows), past + longest) if past else None
-        hidden = self.model.hidden(tokens, cache)  # (B, T, D)
-        places, wanted = [], []
-        for i, row in enumerate(batch.rows):
-            first = i * longest - past  # where the row's ids begin in hidden, if all were read
-            places += range(first + row.begin - 1, first + len(row.ids))
+        past = len(batch.prefix)  # tokens that are in the cache already
+        unread = [row.ids[past:] for row in batch.rows]
+        longest = max(map(len, unread))
+        cache = self.prefix.cache(batch.prefix, len(batch.rows), past + longest)
+        hidden = self.model.hidden(padded(unread, longest).to(self.device), cache)  # (B, T, D)
+        states, wanted = [], []  # at each position that counts, and the tokens that may come next
+        for row, outputs in zip(batch.rows, hidden):
+            before_choice = row.begin - 1 - past  # the output there predicts its first token
+            states.append(outputs[before_choice : len(row.ids) - past])
             wanted += [[token] for token in row.ids[row.begin :]]
             wanted.append(list(row.last.values()))
-        logprobs = iter(self.logprobs(hidden.flatten(0, 1)[places], wanted))
+        logprobs = iter(self.logprobs(torch.cat(states), wanted))
         results = []
         for row in batch.rows:
-            start = sum(next(logprobs)[0] for _ in range(len(row.ids) - row.begin))
-            for choice, end in zip(row.last, next(logprobs)):
-                results.append((row.question, choice, start + end))
+            *shared, last = islice(logprobs, len(row.ids) - row.begin + 1)
+            beginning = sum(values[0] for values in shared)  # none of it where choices are letters
+            for choice, ending in zip(row.last, last):
+                results.append((row.question, choice, beginning + ending))
         return results
 
-    def logprobs(self, hidden: torch.Tensor, wanted: list[list[int]]) -> list[list[float]]:
-        """The log-probabilities of the wanted tokens after each position of hidden (N, D).
+    def logprobs(self, states: torch.Tensor, wanted: list[list[int]]) -> list[list[float]]:
+        """The log-probabilities of the wanted tokens after each position, states being (N, D).
 
-        Positions with fewer wanted tokens have others at the end.
+        Where fewer are wanted than elsewhere, numbers follow that mean nothing.
         """
-        wanted = padded(wanted, max(map(len, wanted))).to(self.device)
+        most = max(map(len, wanted))
+        tokens = padded(wanted, most).to(self.device)
         parts = []
-        for some, tokens in zip(hidden.float().split(1024), wanted.split(1024)):
-            logits = some @ self.unembedding.T  # (1024, V), so many exist at a time
-            parts.append(logits.log_softmax(-1).gather(1, tokens))
+        for state, token in zip(states.float().split(1024), tokens.split(1024)):
+            logits = state @ self.unembedding.T  # (1024, V), so many exist at a time
+            parts.append(logits.log_softmax(-1).gather(1, token))
         return torch.cat(parts).tolist()
 
     def write(
         self, batch: ScoreBatch, tokenizer: Tokenizer, protocol: Protocol
     ) -> list[tuple[int, int, str]]:
         """(question, 0, the greedy text after it, up to EOS or a stop of the protocol)."""
-        streams = [TextStream(tokenizer, row.ids, protocol.stop) for row in batch.rows]
-        texts = [""] * len(streams)
-
-        def add(place: int, token: int) -> bool:
-            texts[place] += streams[place].add(token)
-            return streams[place].finished
-
+        prompts = [row.ids for row in batch.rows]
+        texts = TextStreams(tokenizer, prompts, protocol.stop)
         generate(
-            self.model, [row.ids for row in batch.rows], protocol.max_new_tokens,
-            end_ids=(tokenizer.eos_id,), stop=add, prefix=self.begin(batch.prefix),
+            self.model, prompts, protocol.max_new_tokens, end_ids=(tokenizer.eos_id,),
+            stop=texts.add, prefix=self.prefix.read(batch.prefix),
         )  # fmt: skip
-        ends = [stream.end() for stream in streams]
-        return [(row.question, 0, text + end) for row, text, end in zip(batch.rows, texts, ends)]
+        return [(row.question, 0, text) for row, text in zip(batch.rows, texts.end())]
 
 
 def padded(rows: list[list[int]], length: int) -> torch.Tensor:
-    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    """Rows of different lengths as one tensor (B, length), zeros on their right."""
+    zeros = [[0] * (length - len(row)) for row in rows]
+    return torch.tensor([row + more for row, more in zip(rows, zeros)])
 
 
 # ---- an evaluation ----
 
+
 def make_questions(
-    reader: Reader, tokenizer: Tokenizer, config: Config, world: World
-) -> tuple[list[Question], list[str], dict]:
-    """The questions, a key for each by which its answer is known again, what is said of them."""
-    protocol, window = PROTOCOLS[config.task][config.protocol], reader.model.config.max_seq_len
+    model: Transformer, tokenizer: Tokenizer, config: Config, world: World
+) -> list[Question]:
+    """The questions of a task, whose answers fit the context window too."""
+    protocol = PROTOCOLS[config.task][config.protocol]
+    window = model.config.max_seq_len
     room = min(config.max_prompt or window, window - protocol.max_new_tokens)
     if room < 1:
         new = f"answers of {protocol.max_new_tokens} tokens"
@@ -284,67 +300,53 @@ def make_questions(
     questions = list(progress(world, yielded, desc="prompts"))
     if not questions:
         raise ValueError(f"--data {config.data} has no questions")
-    model_hash = None
-    if world.rank == 0:
-        model_hash = weights_sha256(reader.model.named_parameters())
-    model_hash = world.agree(model_hash)
-    keys, hashes = identify(questions, reader.model, model_hash, config.protocol)
-    return questions, keys, {
-        "questions": len(questions),
-        "prompt_tokens": sum(len(question.context) for question in questions),
-        **hashes,
-        "weights_sha256": model_hash,
-        "first_prompt": tokenizer.decode(questions[0].context),
-    }  # fmt: skip
+    return questions
 
 
-def run_questions(
+def answer_questions(
     reader: Reader, tokenizer: Tokenizer, config: Config, world: World, answers: Answers
-) -> list[dict]:
-    """Ask the questions that are not answered yet; on the first process all records in order."""
-    protocol, questions = PROTOCOLS[config.task][config.protocol], answers.questions
-    lines, answered = Path(config.out or "-").with_suffix(".jsonl"), set()
-    if config.out:
-        answered = set(world.first(answers.resume, lines))
-    rows = [row for row in rows_to_read(questions) if row.question not in answered]
+):
+    """Let the model answer, and the first process grade, what is not answered yet."""
+    protocol = PROTOCOLS[config.task][config.protocol]
+    answered = set(world.first(answers.resume))  # before this evaluation was broken off
+    rows = [row for row in rows_to_read(answers.questions) if row.question not in answered]
     batch_tokens = config.batch_tokens or (16_384 if reader.device.type == "cuda" else 2_048)
-    batches = make_batches(questions, rows, batch_tokens, protocol.max_new_tokens)
+    batches = make_batches(answers.questions, rows, batch_tokens, protocol.max_new_tokens)
     work = reader.score
     if protocol.max_new_tokens:
         work = partial(reader.write, tokenizer=tokenizer, protocol=protocol)
-    counts = {"total": len(questions), "initial": len(answers.records)}
+    counts = {"total": len(answers.questions), "initial": len(answers.records)}
     with progress(world, desc=config.task, **counts) as bar:
         for results in world.share(batches, work):
-            new = answers.add(results)
-            bar.update(len(new))
-            if config.out:
-                append_lines(lines, new)
+            bar.update(answers.add(results))
             bar.set_postfix_str(answers.share_right(), refresh=False)
-    return answers.in_order()
 
 
 def evaluate(config: Config, path: str, world: World) -> dict | None:
     """Measure one model and write what --out asks for; the result, on the first process."""
-    out, protocol = Path(config.out), PROTOCOLS[config.task][config.protocol]
-    reuse = config.checkpoints == "all" and world.first(out.exists)
-    if config.out and not reuse:
-        lines = json.dumps({"task": config.task, "subject": ""}).removesuffix('"}')
-        title = heading(config.task, config.protocol) + "\n"
-        world.first(check_out, out, jsonl=lines, md=title)
+    protocol, out = PROTOCOLS[config.task][config.protocol], Path(config.out)
+    # a checkpoint of a curve may be measured already
+    finished = config.checkpoints == "all" and world.first(out.exists)
+    if config.out and not finished:
+        world.first(check_free, out, config.task, config.protocol)
     model, tokenizer = load_model(path, config.tokenizer, config.dtype, config.anyway)
     if config.out:
         world.first(out.parent.mkdir, parents=True, exist_ok=True)
-    started, reader = time.perf_counter(), Reader(model)
-    questions, keys, asked = make_questions(reader, tokenizer, config, world)
+    started = time.perf_counter()
+    reader = Reader(model)
+    questions = make_questions(model, tokenizer, config, world)
+    model_hash = world.first(weights_sha256, model.named_parameters())
+    keys, asked = identify(questions, tokenizer, model, model_hash, config.protocol)
     result = describe(config, protocol, path, model, tokenizer) | asked
-    if reuse:
-        return world.first(read_result, out, {name: result[name] for name in ALIKE})
-    answers = Answers(config.task, protocol.grade, questions, keys)
-    records = run_questions(reader, tokenizer, config, world, answers)
-    if world.rank:
+    if finished:
+        return world.first(read_finished, out, result)
+    answers = Answers(config, protocol.grade, questions, keys)
+    answer_questions(reader, tokenizer, config, world, answers)
+    if world.rank > 0:
         return None
-    result["seconds"] = round(time.perf_counter() - started, 1)
+    records = answers.in_order()
     categories = CATEGORIES if config.task == "mmlu" else None
+    result["seconds"] = round(time.perf_counter() - started, 1)
     result["scores"] = summarize(records, config.task, categories)
     table = describe_result(result, protocol.published)
     print(table)
@@ -369,25 +371,12 @@ def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
 
 def curves(config: Config, world: World):
     """Every checkpoint of every run, measured: a table, and a picture of the main score."""
-
-    def measure(one: Config, path: str) -> tuple[str, list[float]] | None:
-        result = evaluate(one, path, world)
-        average = PROTOCOLS[one.task][one.protocol].average
-        return headline(result, average) if world.rank == 0 else None
-
-    draw_runs(config, world, measure, {name: getattr(config, name) for name in FLAGS})
+    draw_runs(config, world, evaluate, PROTOCOLS)
 
 
 def main(config: Config):
     if config.compare:
-        out = Path(config.out)
-        if config.out:
-            check_out_name(config.out)
-            check_out(out)
-        found = compare(config.compare)
-        say_difference(found, config.compare)
-        if config.out:
-            write_whole(out, json.dumps(found, indent=2))
+        report_difference(config.compare, config.out, compare)
         return
     config, world = settled(config, PROTOCOLS), World()
     if config.checkpoints == "all":

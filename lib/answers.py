@@ -1,4 +1,4 @@
-"""What a model answered: collected until a question is complete, then graded; and how it was measured."""
+"""What a model answered: how that is measured, answers until they are graded, and their files."""
 
 import hashlib
 import json
@@ -13,13 +13,17 @@ import torch
 
 from lib.cli import git_commit
 from lib.prompts import Question, prompt_hash
-from lib.results import append_lines, read_lines, write_all
+from lib.results import append_lines, check_out, read_lines, read_result, write_all
+from lib.tables import heading
 
 FLAGS = ("task", "protocol", "shots", "max_prompt", "bos", "chat", "subjects", "limit")
-ALIKE = (  # what two evaluations have in common that are the same one
+DEFINING = (  # what makes an evaluation this one: two that have all of it in common are the same
     *FLAGS, "max_new_tokens", "stop", "dtype", "context_window", "tokenizer_sha256",
     "prompts_sha256", "questions_sha256", "weights_sha256",
 )  # fmt: skip
+
+
+# ---- how it is measured ----
 
 
 def describe(config, protocol, path: str, model, tokenizer) -> dict:
@@ -37,8 +41,13 @@ def describe(config, protocol, path: str, model, tokenizer) -> dict:
     }  # fmt: skip
 
 
-def identify(questions: list[Question], model, model_hash: str, protocol: str) -> tuple[list[str], dict]:
-    """A key for each question, by which its answer is known again, and hashes of all of them."""
+def identify(
+    questions: list[Question], tokenizer, model, model_hash: str, protocol: str
+) -> tuple[list[str], dict]:
+    """A key for each question, by which its answer is known again, and what a result says of all.
+
+    model_hash is `weights_sha256` of the model, protocol a name.
+    """
     prompts = [prompt_hash(question) for question in questions]
     sources = [question.sha256.encode() for question in questions]
     known = f"{model_hash} {model.norm.weight.dtype} {protocol}".encode()
@@ -46,33 +55,49 @@ def identify(questions: list[Question], model, model_hash: str, protocol: str) -
     for prompt, source in zip(prompts, sources):
         keys.append(hashlib.sha256(known + prompt + source).hexdigest()[:16])
     return keys, {
+        "questions": len(questions),
+        "prompt_tokens": sum(len(question.context) for question in questions),
         "prompts_sha256": hashlib.sha256(b"".join(prompts)).hexdigest(),
         "questions_sha256": hashlib.sha256(b"".join(sources)).hexdigest(),
+        "weights_sha256": model_hash,
+        "first_prompt": tokenizer.decode(questions[0].context),
     }
 
 
-class Answers:
-    """The records of an evaluation so far, by the place of their question."""
+# ---- answers ----
 
-    def __init__(self, task: str, grade: Callable, questions: list[Question], keys: list[str]):
-        self.task, self.grade, self.questions, self.keys = task, grade, questions, keys
+
+class Answers:
+    """The records of an evaluation so far, by the place of their question; and in X.jsonl."""
+
+    def __init__(
+        self, config, grade: Callable[..., dict], questions: list[Question], keys: list[str]
+    ):
+        """grade is that of the protocol; with --out, lines are written beside it."""
+        self.task, self.grade, self.questions, self.keys = config.task, grade, questions, keys
+        self.lines = Path(config.out).with_suffix(".jsonl") if config.out else None
         self.records: dict[int, dict] = {}
         self.begun: dict[int, dict] = defaultdict(dict)  # of a question: what is known by choice
         self.right: list[float] = []  # the first score of each record
 
-    def resume(self, lines: Path) -> list[int]:
-        """Take over the records of an evaluation that was broken off; the places of their questions.
+    def resume(self) -> list[int]:
+        """Take over the records of an evaluation that was broken off; where their questions are.
 
         The file is made now, so that a name that cannot be written fails before the work.
         """
-        self.records = read_lines(lines, self.questions, self.keys)
+        if self.lines is None:
+            return []
+        self.records = read_lines(self.lines, self.questions, self.keys)
         for record in self.records.values():
             self.right += first_score(record)
-        append_lines(lines, [])
+        append_lines(self.lines, [])
         return list(self.records)
 
-    def add(self, results: list[tuple[int, int, float | str]]) -> list[dict]:
-        """The records of questions that become complete by these: (question, choice, answer)."""
+    def add(self, results: list[tuple[int, int, float | str]]) -> int:
+        """Take results of (question, choice, answer), and grade the questions that they complete.
+
+        Returns how many these are.
+        """
         new = []
         for number, choice, answer in results:
             question, known = self.questions[number], self.begun[number]
@@ -87,7 +112,9 @@ class Answers:
             self.records[number] = record
             self.right += first_score(record)
             new.append(record)
-        return new
+        if self.lines:
+            append_lines(self.lines, new)
+        return len(new)
 
     def check_finite(self, question: Question, logprobs: list[float]):
         if not all(map(math.isfinite, logprobs)):
@@ -121,6 +148,20 @@ class Answers:
 
 def first_score(record: dict) -> list[float]:
     return list(record.get("scores", {}).values())[:1]
+
+
+# ---- files ----
+
+
+def check_free(out: Path, task: str, protocol: str):
+    """Raise ValueError unless a result can be written as out, or one of its kind be continued."""
+    line = json.dumps({"task": task, "subject": ""})
+    check_out(out, jsonl=line.removesuffix('"}'), md=heading(task, protocol) + "\n")
+
+
+def read_finished(out: Path, described: dict) -> dict:
+    """The result at out. Raises ValueError where it is not of the evaluation that is described."""
+    return read_result(out, {name: described[name] for name in DEFINING})
 
 
 def write_result(out: Path, result: dict, records: list[dict], table: str):

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib import probe
+from lib.answers import FLAGS
 from lib.plots import draw_curves
 from lib.records import read_json
 from lib.results import check_out, check_same, write_all
 from lib.runs import read_run
 from lib.share import World
+from lib.tables import headline
 
 
 class Point(NamedTuple):
@@ -26,28 +28,28 @@ class Point(NamedTuple):
     interval: list[float]  # value, low, high
 
 
-def draw_runs(config, world: World, measure: Callable, flags: dict):
-    """Measure all checkpoints that config names, and write what --out asks for.
+def draw_runs(config, world: World, evaluate: Callable, protocols: dict[str, dict]):
+    """Measure all checkpoints that config, eval.py's, names, and write what --out asks for.
 
-    config is eval.py's; flags are those of it by which a result that is there already is known as
-    its own; measure(config, path) gives name and interval of a checkpoint's main score on the first
-    process.
+    evaluate(config, path, world) measures one, its result is returned on the first process.
     """
     out, points, codes = Path(config.out), [], []
     most_common, times = Counter(Path(run).name for run in config.model).most_common(1)[0]
     if times > 1:
         problem = "which the table could not tell apart"
         raise ValueError(f"--model names two runs called {most_common}, {problem}")
-    world.first(check_curve, config, flags)
+    # those by which a result that is there already is known as this curve's
+    world.first(check_curve, config, {name: getattr(config, name) for name in FLAGS})
     for folder in map(Path, config.model):
         record = read_run(folder)["config"]
         setting, steps = setting_of(folder, record, codes)
         for path in steps:
             file = out.with_suffix("") / f"{folder.name}_{path.name}.json"
-            found = measure(dataclasses.replace(config, out=str(file)), str(path))
+            result = evaluate(dataclasses.replace(config, out=str(file)), str(path), world)
             if world.rank == 0:
-                name, interval = found
-                step = int(path.name[5:])
+                average = protocols[config.task][config.protocol].average
+                name, interval = headline(result, average)
+                step = int(path.name.removeprefix("step_"))
                 tokens = step * record["batch_size"] * record["seq_len"]
                 points.append(Point(setting, folder.name, step, tokens, interval))
     if world.rank == 0:
@@ -81,7 +83,8 @@ def write_curve(out: Path, about: dict, points: list[Point]):
         rows.append(row | {"score": point.interval})
     draw_curves(points, name, picture := io.BytesIO())
     write_all({
-        out: json.dumps(about | {"points": rows}),  # first, since by it the others are known as its own
+        # first, since by it the others are known as its own
+        out: json.dumps(about | {"points": rows}),
         out.with_suffix(".md"): "\n".join(lines) + "\n",
         out.with_suffix(".png"): picture.getvalue(),
     })  # fmt: skip

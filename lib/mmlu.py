@@ -20,6 +20,7 @@ CATEGORIES = {  # of MMLU's 57 subjects (hendrycks/test, categories.py)
         management marketing medical_genetics miscellaneous nutrition professional_accounting
         professional_medicine virology""".split(),
 }
+SUBJECTS = sorted(subject for members in CATEGORIES.values() for subject in members)
 
 
 def read_mmlu(path: Path) -> list[list[str]]:

@@ -54,3 +54,22 @@ def draw_curves(points: list, name: str, picture: io.BytesIO):
     panels[0].legend()
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def draw_speeds(rows: list[dict], title: str, picture: io.BytesIO):
+    """A bar for every row of bench.py: its tokens a second, as a .png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    upwards = rows[::-1]  # the first row goes to the top
+    places = range(len(upwards))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.35 * len(upwards)), layout="constrained")
+    bars = axes.barh(places, [row["tokens_per_s"] for row in upwards])
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+    axes.set_yticks(places, [row["name"] for row in upwards])
+    axes.set(xlabel="tokens a second", title=title)
+    axes.margins(x=0.12)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

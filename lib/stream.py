@@ -54,6 +54,24 @@ class TextStream:
         return text[:keep]
 
 
+class TextStreams:
+    """The texts of the rows of a batch, from tokens as they come."""
+
+    def __init__(self, tokenizer, prompts: list[list[int]], stop: tuple[str, ...]):
+        self.streams = [TextStream(tokenizer, ids, stop) for ids in prompts]
+        self.texts = [""] * len(prompts)
+
+    def add(self, row: int, token: int) -> bool:
+        """Add a token to a row; whether a stop string has come, which ends it."""
+        stream = self.streams[row]
+        self.texts[row] += stream.add(token)
+        return stream.finished
+
+    def end(self) -> list[str]:
+        """The texts, once no more tokens come."""
+        return [text + stream.end() for text, stream in zip(self.texts, self.streams)]
+
+
 def talk(chat, max_new_tokens: int, sampling):
     """A sample.Chat on the terminal, or with lines from a pipe, until its end or Ctrl-C.
 

@@ -149,7 +149,7 @@ def test_numbers_are_found_as_the_reference_finds_them(text, target, strict, fle
 
 
 def write(model, questions, batch_tokens, **changes) -> list[str]:
-    protocol = grades.Protocol(None, None, max_new_tokens=12, **changes)
+    protocol = eval.Protocol(None, None, max_new_tokens=12, **changes)
     reader, found = Reader(model), {}
     for batch in make_batches(questions, list(rows_to_read(questions)), batch_tokens, 12):
         found |= {number: text for number, _, text in reader.write(batch, Tokenizer("bytes"), protocol)}

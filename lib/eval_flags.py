@@ -1,0 +1,61 @@
+"""The flags of eval.py: what a protocol puts in place of those not typed, and which do not fit."""
+
+import dataclasses
+
+
+def settled(config, protocols: dict[str, dict]):
+    """The flags with the protocol's own values in place of those not typed.
+
+    protocols are the lib.protocols.Protocol of each task, by name. Raises ValueError for flags that
+    are out of range or do not go together.
+    """
+    check_flags(config)
+    known = protocols[config.task]
+    name = config.protocol or next(iter(known))
+    if name not in known:
+        raise ValueError(f"--protocol {name} is not one of {config.task}'s: {', '.join(known)}")
+    check_task_flags(config)
+    protocol, shots = known[name], config.shots
+    fixed = (config.task, name) == ("bbh", "cot") and shots not in (-1, 3)
+    if shots > protocol.most_shots or fixed:
+        problem = f"does not fit {config.task} {name}, which has {protocol.shots}"
+        raise ValueError(f"--shots {shots} {problem}")
+    shots = protocol.shots if shots < 0 else shots
+    max_prompt = config.max_prompt or protocol.max_prompt
+    return dataclasses.replace(config, protocol=name, shots=shots, max_prompt=max_prompt)
+
+
+def check_out_name(out: str):
+    if out and not out.endswith(".json"):
+        raise ValueError(f"--out {out} must end in .json; the lines go beside it, in .jsonl")
+
+
+def check_flags(config):
+    """What any task needs of the flags."""
+    for name, least in (("shots", -1), ("limit", 0), ("max_prompt", 0), ("batch_tokens", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
+    if not config.task or not config.model:
+        raise ValueError("--model and --task are needed, or --compare with two results")
+    check_out_name(config.out)
+    if config.checkpoints == "all" and not config.out:
+        beside = "beside which the table and the picture go"
+        raise ValueError(f"--checkpoints all needs --out X.json, {beside}")
+    if config.checkpoints == "last" and len(config.model) > 1:
+        more = f"not {len(config.model)}, but with --checkpoints all"
+        raise ValueError(f"--model takes one model, {more}")
+
+
+def check_task_flags(config):
+    """What this task needs of the flags, and cannot use."""
+    for flag, users in (("subjects", ("mmlu", "bbh")), ("lengths", ("passkey",))):
+        if getattr(config, flag) and config.task not in users:
+            raise ValueError(f"--{flag} is for {' and '.join(users)}, not for {config.task}")
+    if config.task == "perplexity" and (config.chat or not config.bos):
+        flag = "--chat" if config.chat else "--no_bos"
+        why = "which reads a text as it is, after BOS"
+        raise ValueError(f"{flag} does nothing for perplexity, {why}")
+    if config.task == "passkey" and config.data:
+        raise ValueError(f"--data {config.data} is not read for passkey, which makes its prompts")
+    if config.task != "passkey" and not config.data:
+        raise ValueError(f"--data is needed for {config.task}")

@@ -1,0 +1,92 @@
+"""Another implementation, for bench.py to measure beside this one: transformers' LLaMA."""
+
+import functools
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grad_norm_
+
+from lib import world
+from lib.configs import config_to_hugging_face
+from lib.rows import local_rows
+
+
+class HuggingFace:
+    """LlamaForCausalLM of the same shape, trained the same way as far as that goes.
+
+    As its own Trainer does it: fp32 weights, bf16 by autocast, an ordinary process. Or "hf here":
+    with the sharding, mixed precision and memory allocator that train.py gives a model. Its loss
+    takes the tokens themselves as targets, one fewer in a row than train.py has.
+    """
+
+    def __init__(self, setting, config, shape, batches: list, device: torch.device):
+        """setting is a bench.Setting, config the train.Config that it stands for.
+
+        shape is a model.ModelConfig; batches are the micro-batches of a step, data.Batch.
+        """
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.config = config
+        self.batches = batches
+        self.here = setting.side == "hf here"
+        dtype = world.compute_dtype(setting.dtype, device)
+        world.keep_freed_memory(self.here)
+        settings = config_to_hugging_face(shape)
+        theirs = LlamaConfig(**settings, attn_implementation="sdpa")
+        with torch.device("meta" if self.here else device):
+            self.model = LlamaForCausalLM(theirs)
+        if setting.checkpointing == "full":
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.here:
+            self._shard(theirs, dtype, device)
+        if setting.compile == "whole":
+            self.model.compile()
+        adamw = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.optimizers = [adamw]
+        mixed = not self.here and dtype != torch.float32
+        self.autocast = torch.autocast(device.type, dtype, enabled=mixed)
+
+    def _shard(self, theirs, dtype: torch.dtype, device: torch.device):
+        """Shard the model, on the meta device until then, and draw its weights."""
+        model = self.model
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        mesh = world.make_mesh(self.config.shard_over, device)
+        shard = functools.partial(fully_shard, mp_policy=policy, mesh=mesh)
+        for layer in model.model.layers:
+            shard(layer, reshard_after_forward=self.config.reshard_after_forward)
+        shard(model).to_empty(device=device)
+        if theirs.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        rotary = type(model.model.rotary_emb)
+        model.model.rotary_emb = rotary(theirs).to(device)  # its wavelengths were not kept
+        for p in model.parameters():
+            weights = local_rows(p)[1]
+            if p.dim() == 1:
+                weights.fill_(1)
+            else:
+                weights.normal_(0, 0.02)
+
+    def step(self) -> torch.Tensor:
+        """An optimizer step; its loss."""
+        losses = []
+        for i, (tokens, *_) in enumerate(self.batches, 1):
+            if self.here:
+                last = i == len(self.batches)
+                self.model.set_requires_gradient_sync(self.config.reduce_each or last)
+            with self.autocast:
+                out = self.model(input_ids=tokens, labels=tokens, use_cache=False)
+                loss = out.loss / len(self.batches)
+            loss.backward()
+            losses.append(loss.detach())
+        clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizers[0].step()
+        self.optimizers[0].zero_grad()
+        return sum(losses)
