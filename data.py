@@ -31,14 +31,13 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import chat_source, order, sources
-from lib.chat_source import Chats, Cleaning, show
+from lib.chat_source import Chats, show
 from lib.datasets import IGNORE, TokenFiles, check_all_uncut
 from lib.documents import encode_document, plain_bytes, read_pieces, train_on_documents
 from lib.files import new_folder
 from lib.layouts import Packed, Pairs, Piece, Row, Windows, positions
-from lib.meta import check_together, read_meta, report, write_meta  # noqa: F401
+from lib.meta import check_together, report, write_meta
 from lib.order import block_shares, mixture_weights, shuffled
-from lib.refusals import is_refusal  # noqa: F401 (part of what data.py offers)
 from lib.shards import (
     EncodedTask,
     ShardWriter,
@@ -171,26 +170,6 @@ def write_dataset(
             bar.update(source.done(task))
     about = source.about(empty=not any(writer.files.values()))
     return describe_dataset(tokenizer, writer, val_fraction, about)
-
-
-def prepare(
-    source: tuple[str, ...], out: str | Path, tokenizer: str,
-    val_fraction: float = 0.05, workers: int | None = None,
-) -> dict:  # fmt: skip
-    """Make a dataset of text, see make_dataset."""
-    config = sources.Flags(source, out, tokenizer, val_fraction, workers or 0)
-    return make_dataset(config, Text(config))
-
-
-def prepare_chats(
-    source: tuple[str, ...], out: str | Path, tokenizer: str, template: str,
-    max_len: int = 2048, format: str = "auto", val_fraction: float = 0.05, allow_bad: float = 0.01,
-    workers: int | None = None, cleaning: Cleaning | None = None,
-) -> dict:  # fmt: skip
-    """Make a fine-tuning set, or from pairs a preference set, see make_dataset and Chats."""
-    plain = (source, out, tokenizer, val_fraction, workers or 0)
-    config = Config(*plain, template, max_len, format, allow_bad, cleaning or Cleaning())
-    return make_dataset(config, Chats(config))
 
 
 # ---- reading ----

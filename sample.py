@@ -14,8 +14,7 @@ from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons a
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,18 +23,12 @@ from torch import Tensor
 from data import Tokenizer
 from lib.chat_formats import Turn
 from lib.conversation import Conversation
-from lib.peft import save_adapter
 from lib.probe import check_code
-from lib.runs import find_template
-from lib.sampling import NOT_FINITE, Sampling, UniformNumbers, next_tokens
+from lib.sampling import NOT_FINITE, Sampling, UniformNumbers, check_flags, next_tokens
 from lib.stream import TextStream, show, talk
-from lib.templates import TEMPLATES, render_prompt
-from lib.tokenizer import find_tokenizer
-from lib.weights import read_adapter, whole_adapter
+from lib.templates import render_prompt
+from lib.with_model import chosen_template, export_adapter, fitting_tokenizer
 from model import KVCache, ModelConfig, Transformer, load, save
-
-MOST = {"num": 10_000, "max_new_tokens": 1_000_000}  # samples of a prompt, and their tokens
-
 
 # ---- tokens ----
 
@@ -167,6 +160,7 @@ def generate(
     first tokens of every prompt. Raises ValueError for a prompt that is empty or longer than the
     context window, and for logits that are not finite.
     """
+    sampling.check()
     check_prompts(model, prompts)
     batch = Rows(prompts, model.config.max_seq_len, end_ids, stop)
     contexts = batch.contexts
@@ -286,21 +280,11 @@ def load_model(
             bf16 = torch.cuda.is_bf16_supported(False)
     kind = torch.bfloat16 if bf16 else torch.float32
     model = load(path, device, kind).eval()
-    found = tokenizer or find_tokenizer(path)
-    if not found and (Path(path) / "adapter_config.json").exists():
-        found = find_tokenizer(read_adapter(path, ModelConfig).base)
-    if not found:
-        raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
-    words = Tokenizer(found)
-    most = model.config.vocab_size
-    if words.vocab_size > most:
-        problem = f"has {words.vocab_size} tokens, more than the model's {most}"
-        raise ValueError(f"tokenizer {words.name} {problem}")
-    return model, words
+    return model, fitting_tokenizer(path, tokenizer, model.config)
 
 
-@dataclass
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Sampling):
     """Continue text with a trained model."""
 
     model: str
@@ -311,12 +295,8 @@ class Config:
     num: int = 1                     # samples of each prompt
     max_new_tokens: int = 200        # a sample may end earlier, at EOS
     temperature: float = 0.8         # 0 is greedy
-    top_k: int = 0                   # 0 is all
     top_p: float = 0.95  # only the likeliest tokens that together are so probable; 1 is all
-    min_p: float = 0.0               # only tokens at least this likely, relative to the likeliest
-    repetition_penalty: float = 1.0  # above 1 makes tokens that are there already less likely
     stop: tuple[str, ...] = ()       # texts at which a sample ends
-    seed: int = 0                    # the same seed gives the same samples
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     chat: bool = False               # talk on the terminal, with lines from it or from a pipe
     template: str = ""               # of a chat; where the model's run does not name it
@@ -327,7 +307,7 @@ class Config:
     export_adapter: str = ""         # instead write the adapter of a LoRA run there, as PEFT does
 
 
-def print_samples(config: Config, sampling: Sampling, model: Transformer, tokenizer: Tokenizer):
+def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):
     prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
     rows, shown = [], []
     for prompt in prompts:
@@ -335,7 +315,7 @@ def print_samples(config: Config, sampling: Sampling, model: Transformer, tokeni
         rows.append(row)
         shown.append(tokenizer.decode(row))
     check_prompts(model, rows)
-    settings = (config.max_new_tokens, sampling, config.stop)
+    settings = (config.max_new_tokens, config, config.stop)
     if len(prompts) == 1:  # as it comes
         show(shown[0])
         complete(model, tokenizer, prompts, *settings, on_text=lambda row, text: show(text))
@@ -348,23 +328,10 @@ def print_samples(config: Config, sampling: Sampling, model: Transformer, tokeni
 
 
 def main(config: Config):
-    settings = {}
-    for field in fields(Sampling):
-        settings[field.name] = getattr(config, field.name)
-    sampling = Sampling(**settings)
-    for name, most in MOST.items():
-        number = getattr(config, name)
-        if not 1 <= number <= most:
-            bound = "at least 1" if number < 1 else f"at most {most:,}"
-            raise ValueError(f"--{name} {number} must be {bound}")
-    if not config.prompt or "" in config.stop:
-        raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
+    check_flags(config)
     if config.export_adapter:
         check_code(Transformer, ModelConfig, config.model, config.anyway)
-        found = config.tokenizer or find_tokenizer(config.model)
-        adapter = whole_adapter(config.model, ModelConfig)
-        save_adapter(adapter, config.export_adapter, found and Tokenizer(found))
-        print(f"wrote {config.export_adapter}")
+        export_adapter(config.model, config.export_adapter, config.tokenizer, ModelConfig)
         return
     dtype = config.dtype
     if config.export and dtype == "auto":
@@ -374,15 +341,11 @@ def main(config: Config):
         save(model, config.export, tokenizer)
         print(f"wrote {config.export}")
     elif config.chat:
-        template = config.template or find_template(config.model)
-        if template not in TEMPLATES:
-            named = f"--template {template} is unknown"
-            unknown = named if template else f"{config.model} names no template"
-            raise ValueError(f"{unknown}; name one of {', '.join(TEMPLATES)} with --template")
+        template = chosen_template(config.template, config.model)
         chat = Chat(model, tokenizer, template, config.system)
-        talk(chat, config.max_new_tokens, sampling)
+        talk(chat, config.max_new_tokens, config)
     else:
-        print_samples(config, sampling, model, tokenizer)
+        print_samples(config, model, tokenizer)
 
 
 if __name__ == "__main__":

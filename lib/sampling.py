@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST = {"num": 10_000, "max_new_tokens": 1_000_000}  # samples of a prompt, and their tokens
 DRAWN = 256  # random numbers that a row has in advance
 NOT_FINITE = -1  # in place of a token, where the logits have infinities or NaN
 
@@ -18,10 +19,11 @@ class Sampling:
     top_k: int = 0                   # only the k likeliest tokens; 0 is all
     top_p: float = 1.0               # only the likeliest that together have this probability
     min_p: float = 0.0               # only tokens at least this likely, relative to the likeliest
-    repetition_penalty: float = 1.0  # divides logits of tokens that are there, or multiplies
-    seed: int = 0
+    repetition_penalty: float = 1.0  # above 1 makes tokens that are there already less likely
+    seed: int = 0                    # the same seed gives the same samples
 
-    def __post_init__(self):
+    def check(self):
+        """Raise ValueError for a setting that is out of range."""
         if not (0 <= self.temperature < math.inf and self.top_k >= 0):
             wrong = f"--temperature {self.temperature} and --top_k {self.top_k}"
             raise ValueError(f"{wrong} must be numbers that are not negative")
@@ -31,6 +33,18 @@ class Sampling:
         if not 0 < self.repetition_penalty < math.inf:
             wrong = f"--repetition_penalty {self.repetition_penalty}"
             raise ValueError(f"{wrong} must be a number above 0")
+
+
+def check_flags(config):
+    """Raise ValueError for flags of sample.py that are out of range."""
+    for name, most in MOST.items():
+        number = getattr(config, name)
+        if not 1 <= number <= most:
+            bound = "at least 1" if number < 1 else f"at most {most:,}"
+            raise ValueError(f"--{name} {number} must be {bound}")
+    config.check()
+    if not config.prompt or "" in config.stop:
+        raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
 
 
 def choose(

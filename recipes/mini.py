@@ -28,11 +28,11 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import is_refusal
 from eval import compare
 from lib.chat_formats import Turn
 from lib.cli import run_command
 from lib.records import read_json
+from lib.refusals import is_refusal
 from lib.runs import read_log
 from lib.sources import find_files
 from lib.statistics import estimate

@@ -53,8 +53,6 @@ TEXTS = [
 
 def byte_data(folder: Path, num_documents: int) -> Path:
     """A dataset folder of bytes: different short documents."""
-    from data import prepare
-
     (folder / "texts").mkdir()
     for i in range(num_documents):
         (folder / "texts" / f"{i}.md").write_text(f"Document {i}.\n{TEXTS[i % 3]}")
@@ -117,6 +115,32 @@ def forecast_of(shape, config, ranks: int, compiled: bool, pairs: bool = False) 
     from lib.forecast import forecast
 
     return forecast(train.empty_model(shape, config), config, ranks, compiled, pairs)
+
+
+def prepare(
+    source: tuple[str, ...], out: str | Path, tokenizer: str,
+    val_fraction: float = 0.05, workers: int | None = None,
+) -> dict:  # fmt: skip
+    """Make a dataset of text, see data.make_dataset."""
+    from data import Text, make_dataset
+    from lib import sources
+
+    config = sources.Flags(source, out, tokenizer, val_fraction, workers or 0)
+    return make_dataset(config, Text(config))
+
+
+def prepare_chats(
+    source: tuple[str, ...], out: str | Path, tokenizer: str, template: str,
+    max_len: int = 2048, format: str = "auto", val_fraction: float = 0.05, allow_bad: float = 0.01,
+    workers: int | None = None, cleaning=None,
+) -> dict:  # fmt: skip
+    """Make a fine-tuning set, or from pairs a preference set, see data.make_dataset."""
+    from data import Config, make_dataset
+    from lib.chat_source import Chats, Cleaning
+
+    plain = (source, out, tokenizer, val_fraction, workers or 0)
+    config = Config(*plain, template, max_len, format, allow_bad, cleaning or Cleaning())
+    return make_dataset(config, Chats(config))
 
 
 TINY_RUN = dict(

@@ -25,8 +25,8 @@ import torch
 import data
 import eval
 import sample
-from conftest import ROOT
-from data import Config, Mixture, Tokenizer, prepare, prepare_chats
+from conftest import ROOT, prepare, prepare_chats
+from data import Config, Mixture, Tokenizer
 from lib import cleaning_steps, documents, sources
 from lib.chat_formats import FORMATS, Turn, read_conversations
 from lib.chats import usable

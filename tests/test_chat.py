@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import eval
-from conftest import command
-from data import IGNORE, Batch, Dataset, Mixture, Tokenizer, fill, prepare, prepare_chats, show
+from conftest import command, prepare, prepare_chats
+from data import IGNORE, Batch, Dataset, Mixture, Tokenizer, fill, show
 from lib.chat_formats import FORMATS, Turn, read_conversations
 from lib.chats import in_order, usable
 from lib.cleaning import Cleaning

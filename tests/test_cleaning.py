@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, command
-from data import is_refusal
 from lib.chat_formats import Turn
 from lib.cleaning import Cleaner, Cleaning
 from lib.cleaning_steps import html_to_markdown, mend_roles, tidy_characters
-from lib.refusals import refusal_score, refusal_signs
+from lib.refusals import is_refusal, refusal_score, refusal_signs
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import refusals  # noqa: E402

@@ -18,8 +18,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from conftest import ROOT, command, flags
-from data import IGNORE, Dataset, Mixture, Tokenizer, prepare, shuffled
+from conftest import ROOT, command, flags, prepare
+from data import IGNORE, Dataset, Mixture, Tokenizer, shuffled
 from lib.documents import PIECE_CHARS, read_documents, split_documents
 from lib.shards import ShardWriter, token_dtype
 from lib.sources import CHAT_SUFFIXES, CORPORA, SUFFIXES, Corpus, download, find_files

@@ -23,11 +23,10 @@ from eval import Config as EvalConfig
 from eval import World, curves
 from lib import files, opening, saving, shards, train_flags
 from lib.datasets import HASHES, changed_file
-from lib.runs import held, read_log
+from lib.runs import find_template, held, read_log
 from lib.shards import ShardWriter
 from lib.world import join_world
 from model import IGNORE, Transformer
-from sample import find_template
 from test_chat import chat_set, talk
 from test_scale import no_limit, poisoned_run, train_here  # noqa: F401
 from test_train import CPU, log, same_bits, world  # noqa: F401

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, command, random_model
-from data import Tokenizer, prepare_chats
+from conftest import ROOT, command, prepare_chats, random_model
+from data import Tokenizer
 from lib.chat_formats import Turn
 from lib.records import read_json
+from lib.runs import find_template
 from lib.templates import TEMPLATES, render, render_prompt
 from model import ModelConfig
-from sample import Chat, Decoder, Sampling, find_template, load_model
+from sample import Chat, Decoder, Sampling, load_model
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import mini

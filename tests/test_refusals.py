@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from data import is_refusal
-from lib.refusals import refusal_score
+from lib.refusals import is_refusal, refusal_score
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import refusals  # noqa: E402

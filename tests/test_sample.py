@@ -122,7 +122,7 @@ def test_the_ends_of_the_random_numbers_give_allowed_tokens(uniform):
 )
 def test_impossible_sampling_is_refused(options):
     with pytest.raises(ValueError, match=f"--{next(iter(options))} {next(iter(options.values()))}"):
-        Sampling(**options)
+        Sampling(**options).check()
 
 
 def test_rows_end_by_themselves_at_an_end_token_or_when_told(model):

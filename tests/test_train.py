@@ -18,8 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import train
-from conftest import ROOT, TINY_RUN, byte_data, checkpoints_of, command, flags, torchrun
-from data import Dataset, prepare
+from conftest import ROOT, TINY_RUN, byte_data, checkpoints_of, command, flags, prepare, torchrun
+from data import Dataset
 from lib import planning
 from lib.checkpoints import checkpoint_folder
 from lib.world import join_world, should_compile

@@ -1,0 +1,52 @@
+"""What a model's folder brings beside its weights: its tokenizer, a chat's template, an adapter."""
+
+from pathlib import Path
+
+from lib.peft import save_adapter
+from lib.runs import find_template
+from lib.templates import TEMPLATES
+from lib.tokenizer import Tokenizer, find_tokenizer
+from lib.weights import read_adapter, whole_adapter
+
+
+def fitting_tokenizer(path: str, named: str, shape) -> Tokenizer:
+    """The tokenizer of the model at path, or the one that is named; shape is the model's ModelConfig.
+
+    An adapter's is that of its base. Raises ValueError where there is none, and for one that has
+    more tokens than the model.
+    """
+    folder = named or find_tokenizer(path)
+    if not folder and (Path(path) / "adapter_config.json").exists():
+        folder = find_tokenizer(read_adapter(path, type(shape)).base)
+    if not folder:
+        raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
+    tokenizer = Tokenizer(folder)
+    if tokenizer.vocab_size > shape.vocab_size:
+        problem = f"has {tokenizer.vocab_size} tokens, more than the model's {shape.vocab_size}"
+        raise ValueError(f"tokenizer {tokenizer.name} {problem}")
+    return tokenizer
+
+
+def chosen_template(named: str, path: str) -> str:
+    """The name of a chat's template: the one that is named, or that of the run at path.
+
+    Raises ValueError where there is none of that name.
+    """
+    template = named or find_template(path)
+    if template not in TEMPLATES:
+        unknown = f"{path} names no template"
+        if template:
+            unknown = f"--template {template} is unknown"
+        raise ValueError(f"{unknown}; name one of {', '.join(TEMPLATES)} with --template")
+    return template
+
+
+def export_adapter(path: str, out: str, named: str, config_class: type):
+    """Write what LoRA learned in the run at path as a PEFT folder, and say so.
+
+    The tokenizer that is named, or else the run's, goes with it.
+    """
+    tokenizer = named or find_tokenizer(path)
+    adapter = whole_adapter(path, config_class)
+    save_adapter(adapter, out, tokenizer and Tokenizer(tokenizer))
+    print(f"wrote {out}")
