@@ -4,15 +4,15 @@
     python eval.py --model out/RUN --task perplexity --data data/stdlib
     python eval.py --compare a.json b.json
 
-1. `mmlu` makes a prompt of every question, after solved examples, and token ids of the prompt. It
-   yields `Question`s: a context, the ids of the prompt; choices, the ids that may follow it; gold,
-   the places of the right ones.
-2. `make_batches` puts those alike in length together, and sets apart the prefix with which all
+1. `mmlu` turns each question into a prompt, after solved examples, and the prompt into token ids.
+   It yields `Question`s: context, the ids of the prompt; choices, the ids that may follow it; gold,
+   the places of the right choices.
+2. `make_batches` puts prompts alike in length together, and sets apart the prefix with which all
    prompts of a subject begin.
 3. `Reader.score` runs the model on a batch: the log-probability of every choice. (Where a protocol
    wants a text for an answer, `Reader.write` lets the model write one.)
-4. The protocol's grade compares that with gold. `grade_letter` takes the likeliest choice: its
-   score is 1 if that is right, else 0.
+4. `Answers` collects them until a question is complete. Then the protocol's grade compares them
+   with gold: `grade_letter` takes the likeliest choice; its score is 1 if that is right, else 0.
 5. `summarize` averages the scores over questions, subjects and categories, with 95 % intervals, and
    `describe_result` makes the table, beside published scores of the same protocol.
 
@@ -227,9 +227,10 @@ class Reader:
     def score(self, batch: ScoreBatch) -> list[tuple[int, int, float]]:
         """(question, choice, log-probability in nats), in fp32 over the whole vocabulary.
 
-        A row is a context and a choice but for its last token, so that choices which differ in this
-        one alone, as letters do, share a row. Rows are padded on the right, which a causal model
-        cannot see. Only the positions that count are projected.
+        A row's ids are a context and, from `begin` on, a choice but for its last token. Choices
+        that differ in this one alone, as letters do, share a row: `last` has it for each of them.
+        Rows are padded on the right, which a causal model cannot see. Only the positions that count
+        are projected on the vocabulary.
         """
         past = len(batch.prefix)  # tokens that are in the cache already
         unread = [row.ids[past:] for row in batch.rows]
@@ -246,7 +247,7 @@ class Reader:
         results = []
         for row in batch.rows:
             *shared, last = islice(logprobs, len(row.ids) - row.begin + 1)
-            beginning = sum(values[0] for values in shared)  # none of it where choices are letters
+            beginning = sum(values[0] for values in shared)  # 0 where a choice is one token
             for choice, ending in zip(row.last, last):
                 results.append((row.question, choice, beginning + ending))
         return results
@@ -259,9 +260,9 @@ class Reader:
         most = max(map(len, wanted))
         tokens = padded(wanted, most).to(self.device)
         parts = []
-        for state, token in zip(states.float().split(1024), tokens.split(1024)):
-            logits = state @ self.unembedding.T  # (1024, V), so many exist at a time
-            parts.append(logits.log_softmax(-1).gather(1, token))
+        for chunk, chosen in zip(states.float().split(1024), tokens.split(1024)):
+            logits = chunk @ self.unembedding.T  # (1024, V), so many exist at a time
+            parts.append(logits.log_softmax(-1).gather(1, chosen))
         return torch.cat(parts).tolist()
 
     def write(
@@ -289,7 +290,7 @@ def padded(rows: list[list[int]], length: int) -> torch.Tensor:
 def make_questions(
     model: Transformer, tokenizer: Tokenizer, config: Config, world: World
 ) -> list[Question]:
-    """The questions of a task, whose answers fit the context window too."""
+    """The questions of a task. Beside a prompt, its answer has room in the context window."""
     protocol = PROTOCOLS[config.task][config.protocol]
     window = model.config.max_seq_len
     room = min(config.max_prompt or window, window - protocol.max_new_tokens)

@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant("a second batch reads behind the first one's rows", "lib/prefix.py",
            "        cache.trim([len(self.ids)] * rows)\n", "", "eval: hundred_questions"),
     Mutant("letters are compared in bf16", "eval.py",
-           "logits = state @ self.unembedding.T",
-           "logits = (state.bfloat16() @ self.unembedding.bfloat16().T).float()",
+           "logits = chunk @ self.unembedding.T",
+           "logits = (chunk.bfloat16() @ self.unembedding.bfloat16().T).float()",
            "eval: letters_are"),
     # ---- bench.py ----
     Mutant("a speed forgets the micro-batches of a step", "bench.py",
