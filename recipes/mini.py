@@ -33,11 +33,11 @@ from lib.chat_formats import Turn
 from lib.cli import run_command
 from lib.records import read_json
 from lib.refusals import is_refusal
-from lib.runs import read_log
+from lib.runs import find_template, read_log
 from lib.sources import find_files
 from lib.statistics import estimate
 from lib.templates import render_prompt
-from sample import find_template, generate, load_model
+from sample import generate, load_model
 
 # kinds of facts: what is asked; the last two wordings are held out, for development and for the test
 WORDINGS = {

@@ -128,7 +128,7 @@ def test_a_model_with_more_rows_than_its_tokenizer_is_sampled_from(tmp_path, cap
     train_tokenizer(iter(["A text of some words, and then of more.\n" * 40]), 310, tmp_path / "tokenizer.model")
     torch.manual_seed(0)
     save(Transformer(ModelConfig(32, 2, 4, 2, 64, vocab_size=4096)), tmp_path / "m", Tokenizer(tmp_path))
-    sample.main(sample.Config(str(tmp_path / "m"), ("some words",), max_new_tokens=20, temperature=3.0))
+    sample.main(sample.Config(model=str(tmp_path / "m"), prompt=("some words",), max_new_tokens=20, temperature=3.0))
     assert capsys.readouterr().out.startswith("some words")
 
 
@@ -663,8 +663,8 @@ def exporters(tmp_path: Path) -> dict:
         (tmp_path / "in" / f"{i}.md").write_text(f"Document {i}.")
     return {
         "data.py": lambda out: prepare((str(tmp_path / "in"),), out, "bytes", 0.3, workers=1),
-        "--export": lambda out: sample.main(sample.Config(str(base), export=str(out))),
-        "--export_adapter": lambda out: sample.main(sample.Config(str(tmp_path / "adapter"), export_adapter=str(out))),
+        "--export": lambda out: sample.main(sample.Config(model=str(base), export=str(out))),
+        "--export_adapter": lambda out: sample.main(sample.Config(model=str(tmp_path / "adapter"), export_adapter=str(out))),
     }
 
 

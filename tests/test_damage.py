@@ -120,7 +120,7 @@ def test_no_command_runs_code_from_a_run(what, loads, copy, tiny_data, tmp_path,
         "init_from": lambda: train.main(
             Config(init_from="run", data=(str(tiny_data),), out="next", seq_len=32)
         ),
-        "sample.py": lambda: sample.main(sample.Config("run")),
+        "sample.py": lambda: sample.main(sample.Config(model="run")),
         "eval.py": lambda: eval.main(
             eval.Config(("run",), "perplexity", data=str(tiny_data), out="out.json")
         ),
@@ -135,7 +135,7 @@ def test_only_the_index_that_was_checked_is_read(copy, tiny_data, monkeypatch):
     from torch.distributed.checkpoint import filesystem
 
     monkeypatch.setattr(filesystem.pickle, "load", lambda file: 1 / 0)
-    sample.main(sample.Config("run", max_new_tokens=1))
+    sample.main(sample.Config(model="run", max_new_tokens=1))
     assert resume(copy) == 6
 
 

@@ -297,7 +297,7 @@ def test_merged_weights_give_the_logits_of_base_and_adapter(quantize, tiny_run, 
     assert (merged - logits(load(base))).abs().max() > 0.01
     expected = logits(beside(base, run, nf4=quantize == "nf4"))
     assert_same_but_for_rounding(merged, expected, additions(SHAPE, 32))
-    sample.main(sample.Config(str(run), export="exported"))
+    sample.main(sample.Config(model=str(run), export="exported"))
     assert torch.equal(logits(load("exported")), merged)
     assert torch.equal(logits(sample.load_model(str(run))[0]), merged)
 
@@ -310,7 +310,7 @@ def from_transformers(folder):
 def test_an_adapter_of_a_run_loads_in_peft_with_the_same_logits(tiny_run, base):
     peft = pytest.importorskip("peft")
     run = tiny_run(init_from=str(base), steps=10, lora_targets="query,key,out,down", **LORA)
-    sample.main(sample.Config(str(run), export_adapter="adapter"))
+    sample.main(sample.Config(model=str(run), export_adapter="adapter"))
     assert {path.name for path in (run.parent / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.bytes"
     }  # fmt: skip
@@ -319,7 +319,7 @@ def test_an_adapter_of_a_run_loads_in_peft_with_the_same_logits(tiny_run, base):
     assert_same_but_for_rounding(logits(load(run)), theirs, additions(SHAPE, 32))
     assert_same_but_for_rounding(logits(load("adapter")), theirs, additions(SHAPE, 32))
     with pytest.raises(ValueError, match="adapter exists; choose another folder"):
-        sample.main(sample.Config(str(run), export_adapter="adapter"))
+        sample.main(sample.Config(model=str(run), export_adapter="adapter"))
     with pytest.raises(ValueError, match="no adapter here"):
         sample.main(sample.Config(str(base), export_adapter="another"))
 
