@@ -1,4 +1,4 @@
-"""Train the filter behind data.is_refusal from answers labelled by people, and measure it.
+"""Train the filter behind lib.refusals.is_refusal from answers labelled by people, and measure it.
 
     pip install scikit-learn
     python recipes/refusals.py --train MISTRAL.csv LLAMA2.csv GPT4.csv \\

@@ -664,7 +664,9 @@ def exporters(tmp_path: Path) -> dict:
     return {
         "data.py": lambda out: prepare((str(tmp_path / "in"),), out, "bytes", 0.3, workers=1),
         "--export": lambda out: sample.main(sample.Config(model=str(base), export=str(out))),
-        "--export_adapter": lambda out: sample.main(sample.Config(model=str(tmp_path / "adapter"), export_adapter=str(out))),
+        "--export_adapter": lambda out: sample.main(
+            sample.Config(model=str(tmp_path / "adapter"), export_adapter=str(out))
+        ),
     }
 
 

@@ -321,7 +321,7 @@ def test_an_adapter_of_a_run_loads_in_peft_with_the_same_logits(tiny_run, base):
     with pytest.raises(ValueError, match="adapter exists; choose another folder"):
         sample.main(sample.Config(model=str(run), export_adapter="adapter"))
     with pytest.raises(ValueError, match="no adapter here"):
-        sample.main(sample.Config(str(base), export_adapter="another"))
+        sample.main(sample.Config(model=str(base), export_adapter="another"))
 
 
 def peft_adapter(base, folder, **options):
