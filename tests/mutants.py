@@ -439,7 +439,7 @@ MUTANTS = [
            "ids[max(0, end - 1 - window) : start]", "ids[max(0, end - window) : start]",
            "eval_tasks: rolling_windows"),
     Mutant("Wilson's interval lacks a factor", "lib/statistics.py",
-           "z * z / (4 * n * n))", "z * z / (4 * n))", "eval: wilsons"),
+           "Z * Z / (4 * n * n)", "Z * Z / (4 * n)", "eval: wilsons"),
     Mutant("a macro average's variance is that of one question", "lib/statistics.py",
            "float(np.var(values)) / len(values)", "float(np.var(values))", "eval: wilsons"),
     Mutant("McNemar's tail leaves its end out", "lib/statistics.py",
