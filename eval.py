@@ -47,7 +47,7 @@ from lib.mmlu import CATEGORIES, SUBJECTS, read_mmlu
 from lib.perplexity import perplexity
 from lib.prefix import SharedPrefix
 from lib.prompts import Prompts, Question, chosen_subjects, pair, question_hash
-from lib.protocols import OTHER_TASKS, Protocol
+from lib.protocols import MMLU_HENDRYCKS, MMLU_INSTRUCTEVAL, OTHER_TASKS, Protocol
 from lib.share import World, progress
 from lib.statistics import paired_difference, summarize
 from lib.stream import TextStreams
@@ -71,7 +71,6 @@ class Config:
     # mmlu: the folder with dev/ and test/; bbh: with bbh/ and cot-prompts/; perplexity: a dataset
     # or text files; passkey: nothing; else the file of questions
     data: str = ""
-
     out: str = ""
     """results as JSON; one line a question goes beside it in .jsonl, a table in .md"""
     compare: tuple[str, ...] = ()
@@ -94,7 +93,6 @@ class Config:
     # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
     # GPU, 2,048 on a CPU
     batch_tokens: int = 0
-
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     anyway: bool = False      # also measure a run of code that computes something else than this
 
@@ -173,38 +171,26 @@ def mmlu_prompt(row: list[str], strip: bool) -> str:
     return prompt + "\nAnswer:"
 
 
-# ---- protocols ----
-
-MMLU = {
-    "hendrycks": Protocol(
-        questions=mmlu, grade=grade_letter, shots=5, most_shots=99, max_prompt=2048,
-        published=(
-            ("LLaMA-1 7B / 13B / 65B (paper)", "35.1 / 46.9 / 63.4"),
-            ("LLaMA-2 7B / 13B / 70B (paper)", "45.3 / 54.8 / 68.9"),
-            ("Falcon 7B / 40B (LLaMA-2 paper)", "26.2 / 55.4"),
-        ),
-    ),
-    "instructeval": Protocol(
-        questions=mmlu, grade=grade_beginning, shots=5, most_shots=99, max_prompt=2048,
-        max_new_tokens=2,
-        published=(
-            ("LLaMA-1 7B / 13B / 65B", "35.2 / 46.2 / 62.6"),
-            ("GOAT-7B-Community (its card)", "49.31"),
-            ("Alpaca-7B", "41.6"),
-            ("Vicuna-13B", "49.7"),
-            ("RedPajama-INCITE-7B-Instruct", "38.1"),
-        ),
-    ),
-    "harness": Protocol(questions=mmlu, grade=grade_letter, shots=5, most_shots=99),
-}  # fmt: skip
-
 PROTOCOLS = {  # by task and name
-    "mmlu": MMLU,
+    "mmlu": {
+        "hendrycks": Protocol(
+            mmlu, grade_letter, shots=5, most_shots=99, max_prompt=2048, published=MMLU_HENDRYCKS
+        ),
+        "instructeval": Protocol(
+            mmlu, grade_beginning, shots=5, most_shots=99, max_prompt=2048, max_new_tokens=2,
+            published=MMLU_INSTRUCTEVAL,
+        ),
+        "harness": Protocol(mmlu, grade_letter, shots=5, most_shots=99),
+    },
     **OTHER_TASKS,
     "perplexity": {
         "windows": Protocol(questions=perplexity(Dataset), grade=grade_document),
     },
 }
+
+
+def chosen_protocol(config: Config) -> Protocol:
+    return PROTOCOLS[config.task][config.protocol]
 
 
 # ---- what the model answers ----
@@ -291,7 +277,7 @@ def make_questions(
     model: Transformer, tokenizer: Tokenizer, config: Config, world: World
 ) -> list[Question]:
     """The questions of a task. Beside a prompt, its answer has room in the context window."""
-    protocol = PROTOCOLS[config.task][config.protocol]
+    protocol = chosen_protocol(config)
     window = model.config.max_seq_len
     room = min(config.max_prompt or window, window - protocol.max_new_tokens)
     if room < 1:
@@ -308,10 +294,11 @@ def answer_questions(
     reader: Reader, tokenizer: Tokenizer, config: Config, world: World, answers: Answers
 ):
     """Let the model answer, and the first process grade, what is not answered yet."""
-    protocol = PROTOCOLS[config.task][config.protocol]
+    protocol = chosen_protocol(config)
     answered = set(world.first(answers.resume))  # before this evaluation was broken off
     rows = [row for row in rows_to_read(answers.questions) if row.question not in answered]
-    batch_tokens = config.batch_tokens or (16_384 if reader.device.type == "cuda" else 2_048)
+    default = 16_384 if reader.device.type == "cuda" else 2_048
+    batch_tokens = config.batch_tokens or default
     batches = make_batches(answers.questions, rows, batch_tokens, protocol.max_new_tokens)
     work = reader.score
     if protocol.max_new_tokens:
@@ -325,7 +312,7 @@ def answer_questions(
 
 def evaluate(config: Config, path: str, world: World) -> dict | None:
     """Measure one model and write what --out asks for; the result, on the first process."""
-    protocol, out = PROTOCOLS[config.task][config.protocol], Path(config.out)
+    protocol, out = chosen_protocol(config), Path(config.out)
     # a checkpoint of a curve may be measured already
     finished = config.checkpoints == "all" and world.first(out.exists)
     if config.out and not finished:
@@ -360,19 +347,8 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
 
 
 def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
-    """Second result less the first on the same questions, with a 95 % interval and a test.
-
-    Questions (of perplexity: documents) are drawn with replacement. Where every score is 0 or 1,
-    McNemar's exact test counts who alone is right; else the bootstrap's share beyond 0 is doubled.
-    Whether another run of the same settings would do alike is not in it. Raises ValueError unless
-    both were asked the same questions in the same way.
-    """
+    """Second result less the first, see lib.statistics.paired_difference."""
     return paired_difference(paths, PROTOCOLS, draws)
-
-
-def curves(config: Config, world: World):
-    """Every checkpoint of every run, measured: a table, and a picture of the main score."""
-    draw_runs(config, world, evaluate, PROTOCOLS)
 
 
 def main(config: Config):
@@ -381,7 +357,7 @@ def main(config: Config):
         return
     config, world = settled(config, PROTOCOLS), World()
     if config.checkpoints == "all":
-        curves(config, world)
+        draw_runs(config, world, evaluate, PROTOCOLS)
     else:
         evaluate(config, config.model[0], world)
 

@@ -12,7 +12,7 @@ it, `Chat` turns. Another way to decode is another Decoder.
 
 from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
 
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,8 +23,9 @@ from torch import Tensor
 from data import Tokenizer
 from lib.chat_formats import Turn
 from lib.conversation import Conversation
+from lib.growing import Rows
 from lib.probe import check_code
-from lib.sampling import NOT_FINITE, Sampling, UniformNumbers, check_flags, next_tokens
+from lib.sampling import Sampling, UniformNumbers, check_flags, next_tokens
 from lib.stream import TextStream, show, talk
 from lib.templates import render_prompt
 from lib.with_model import chosen_template, export_adapter, fitting_tokenizer
@@ -46,9 +47,8 @@ class Decoder:
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
         if prefix is not None:
             length = prefix.cache.longest
-            known = (slice(None), slice(None), slice(None), slice(length))
-            self.cache.keys[known] = prefix.cache.keys[known]
-            self.cache.values[known] = prefix.cache.values[known]
+            self.cache.keys[:, :, :, :length] = prefix.cache.keys[:, :, :, :length]
+            self.cache.values[:, :, :, :length] = prefix.cache.values[:, :, :, :length]
             self.cache.trim([length] * rows)
 
     @torch.no_grad()
@@ -86,61 +86,6 @@ def check_prompts(model: Transformer, prompts: list[list[int]]):
             raise ValueError(f"a prompt of {len(prompt)} tokens {problem}")
 
 
-class Rows:
-    """The prompts of a batch as they grow: what the model sees of each, and what is new."""
-
-    def __init__(
-        self,
-        prompts: list[list[int]],
-        window: int,
-        end_ids: tuple[int, ...],
-        stop: Callable[[int, int], bool] | None,
-    ):
-        self.window = window
-        self.end_ids = end_ids
-        self.stop = stop
-        self.contexts = [list(prompt) for prompt in prompts]
-        self.new: list[list[int]] = [[] for _ in prompts]
-        self.told = False
-
-    def add(self, row: int, token: int) -> bool:
-        """Append a token to a row; whether the row goes on."""
-        if token == NOT_FINITE:
-            why = "its weights are damaged, or were trained to NaN"
-            raise ValueError(f"the model's logits are not finite; {why}")
-        if token in self.end_ids:
-            return False
-        self.new[row].append(token)
-        self.contexts[row].append(token)
-        if self.stop and self.stop(row, token):
-            # it may be read on with the others, and must not overflow
-            del self.contexts[row][self.window :]
-            return False
-        return True
-
-    def room(self, rows: list[int], max_new_tokens: int) -> int:
-        """Tokens that a decoder of these rows must hold."""
-        longest = max(len(self.contexts[row]) for row in rows)
-        return min(self.window, longest + max_new_tokens)
-
-    def shorten(self, rows: list[int]) -> bool:
-        """Cut those that have filled the window to its last half; whether there are any."""
-        full = False
-        half = self.window // 2
-        for row in rows:
-            if len(self.contexts[row]) > self.window:
-                full = True
-                self.contexts[row] = self.contexts[row][-half:]
-        if full and not self.told:
-            notice = (
-                f"the context window of {self.window} tokens is full; "
-                f"reading on with the last {half}, whenever that happens"
-            )
-            print(f"\n[{notice}]", file=sys.stderr)
-            self.told = True
-        return full
-
-
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -155,10 +100,9 @@ def generate(
     """Continue each prompt by up to max_new_tokens tokens; returns the new ones, without end_ids.
 
     A row ends at one of end_ids, or when stop(row, token), called with each new token, returns
-    True. What it draws depends on the seed and its place, not on the other rows. A row that fills
-    the context window goes on with the last half of it, and stderr says so. prefix has read the
-    first tokens of every prompt. Raises ValueError for a prompt that is empty or longer than the
-    context window, and for logits that are not finite.
+    True. What it draws depends on the seed and its place, not on the other rows. One that fills the
+    context window goes on with the last half of it. prefix has read the first tokens of all. Raises
+    ValueError for a prompt that is empty or too long, and for logits that are not finite.
     """
     sampling.check()
     check_prompts(model, prompts)
@@ -167,13 +111,13 @@ def generate(
     rows = list(range(len(prompts)))  # those in the decoder
     uniform = UniformNumbers(sampling.seed, len(prompts), model.norm.weight.device)
     reader = decoder(model, len(rows), batch.room(rows, max_new_tokens), prefix)
-    unread = [context[prefix.cache.longest :] if prefix else context for context in contexts]
-    running = set(rows)
+    known = prefix.cache.longest if prefix else 0
+    unread = [context[known:] for context in contexts]
     for step in range(max_new_tokens):
-        logits, seen = reader.read(unread), [contexts[row] for row in rows]
+        logits = reader.read(unread)
+        seen = [contexts[row] for row in rows]
         tokens = next_tokens(logits, seen, sampling, uniform.at(step, rows))
-        left = [row for row, token in zip(rows, tokens) if row in running and batch.add(row, token)]
-        running = set(left)
+        left = batch.extend(rows, tokens)
         if not left:
             break
         if batch.shorten(left):  # all that still run are read anew
@@ -181,9 +125,9 @@ def generate(
             reader = decoder(model, len(rows), batch.room(rows, max_new_tokens))
             continue
         if len(left) <= 3 * len(rows) / 4:  # moving fewer costs more than it saves
-            reader.keep([place for place, row in enumerate(rows) if row in running])
+            reader.keep([place for place, row in enumerate(rows) if row in batch.running])
             rows = left
-        # drops padding; an ended row that is still there reads its last token again in its place
+        # drops padding; an ended row that is still there reads its last token again
         reader.trim([len(contexts[row]) - 1 for row in rows])
         unread = [contexts[row][-1:] for row in rows]
     return batch.new
@@ -244,15 +188,12 @@ class Chat(Conversation):
 
     def read(self, ids: list[int]):
         """Let the decoder have read ids but for the last one, which `generate` reads."""
-        same = 0
-        most = min(len(self.ids), len(ids) - 1)
-        while same < most and self.ids[same] == ids[same]:
-            same += 1
+        ids = ids[:-1]
+        same = len(os.path.commonprefix([self.ids, ids]))
         self.decoder.trim([same])
-        new = ids[same:-1]
-        if new:
-            self.decoder.read([new])
-        self.ids = ids[:-1]
+        if ids[same:]:
+            self.decoder.read([ids[same:]])
+        self.ids = ids
 
     def write(self, ids: list[int], max_new_tokens: int, sampling: Sampling, add: Callable):
         self.read(ids)
@@ -308,8 +249,9 @@ class Config(Sampling):
 
 
 def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):
-    prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
-    rows, shown = [], []
+    prompts, rows, shown = [], [], []
+    for prompt in config.prompt:
+        prompts += [prompt] * config.num
     for prompt in prompts:
         row = tokenizer.encode_prompt(prompt)
         rows.append(row)

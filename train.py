@@ -4,7 +4,6 @@
     python train.py --data data/NAME --size 15M --out out/RUN
     torchrun --nproc_per_node 8 train.py --data data/NAME ... # the same run on 8 GPUs
     python train.py --resume out/RUN                          # continues it exactly
-
     python train.py --plan --size 7B --seq_len 4096 --gpus 8  # would it fit, how long would it take
 
 Read `train_step`, then `train`. Every run joins a process group and shards its model over it, also
@@ -25,12 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils import get_total_norm
+from torch.optim import AdamW, Optimizer
 
 from data import Batch, Mixture
 from lib import checkpointing, kernels, lora, objectives, opening, planning, train_flags, world
@@ -133,7 +129,6 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
         world.arithmetic(config), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh)
-    again = config.reshard_after_forward
     kernels.choose(model, config, config.compile == "on", mesh.device_type)
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointing.wrap(block.forward, config.checkpointing, layer)
@@ -141,18 +136,17 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
             # the loop over documents that stands in for the GPU's kernel cannot be compiled
             whole = not config.pack or mesh.device_type == "cuda"
             block.forward = torch.compile(block.forward, fullgraph=whole)
-        unit(block, reshard_after_forward=again)
+        unit(block, reshard_after_forward=config.reshard_after_forward)
     if not model.config.tie_embeddings:
-        unit(model.embedding, reshard_after_forward=again)
-        # the backward pass needs these first
-        unit([model.norm, model.unembedding], reshard_after_forward=False)
+        unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
+        unit([model.norm, model.unembedding], reshard_after_forward=False)  # needed next
     unit(model)
     for name in ("loss", "log_probs"):
         register_fsdp_forward_method(model, name)
     return model
 
 
-def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Transformer, config: Config) -> list[Optimizer]:
     """AdamW, which decays matrices and no norms; --optimizer muon takes the blocks' matrices."""
     trained = [p for p in model.parameters() if p.requires_grad]
     hidden = matrices(model.blocks) if config.optimizer == "muon" else []
@@ -162,7 +156,7 @@ def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Opti
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    adamw = AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     return [zero_moments(adamw), *muon(hidden, config)]
 
 
@@ -212,7 +206,7 @@ class Outcome(NamedTuple):
 
 def train_step(
     model: Transformer,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: list[Optimizer],
     batches: list[Batch],
     lr: float,
     config: Config,
@@ -272,7 +266,7 @@ class Run:
     data: Mixture
     val: Mixture
     model: Transformer
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[Optimizer]
     guard: Guard
     objective: NextToken | objectives.DPO
     checkpoints: Checkpoints
@@ -303,15 +297,16 @@ def begin(config: Config, device: torch.device) -> Run:
     prepare_folder(config, record, data)
     checkpoints = Checkpoints(config, model, optimizers, guard, settled.probe, record)
     start = checkpoints.restore()  # -1: there is none yet
+    step = max(0, start)
     objective = NextToken(config.neftune, config.seed)
     if data.kind == "preference":
         objective = objectives.DPO(config.dpo_beta)
-    told = Report(config, shape, data, objective, guard, max(0, start), device)
+    told = Report(config, shape, data, objective, guard, step, device)
     told.introduce(model)
     last = min(config.stop_at or config.steps, config.steps)
     run = Run(
         config, device, data, val, model, optimizers, guard, objective, checkpoints, told,
-        step=max(0, start), last=last,
+        step, last,
     )  # fmt: skip
     if start >= last:
         told.finished(start)
