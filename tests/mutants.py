@@ -398,7 +398,7 @@ MUTANTS = [
            "int(np.cumsum(changes).max())", "sum(changes)",
            "bench: measured_memory and not options2"),
     Mutant("the peer adds up the losses of micro-batches", "lib/peers.py",
-           "loss = out.loss / len(self.batches)", "loss = out.loss",
+           "loss = loss / len(self.batches)", "loss = loss",
            "bench: same_model"),
     # ---- lib ----
     Mutant("the examples leave from the front", "lib/prompts.py",
