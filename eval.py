@@ -5,15 +5,16 @@
     python eval.py --compare a.json b.json
 
 1. `mmlu` turns each question into a prompt, after solved examples, and the prompt into token ids.
-   It yields `Question`s: context, the ids of the prompt; choices, the ids that may follow it; gold,
-   the places of the right choices.
+   It yields `Question`s: context, the ids of the prompt; choices, for each the ids before it (here
+   the context) and its own; gold, the places of the right choices.
 2. `make_batches` puts prompts alike in length together, and sets apart the prefix with which all
    prompts of a subject begin.
 3. `Reader.score` runs the model on a batch: the log-probability of every choice. (Where a protocol
    wants a text for an answer, `Reader.write` lets the model write one.)
 4. `Answers` collects them until a question is complete. Then the protocol's grade compares them
    with gold: `grade_letter` takes the likeliest choice; its score is 1 if that is right, else 0.
-5. `summarize` averages the scores over questions, subjects and categories, with 95 % intervals, and
+5. `summarize` averages the scores over all questions, over subjects and in categories, with 95 %
+   intervals (the headline is over questions, or as the protocol's `average` says), and
    `describe_result` makes the table, beside published scores of the same protocol.
 
 Several processes share the batches, and the first collects. A score here is that of the protocol's
@@ -74,7 +75,7 @@ class Config:
     out: str = ""
     """results as JSON; one line a question goes beside it in .jsonl, a table in .md"""
     compare: tuple[str, ...] = ()
-    """instead: two such results, whose difference is told from chance"""
+    """instead: two such results; tests whether their difference is more than chance"""
     checkpoints: Literal["last", "all"] = "last"
     """all: curves over every checkpoint of the runs that --model names"""
     tokenizer: str = ""       # where the model's folder holds none
@@ -85,16 +86,16 @@ class Config:
     lengths: str = ""
     """passkey: tokens of the prompts, as 1024,2048; else 1/4, 1/2, all that fits"""
     limit: int = 0
-    """only the first so many questions of a subject; 0 is all, of passkey 10"""
+    """only the first N questions of a subject; 0 is all, of passkey 10"""
     max_prompt: int = 0
-    """tokens; a longer prompt loses examples, then its left; 0 is the protocol's"""
+    """tokens; a longer prompt loses examples, then is cut from the left; 0 is the protocol's"""
     bos: bool = True          # begin prompts with BOS
     chat: bool = False        # wrap prompts as LLaMA-2's chat models know them: [INST] … [/INST]
     # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
     # GPU, 2,048 on a CPU
     batch_tokens: int = 0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    anyway: bool = False      # also measure a run of code that computes something else than this
+    anyway: bool = False      # also measure a run whose model.py computed something else
 
 
 # ---- the questions of MMLU ----
@@ -103,7 +104,7 @@ class Config:
 def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
     """The questions of MMLU (Hendrycks et al. 2021), with prompts of at most room tokens.
 
-    After a header come up to five solved examples, as many as fit, and the question:
+    After a header come --shots solved examples (5), or as many as fit, and the question:
 
         The following are multiple choice questions (with answers) about  abstract algebra.
 
@@ -118,10 +119,10 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
         ...
         Answer:
 
-    The choices are the tokens of " A" to " D"; by the protocol instructeval the model writes. This
-    one and hendrycks have two blanks after "about", as in the original, and use cells as they are
-    in the file; harness has one, strips questions, and keeps all examples, cutting the prompt from
-    its left.
+    The choices are the tokens of " A" to " D"; by the protocol instructeval the model writes.
+    instructeval and hendrycks have two blanks after "about", as in the original, and use cells as
+    they are in the file; harness has one, strips questions, and keeps all examples, cutting the
+    prompt from its left.
     """
     harness = config.protocol == "harness"
     letters: list[list[int]] = []
@@ -137,7 +138,7 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
         for index, row in enumerate(rows[: config.limit or None]):
             fitted = prompts.ask(mmlu_prompt(row, harness))  # context, shots and what was cut
             question = Question(subject, index, **fitted)
-            if harness:
+            if harness:  # they are in the header
                 question.shots = config.shots
             question.choices = [(question.context, letter) for letter in letters]
             question.target = row[5]
@@ -164,7 +165,7 @@ def mmlu_examples(
 
 
 def mmlu_prompt(row: list[str], strip: bool) -> str:
-    """The question and the choices of a row, which ends with the right letter."""
+    """The prompt for a row of the CSV file, whose last cell, the answer, is left out."""
     prompt = row[0].strip() if strip else row[0]
     for letter, choice in zip("ABCD", row[1:5]):
         prompt += f"\n{letter}. {choice}"
@@ -241,7 +242,7 @@ class Reader:
     def logprobs(self, states: torch.Tensor, wanted: list[list[int]]) -> list[list[float]]:
         """The log-probabilities of the wanted tokens after each position, states being (N, D).
 
-        Where fewer are wanted than elsewhere, numbers follow that mean nothing.
+        Positions with fewer wanted tokens are filled up; ignore what follows theirs.
         """
         most = max(map(len, wanted))
         tokens = padded(wanted, most).to(self.device)
@@ -276,7 +277,7 @@ def padded(rows: list[list[int]], length: int) -> torch.Tensor:
 def make_questions(
     model: Transformer, tokenizer: Tokenizer, config: Config, world: World
 ) -> list[Question]:
-    """The questions of a task. Beside a prompt, its answer has room in the context window."""
+    """The questions of a task, their prompts so short that the answer fits in the window too."""
     protocol = chosen_protocol(config)
     window = model.config.max_seq_len
     room = min(config.max_prompt or window, window - protocol.max_new_tokens)

@@ -31,8 +31,6 @@ from lib.templates import render_prompt
 from lib.with_model import chosen_template, export_adapter, fitting_tokenizer
 from model import KVCache, ModelConfig, Transformer, load, save
 
-# ---- tokens ----
-
 
 class Decoder:
     """A model and what each row has read so far: gives the logits of the next token."""
@@ -55,8 +53,8 @@ class Decoder:
     def read(self, chunks: list[list[int]]) -> Tensor:
         """Append a chunk, of any length, to each row; fp32 logits (B, V) after its last token.
 
-        They must be finite: a Decoder that rules tokens out gives them a very low logit. Padding of
-        shorter chunks counts as read: trim it before the next.
+        The logits must be finite: to rule a token out, give it a very low one. Shorter chunks are
+        padded, and the padding counts as read: trim it before the next.
         """
         cache = self.cache
         sizes = [len(chunk) for chunk in chunks]
@@ -71,7 +69,7 @@ class Decoder:
         self.cache.trim(lengths)
 
     def keep(self, rows: list[int]):
-        """Forget all but these rows, which move together."""
+        """Forget all but these rows, and close the gaps between them."""
         cache = self.cache
         cache.keys = cache.keys[:, rows]
         cache.values = cache.values[:, rows]
@@ -110,7 +108,8 @@ def generate(
     contexts = batch.contexts
     rows = list(range(len(prompts)))  # those in the decoder
     uniform = UniformNumbers(sampling.seed, len(prompts), model.norm.weight.device)
-    reader = decoder(model, len(rows), batch.room(rows, max_new_tokens), prefix)
+    room = batch.room(rows, max_new_tokens)
+    reader = decoder(model, len(rows), room, prefix)
     known = prefix.cache.longest if prefix else 0
     unread = [context[known:] for context in contexts]
     for step in range(max_new_tokens):
@@ -127,7 +126,7 @@ def generate(
         if len(left) <= 3 * len(rows) / 4:  # moving fewer costs more than it saves
             reader.keep([place for place, row in enumerate(rows) if row in batch.running])
             rows = left
-        # drops padding; an ended row that is still there reads its last token again
+        # drop padding; an ended row that is still there reads its last token again, to no effect
         reader.trim([len(contexts[row]) - 1 for row in rows])
         unread = [contexts[row][-1:] for row in rows]
     return batch.new
@@ -162,7 +161,8 @@ def complete(
         return streams[row].finished
 
     # a model trained on documents that only begin with BOS ends one by beginning the next
-    generate(model, rows, max_new_tokens, sampling, (tokenizer.eos_id, tokenizer.bos_id), add)
+    ends = (tokenizer.eos_id, tokenizer.bos_id)
+    generate(model, rows, max_new_tokens, sampling, ends, add)
     for row, stream in enumerate(streams):
         hand_out(row, stream.end())
     return texts
@@ -219,8 +219,7 @@ def load_model(
         device = "cuda"
         if dtype == "auto":
             bf16 = torch.cuda.is_bf16_supported(False)
-    kind = torch.bfloat16 if bf16 else torch.float32
-    model = load(path, device, kind).eval()
+    model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
     return model, fitting_tokenizer(path, tokenizer, model.config)
 
 
@@ -236,20 +235,21 @@ class Config(Sampling):
     num: int = 1                     # samples of each prompt
     max_new_tokens: int = 200        # a sample may end earlier, at EOS
     temperature: float = 0.8         # 0 is greedy
-    top_p: float = 0.95  # only the likeliest tokens that together are so probable; 1 is all
+    top_p: float = 0.95  # only the likeliest tokens whose probabilities sum to this; 1 is all
     stop: tuple[str, ...] = ()       # texts at which a sample ends
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     chat: bool = False               # talk on the terminal, with lines from it or from a pipe
     template: str = ""               # of a chat; where the model's run does not name it
     system: str = ""                 # an instruction before a chat
-    anyway: bool = False  # also take a run of code that computes something else than this
+    anyway: bool = False  # also take a run whose model.py computed something else
     export: str = ""
     """instead write the model there as a Hugging Face folder, auto being fp32"""
     export_adapter: str = ""         # instead write the adapter of a LoRA run there, as PEFT does
 
 
 def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):
-    prompts, rows, shown = [], [], []
+    prompts = []
+    rows, shown = [], []
     for prompt in config.prompt:
         prompts += [prompt] * config.num
     for prompt in prompts:

@@ -55,7 +55,7 @@ class Mutant(NamedTuple):
 MUTANTS = [
     # ---- model.py ----
     Mutant("a query of a filled cache sees one token of the future", "model.py",
-           "hidden = slots > positions[..., None]", "hidden = slots > positions[..., None] + 1",
+           "future = slots > positions[..., None]", "future = slots > positions[..., None] + 1",
            "model: cached_logits and GQA"),
     Mutant("a chunk for a filled cache counts its positions from the longest row", "model.py",
            "positions = self.lengths[:, None] + torch.arange(num_tokens, "
@@ -276,7 +276,7 @@ MUTANTS = [
            "(counts[0].clamp(min=1) / size)", "counts[0].clamp(min=1)",
            "train: how_a_step_is_divided"),
     Mutant("gradients are reduced with the first micro-batch", "train.py",
-           "last = i == len(batches) - 1", "last = i == 0", "train: how_a_step_is_divided"),
+           "is_last = i == len(batches) - 1", "is_last = i == 0", "train: how_a_step_is_divided"),
     Mutant("what fills up a validation batch is counted", "data.py",
            "                batch.targets[rows_each * len(local) :] = IGNORE\n", "",
            "train: does_not_depend_on_the_batch"),
@@ -360,12 +360,12 @@ MUTANTS = [
            "reader.trim([len(contexts[row]) - 1 for row in rows])",
            "reader.trim([len(contexts[row]) for row in rows])",
            "sample: alone_and_in_a_batch and cached"),
-    Mutant("a full window goes on with all of itself but the first token", "sample.py",
+    Mutant("a full window goes on with all of itself but the first token", "lib/growing.py",
            "self.contexts[row][-half:]", "self.contexts[row][1:]", "sample: beyond_the_context"),
     Mutant("a full chat forgets a question and keeps its answer", "lib/conversation.py",
            "del turns[:2]", "del turns[:1]", "mini: full_context"),
     Mutant("a chat goes on from what it has read though the prompt differs", "sample.py",
-           " and self.ids[same] == ids[same]", "",
+           "len(os.path.commonprefix([self.ids, ids]))", "min(len(self.ids), len(ids))",
            "mini: what_is_remembered"),
     # ---- eval.py ----
     Mutant("the harness has the original's two blanks", "eval.py",
