@@ -18,23 +18,39 @@ def by_likelihood(parse: Callable[[dict], Iterator[Parsed]], header: str = "") -
         counts = Counter()
         for place, row in read_rows(Path(config.data)):
             with named(place):
-                for subject, context, choices, gold in parse(row):
-                    if config.limit and counts[subject] >= config.limit:
+                for parsed in parse(row):
+                    subject = parsed[0]
+                    number = counts[subject]
+                    if config.limit and number >= config.limit:
                         continue
-                    if not choices or not gold or not all(0 <= i < len(choices) for i in gold):
-                        raise ValueError(f"answer {gold} is not one of its {len(choices)} choices")
-                    pairs = [
-                        pair(config, tokenizer, header + context, f" {choice}")
-                        for choice in choices
-                    ]
-                    cut, pairs = cut_to(room, pairs)
-                    question = Question(subject, counts[subject], pairs[0][0], pairs, gold)
-                    question.sizes, question.cut = [len(choice) for choice in choices], cut
-                    question.sha256 = question_hash(subject, context, choices, gold)
-                    yield question
+                    yield make_question(parsed, number, header, config, tokenizer, room)
                     counts[subject] += 1
 
     return task
+
+
+def make_question(
+    parsed: Parsed,
+    number: int,
+    header: str,
+    config,
+    tokenizer,
+    room: int,
+) -> Question:
+    """Raises ValueError for an answer that is none of the choices, or does not fit."""
+    subject, context, choices, gold = parsed
+    known = all(0 <= place < len(choices) for place in gold)
+    if not choices or not gold or not known:
+        raise ValueError(f"answer {gold} is not one of its {len(choices)} choices")
+    prompt = header + context
+    pairs = [pair(config, tokenizer, prompt, f" {choice}") for choice in choices]
+    cut, pairs = cut_to(room, pairs)
+    first_context, _ = pairs[0]
+    question = Question(subject, number, first_context, pairs, gold)
+    question.sizes = [len(choice) for choice in choices]
+    question.cut = cut
+    question.sha256 = question_hash(subject, context, choices, gold)
+    return question
 
 
 def cut_to(room: int, pairs: list) -> tuple[int, list]:
@@ -42,14 +58,17 @@ def cut_to(room: int, pairs: list) -> tuple[int, list]:
 
     Contexts that are equal become one list, by which their choices are put together.
     """
-    lengths = [len(head) + len(tail) - 1 for head, tail in pairs]  # the last token is not read
-    if max(len(tail) for _, tail in pairs) > room:
+    lengths = [len(context) + len(choice) - 1 for context, choice in pairs]  # the last is not read
+    if max(len(choice) for _, choice in pairs) > room:
         problem = f"does not fit the context window of {room}"
         raise ValueError(f"a choice of {max(lengths)} tokens {problem}")
     cuts = [max(0, length - room) for length in lengths]
-    pairs = [(head[cut:], tail) for cut, (head, tail) in zip(cuts, pairs)]
-    first = pairs[0][0]
-    return max(cuts), [(first if head == first else head, tail) for head, tail in pairs]
+    contexts = [context[cut:] for cut, (context, _) in zip(cuts, pairs)]
+    first = contexts[0]
+    kept = []
+    for context, (_, choice) in zip(contexts, pairs):
+        kept.append((first if context == first else context, choice))
+    return max(cuts), kept
 
 
 def parse_choices(row: dict) -> Iterator[Parsed]:
@@ -65,33 +84,41 @@ def parse_choices(row: dict) -> Iterator[Parsed]:
 def parse_arc(row: dict) -> Iterator[Parsed]:
     """ARC (Clark et al. 2018, arXiv:1803.05457) as AI2 published it or as Hugging Face has it."""
     question = row["question"]
-    choices = row["choices"] if isinstance(question, str) else question["choices"]
+    if isinstance(question, str):
+        choices = row["choices"]
+    else:
+        choices = question["choices"]
     if isinstance(choices, list):
         choices = {name: [choice[name] for choice in choices] for name in ("text", "label")}
-    question = question if isinstance(question, str) else question["stem"]
+    if not isinstance(question, str):
+        question = question["stem"]
     right = texts_of(choices, "label").index(row["answerKey"])
-    yield "arc", f"Question: {question}\nAnswer:", texts_of(choices, "text"), [right]
+    context = f"Question: {question}\nAnswer:"
+    yield "arc", context, texts_of(choices, "text"), [right]
 
 
 def parse_hellaswag(row: dict) -> Iterator[Parsed]:
-    """HellaSwag (Zellers et al. 2019, arXiv:1905.07830), cleaned of WikiHow's brackets as the harness does."""
+    """HellaSwag (Zellers et al. 2019, arXiv:1905.07830), cleaned as the harness does."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     endings = [clean_hellaswag(ending) for ending in texts_of(row, "endings")]
-    yield "hellaswag", clean_hellaswag(context), endings, [int(row["label"])]
+    right = int(row["label"])
+    yield "hellaswag", clean_hellaswag(context), endings, [right]
 
 
 def clean_hellaswag(text: str) -> str:
+    """Without the brackets of WikiHow."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def parse_truthfulqa(row: dict) -> Iterator[Parsed]:
-    """Twice: mc1 has one true choice, mc2 several (mc_task.json of the authors, or Hugging Face's)."""
+    """Twice: mc1 has one true choice, mc2 several; of the authors' mc_task.json or Hugging Face."""
     for name in ("mc1", "mc2"):
         targets = row[f"{name}_targets"]
         if "labels" in targets:
             if len(texts_of(targets, "choices")) != len(targets["labels"]):
                 raise ValueError("choices and labels are not as many")
             targets = dict(zip(targets["choices"], targets["labels"]))
-        gold = [i for i, label in enumerate(targets.values()) if label]
-        yield name, f"Q: {row['question']}\nA:", list(targets), gold
+        gold = [place for place, label in enumerate(targets.values()) if label]
+        context = f"Q: {row['question']}\nA:"
+        yield name, context, list(targets), gold

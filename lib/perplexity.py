@@ -1,4 +1,4 @@
-"""The task perplexity: windows of text, which stand as choices whose log-probabilities are added up."""
+"""The task perplexity: windows of text, which stand as choices whose log-probabilities add up."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -42,7 +42,8 @@ def whole_document(file: str, index: int, text: str, tokenizer, room: int) -> Qu
 
 
 def rolling_windows(ids: list[int], window: int) -> Iterator[Pair]:
-    """(context, new tokens): each token after the first is new once, the last window with as much context as fits.
+    """(context, new tokens): each token after the first is new once, the last window with as much
+    context as fits.
 
     >>> list(rolling_windows([1, 5, 6, 7, 8], 3))
     [([1], [5, 6, 7]), ([5, 6, 7], [8])]
@@ -52,22 +53,29 @@ def rolling_windows(ids: list[int], window: int) -> Iterator[Pair]:
         yield ids[max(0, end - 1 - window) : start], ids[start:end]
 
 
-def dataset_windows(config, tokenizer, room: int, dataset: Callable, meta: dict) -> Iterator[Question]:
+def dataset_windows(
+    config, tokenizer, room: int, dataset: Callable, meta: dict
+) -> Iterator[Question]:
     """Every window of the validation split by itself, as training measures it."""
     path = Path(config.data)
     if "template" in meta:
         raise ValueError(f"--data {path} holds conversations; perplexity is that of text")
-    largest = max((file["tokens"] for file in meta["splits"]["val"]["files"]), default=0)
-    val = dataset(path, "val", max(1, min(room, largest - 1)))
+    sizes = [file["tokens"] for file in meta["splits"]["val"]["files"]]
+    largest = max(sizes, default=0)
+    seq_len = max(1, min(room, largest - 1))
+    val = dataset(path, "val", seq_len)
     if meta["tokenizer"]["sha256"] != tokenizer.sha256:
         other = f"another tokenizer than the model's {tokenizer.name}"
         raise ValueError(f"--data {path} was made with {other}")
     begins = [np.flatnonzero(tokens == meta["bos"]) for tokens in val.files]
-    for index in range(len(val))[: config.limit or None]:
+    windows = range(len(val))
+    for index in windows[: config.limit or None]:
         batch = val.batch([index])
-        first, targets = batch.tokens[0, :1].tolist(), batch.targets[0].tolist()
-        sizes = [round(len(targets) * val.bytes_per_target, 3)]  # in proportion to the tokens
-        (file, start, _) = val.pieces(index)[0]
+        first = batch.tokens[0, :1].tolist()
+        targets = batch.targets[0].tolist()
+        num_bytes = len(targets) * val.bytes_per_target  # in proportion to the tokens
+        sizes = [round(num_bytes, 3)]
+        file, start, _ = val.pieces(index)[0]
         number = np.searchsorted(begins[file], start, "right")
         question = Question(str(path), index, first, [(first, targets)], sizes=sizes)
         question.document = f"file {file} document {number}"

@@ -1,7 +1,26 @@
 """Results as people read them: Markdown tables, and sentences about two of them."""
 
+Row = tuple[str, list[str]]  # a row's label and its values
+
+TEXT_MEASURES = (
+    "nats_per_token",
+    "perplexity",
+    "word_perplexity",
+    "tokens",
+    "bytes",
+    "documents",
+    "windows",
+)
+
+
 def percent(values: list[float]) -> str:
-    return f"{values[0]:.1%} ({values[1]:.1%} to {values[2]:.1%})"
+    value, low, high = values
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def percents(metrics: dict, average: str) -> list[str]:
+    """One average of every metric."""
+    return [percent(metric[average]) for metric in metrics.values()]
 
 
 def heading(task: str, protocol: str) -> str:
@@ -19,13 +38,16 @@ def headline(result: dict, average: str) -> tuple[str, list[float]]:
 
 def row(label: str, values: list[str]) -> str:
     """A line of a Markdown table."""
-    return "| " + " | ".join([label, *values]) + " |"
+    cells = " | ".join([label, *values])
+    return f"| {cells} |"
 
 
-def markdown(rows: list[tuple[str, list[str]]]) -> list[str]:
+def markdown(rows: list[Row]) -> list[str]:
     """The lines of a table from its labels and values; the first row names the columns."""
     head, *body = [row(label, values) for label, values in rows]
-    return [head, row("---", ["---:"] * len(rows[0][1])), *body]
+    _, columns = rows[0]
+    aligned_right = row("---", ["---:"] * len(columns))
+    return [head, aligned_right, *body]
 
 
 def describe_result(result: dict, published: tuple[tuple[str, str], ...]) -> str:
@@ -33,26 +55,44 @@ def describe_result(result: dict, published: tuple[tuple[str, str], ...]) -> str
 
     Its averages beside published scores of the same protocol, what was kept, and the subjects.
     """
+    lines = [
+        heading(result["task"], result["protocol"]),
+        "",
+        f"{result['model']}: {describe_prompts(result)}",
+        "",
+    ]
     scores = result["scores"]
+    if result["task"] == "perplexity":
+        lines += perplexity_table(scores)
+    else:
+        lines += averages_table(scores["scores"], published)
+        lines += ["", describe_counts(scores)]
+        lines += subjects_table(scores["scores"])
+    return "\n".join(lines)
+
+
+def describe_prompts(result: dict) -> str:
+    shots = result["shots"]
     wrapped = "[INST] … [/INST]" if result["chat"] else "raw"
     bos = "on" if result["bos"] else "off"
-    prompt = f"{result['shots']} shots, {wrapped} prompts, BOS {bos}, {result['dtype']}"
-    lines = [heading(result["task"], result["protocol"]), "", f"{result['model']}: {prompt}", ""]
-    if result["task"] == "perplexity":
-        return "\n".join(lines + perplexity_table(scores))
-    lines += averages_table(scores["scores"], published)
-    kept, ties, cut = scores["shots_kept"], scores["ties"], scores["cut_from_the_left"]
-    counts = f"{scores['questions']:,} questions; shots kept {kept}; {ties} ties"
-    lines += ["", f"{counts}; {cut} prompts cut from the left"]
-    return "\n".join(lines + subjects_table(scores["scores"]))
+    return f"{shots} shots, {wrapped} prompts, BOS {bos}, {result['dtype']}"
+
+
+def describe_counts(scores: dict) -> str:
+    questions = f"{scores['questions']:,} questions"
+    kept = f"shots kept {scores['shots_kept']}"
+    ties = f"{scores['ties']} ties"
+    cut = f"{scores['cut_from_the_left']} prompts cut from the left"
+    return "; ".join((questions, kept, ties, cut))
 
 
 def perplexity_table(scores: dict) -> list[str]:
-    bits = scores["bits_per_byte"]
-    interval = f"{bits[0]:.4f} ({bits[1]:.4f} to {bits[2]:.4f})"
-    rows = [("measure", ["value"]), ("bits_per_byte", [interval])]
-    names = ("nats_per_token", "perplexity", "word_perplexity", "tokens", "bytes", "documents", "windows")
-    for name in names:
+    bits, low, high = scores["bits_per_byte"]
+    rows = [
+        ("measure", ["value"]),
+        ("bits_per_byte", [f"{bits:.4f} ({low:.4f} to {high:.4f})"]),
+    ]
+    for name in TEXT_MEASURES:
         if name in scores:
             value = scores[name]
             shown = "more than a number can hold" if value is None else f"{value:,.6g}"
@@ -63,41 +103,50 @@ def perplexity_table(scores: dict) -> list[str]:
 def averages_table(metrics: dict, published: tuple[tuple[str, str], ...]) -> list[str]:
     rows = [("score", list(metrics))]
     for average in ("micro", "macro"):
-        rows.append((average, [percent(metric[average]) for metric in metrics.values()]))
+        rows.append((average, percents(metrics, average)))
     for category in metrics.get("acc", {}).get("categories", ()):
-        found = [percent(metric["categories"][category]) for metric in metrics.values()]
-        rows.append((category, found))
+        of_category = {name: metric["categories"] for name, metric in metrics.items()}
+        rows.append((category, percents(of_category, category)))
     empty = [""] * (len(metrics) - 1)
     for model, value in published:
-        rows.append((model, [f"{value}%".replace(" /", "% /"), *empty]))
+        shown = f"{value}%".replace(" /", "% /")  # of two scores both are percentages
+        rows.append((model, [shown, *empty]))
     return markdown(rows)
 
 
 def subjects_table(metrics: dict) -> list[str]:
-    """A row for each subject, where there are several; empty cells where a metric has none of it."""
-    subjects = dict.fromkeys(name for metric in metrics.values() for name in metric["subjects"])
+    """A row for each of several subjects; a cell is empty where a metric has none of it."""
+    subjects = {}  # in the order in which they come
+    for metric in metrics.values():
+        subjects |= dict.fromkeys(metric["subjects"])
+    if len(subjects) < 2:
+        return []
     rows = [("score", list(metrics))]
     for subject in subjects:
         found = [metric["subjects"].get(subject) for metric in metrics.values()]
-        rows.append((subject, [percent(values) if values else "" for values in found]))
-    return ["", *markdown(rows)] if len(subjects) > 1 else []
+        cells = [percent(values) if values else "" for values in found]
+        rows.append((subject, cells))
+    return ["", *markdown(rows)]
 
 
 def say_difference(found: dict, paths: tuple[str, ...]):
     """Print what `paired_difference` found."""
     scale, unit = (1, "") if found["score"] == "bits a byte" else (100, " points")
     value, low, high = (scale * bound for bound in found["difference"])
-    first, second = scale * found["first"], scale * found["second"]
+    first = f"{paths[0]} {scale * found['first']:.4g}"
+    second = f"{paths[1]} {scale * found['second']:.4g}"
     drawn = "documents" if "documents" in found else "questions"
-    each = f"{paths[0]} {first:.4g}, {paths[1]} {second:.4g}"
-    print(f"{found['score']} on {found[drawn]:,} {drawn}: {each}")
-    print(f"difference {value:+.3g}{unit}, 95 % interval {low:+.3g} to {high:+.3g}")
+    print(f"{found['score']} on {found[drawn]:,} {drawn}: {first}, {second}")
+    interval = f"95 % interval {low:+.3g} to {high:+.3g}"
+    print(f"difference {value:+.3g}{unit}, {interval}")
     if "only_first" in found:
-        only = f"only the first is right {found['only_first']} times"
-        print(f"{only}, only the second {found['only_second']} times")
+        only_first = f"only the first is right {found['only_first']} times"
+        only_second = f"only the second {found['only_second']} times"
+        print(f"{only_first}, {only_second}")
     verdict = "no more than chance may do: they may be alike"
     if found["p"] < 0.05:
         verdict = "more than chance: they differ"
-    print(f"{found['test']}: p = {found['p']:.2g}, {verdict} on such {drawn}")
+    test = f"{found['test']}: p = {found['p']:.2g}"
+    print(f"{test}, {verdict} on such {drawn}")
     other = "whether their settings differ, only more seeds of each can tell"
     print(f"This is about these two models; {other}")

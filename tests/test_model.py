@@ -15,7 +15,8 @@ import torch
 import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from conftest import ROOT, additions, assert_same_but_for_rounding, random_model
-from lib.kernels import CompiledOnCPU, Documents, attend_within
+from lib.cpu_attention import CompiledOnCPU
+from lib.kernels import Documents, attend_within
 from model import (
     IGNORE,
     SIZES,
