@@ -135,7 +135,7 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
         world.arithmetic(config), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh)
-    kernels.choose(model, config, config.compile == "on", mesh.device_type)
+    kernels.install(model, config, config.compile == "on", mesh.device_type)
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointing.wrap(block.forward, config.checkpointing, layer)
         if config.compile == "on":
