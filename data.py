@@ -2,19 +2,21 @@
 
     python data.py --source stdlib --out data/stdlib --tokenizer train:4096
 
-The way of a corpus, in `write_dataset`:
+How a corpus becomes a dataset, in `write_dataset`:
 1. A source gives its items. The plain one is `Text`, the documents of files, folders, Python's
    standard library or a download; lib/chat_source.py has conversations, for `--template`.
 2. An exact duplicate of an earlier item is dropped and counted.
-3. The hash of an item, of conversations that of the first question, decides whether it is for
+3. A hash of the item (of a conversation: of its first question) decides whether it is for
    validation, so adding data never moves one.
 4. All cores turn items into tokens: a text with BOS before and EOS after it, a conversation with
    a mask of the tokens that the loss counts.
 5. The tokens are written to flat files `{train,val}_{00000…}.bin`, described by meta.json, in a
    folder that gets its name only when it is complete.
 
-A `Dataset` is one split of such a folder as sequences, by a layout of lib/layouts.py. `Mixture`
-draws from several. Which sequences a step trains on is a pure function of (seed, step).
+A `Dataset` is one split of such a folder as sequences. Its layout (lib/layouts.py) says what is in
+one: a list of rows, two for a preference pair, else one; a row is a list of pieces, each (file,
+first token, number of tokens). `Mixture` draws sequences from several datasets; which ones a step
+trains on is a pure function of seed, batch size and step.
 """
 
 from lib.cli import run_command, spell  # isort: skip (lib refuses old Pythons, Windows)
@@ -64,7 +66,7 @@ class Config(chat_source.Flags, sources.Flags):
 
     show: str | None = None
     """instead print examples of this folder, what the loss counts in brackets"""
-    n: int = 3  # so many
+    n: int = 3  # how many examples
 
 
 class Text:
@@ -176,7 +178,7 @@ def write_dataset(
 
 
 class Batch(NamedTuple):
-    """Rows (n, T) of int64: inputs, and the targets, which are the inputs one later."""
+    """Rows (B, T) of int64: inputs, and the targets, which are the inputs one later."""
 
     tokens: np.ndarray  # these are torch's tensors after `to`, documents a lib.kernels.Documents
     targets: np.ndarray
@@ -184,7 +186,7 @@ class Batch(NamedTuple):
     numbers: Sequence[int] = range(0)    # of the sequences in the run
 
     def positions(self) -> np.ndarray:
-        """In packed rows (n, T) the place of each token in its document."""
+        """In packed rows (B, T) the place of each token in its document."""
         return positions(self.documents, self.tokens.shape)
 
     def to(self, device) -> "Batch":
@@ -222,7 +224,7 @@ class Dataset(TokenFiles):
         return len(self.layout)
 
     def index(self, number: int, seed: int) -> int:
-        """The sequence that is drawn as number `number`: an epoch is each once, shuffled anew."""
+        """The sequence that is drawn as the number-th: an epoch is each once, shuffled anew."""
         epoch, place = divmod(number, len(self))
         return shuffled(place, len(self), (seed, epoch))
 
@@ -251,16 +253,17 @@ def fill(rows: list[tuple[Dataset, Row]]) -> Batch:
     tokens = np.zeros((len(rows), width), np.int64)
     targets = np.full_like(tokens, IGNORE)
     bounds = []
-    check_all_uncut(rows)
-    for number, (data, row) in enumerate(rows):
+    check_all_uncut(rows)  # reading a file that was cut meanwhile would kill the process
+    for i, (data, row) in enumerate(rows):
         used = 0
         for file, start, size in row:
-            bounds.append(number * width + used)
+            bounds.append(i * width + used)
             place = slice(used, used + size)
-            tokens[number, place], targets[number, place] = data.read(file, start, size)
+            # the tokens, and those one later, with IGNORE where the loss does not count
+            tokens[i, place], targets[i, place] = data.read(file, start, size)
             used += size
         if used < width:  # what is left over is as another document, without targets
-            bounds.append(number * width + used)
+            bounds.append(i * width + used)
     if not isinstance(layout, Packed):
         return Batch(tokens, targets)
     bounds.append(tokens.size)
@@ -288,7 +291,7 @@ class Mixture:
         return sum(map(len, self.parts))
 
     def draw(self, number: int, seed: int) -> tuple[int, int]:
-        """(source, index) of the sequence that is drawn as number `number` of the run."""
+        """(source, index) of the number-th sequence of the run, counted from 0."""
         source, drawn = 0, number
         if len(self.parts) > 1:
             source, drawn = order.draw(self.shares, number, seed)
@@ -318,8 +321,7 @@ class Mixture:
 
         def make(step: int) -> list[Batch]:
             numbers = self.numbers(step, config.batch_size, rank, world)
-            size = config.micro_batch or len(numbers)
-            parts = order.in_parts(numbers, size)
+            parts = order.in_parts(numbers, config.micro_batch or len(numbers))
             return [self.batch(part, config.seed).to(device) for part in parts]
 
         def begin():

@@ -5,15 +5,16 @@
     python eval.py --compare a.json b.json
 
 1. `mmlu` turns each question into a prompt, after solved examples, and the prompt into token ids.
-   It yields `Question`s: context, the ids of the prompt; choices, the ids that may follow it; gold,
-   the places of the right choices.
+   It yields `Question`s: context, the ids of the prompt; choices, for each the ids before it (here
+   the context) and its own; gold, the places of the right choices.
 2. `make_batches` puts prompts alike in length together, and sets apart the prefix with which all
    prompts of a subject begin.
 3. `Reader.score` runs the model on a batch: the log-probability of every choice. (Where a protocol
    wants a text for an answer, `Reader.write` lets the model write one.)
 4. `Answers` collects them until a question is complete. Then the protocol's grade compares them
    with gold: `grade_letter` takes the likeliest choice; its score is 1 if that is right, else 0.
-5. `summarize` averages the scores over questions, subjects and categories, with 95 % intervals, and
+5. `summarize` averages the scores over all questions, over subjects and in categories, with 95 %
+   intervals (the headline is over questions, or as the protocol's `average` says), and
    `describe_result` makes the table, beside published scores of the same protocol.
 
 Several processes share the batches, and the first collects. A score here is that of the protocol's
@@ -47,7 +48,7 @@ from lib.mmlu import CATEGORIES, SUBJECTS, read_mmlu
 from lib.perplexity import perplexity
 from lib.prefix import SharedPrefix
 from lib.prompts import Prompts, Question, chosen_subjects, pair, question_hash
-from lib.protocols import OTHER_TASKS, Protocol
+from lib.protocols import MMLU_HENDRYCKS, MMLU_INSTRUCTEVAL, OTHER_TASKS, Protocol
 from lib.share import World, progress
 from lib.statistics import paired_difference, summarize
 from lib.stream import TextStreams
@@ -71,11 +72,10 @@ class Config:
     # mmlu: the folder with dev/ and test/; bbh: with bbh/ and cot-prompts/; perplexity: a dataset
     # or text files; passkey: nothing; else the file of questions
     data: str = ""
-
     out: str = ""
     """results as JSON; one line a question goes beside it in .jsonl, a table in .md"""
     compare: tuple[str, ...] = ()
-    """instead: two such results, whose difference is told from chance"""
+    """instead: two such results; tests whether their difference is more than chance"""
     checkpoints: Literal["last", "all"] = "last"
     """all: curves over every checkpoint of the runs that --model names"""
     tokenizer: str = ""       # where the model's folder holds none
@@ -86,17 +86,16 @@ class Config:
     lengths: str = ""
     """passkey: tokens of the prompts, as 1024,2048; else 1/4, 1/2, all that fits"""
     limit: int = 0
-    """only the first so many questions of a subject; 0 is all, of passkey 10"""
+    """only the first N questions of a subject; 0 is all, of passkey 10"""
     max_prompt: int = 0
-    """tokens; a longer prompt loses examples, then its left; 0 is the protocol's"""
+    """tokens; a longer prompt loses examples, then is cut from the left; 0 is the protocol's"""
     bos: bool = True          # begin prompts with BOS
     chat: bool = False        # wrap prompts as LLaMA-2's chat models know them: [INST] … [/INST]
     # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
     # GPU, 2,048 on a CPU
     batch_tokens: int = 0
-
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    anyway: bool = False      # also measure a run of code that computes something else than this
+    anyway: bool = False      # also measure a run whose model.py computed something else
 
 
 # ---- the questions of MMLU ----
@@ -105,7 +104,7 @@ class Config:
 def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
     """The questions of MMLU (Hendrycks et al. 2021), with prompts of at most room tokens.
 
-    After a header come up to five solved examples, as many as fit, and the question:
+    After a header come --shots solved examples (5), or as many as fit, and the question:
 
         The following are multiple choice questions (with answers) about  abstract algebra.
 
@@ -120,10 +119,10 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
         ...
         Answer:
 
-    The choices are the tokens of " A" to " D"; by the protocol instructeval the model writes. This
-    one and hendrycks have two blanks after "about", as in the original, and use cells as they are
-    in the file; harness has one, strips questions, and keeps all examples, cutting the prompt from
-    its left.
+    The choices are the tokens of " A" to " D"; by the protocol instructeval the model writes.
+    instructeval and hendrycks have two blanks after "about", as in the original, and use cells as
+    they are in the file; harness has one, strips questions, and keeps all examples, cutting the
+    prompt from its left.
     """
     harness = config.protocol == "harness"
     letters: list[list[int]] = []
@@ -139,7 +138,7 @@ def mmlu(config: Config, tokenizer: Tokenizer, room: int) -> Iterator[Question]:
         for index, row in enumerate(rows[: config.limit or None]):
             fitted = prompts.ask(mmlu_prompt(row, harness))  # context, shots and what was cut
             question = Question(subject, index, **fitted)
-            if harness:
+            if harness:  # they are in the header
                 question.shots = config.shots
             question.choices = [(question.context, letter) for letter in letters]
             question.target = row[5]
@@ -166,45 +165,33 @@ def mmlu_examples(
 
 
 def mmlu_prompt(row: list[str], strip: bool) -> str:
-    """The question and the choices of a row, which ends with the right letter."""
+    """The prompt for a row of the CSV file, whose last cell, the answer, is left out."""
     prompt = row[0].strip() if strip else row[0]
     for letter, choice in zip("ABCD", row[1:5]):
         prompt += f"\n{letter}. {choice}"
     return prompt + "\nAnswer:"
 
 
-# ---- protocols ----
-
-MMLU = {
-    "hendrycks": Protocol(
-        questions=mmlu, grade=grade_letter, shots=5, most_shots=99, max_prompt=2048,
-        published=(
-            ("LLaMA-1 7B / 13B / 65B (paper)", "35.1 / 46.9 / 63.4"),
-            ("LLaMA-2 7B / 13B / 70B (paper)", "45.3 / 54.8 / 68.9"),
-            ("Falcon 7B / 40B (LLaMA-2 paper)", "26.2 / 55.4"),
-        ),
-    ),
-    "instructeval": Protocol(
-        questions=mmlu, grade=grade_beginning, shots=5, most_shots=99, max_prompt=2048,
-        max_new_tokens=2,
-        published=(
-            ("LLaMA-1 7B / 13B / 65B", "35.2 / 46.2 / 62.6"),
-            ("GOAT-7B-Community (its card)", "49.31"),
-            ("Alpaca-7B", "41.6"),
-            ("Vicuna-13B", "49.7"),
-            ("RedPajama-INCITE-7B-Instruct", "38.1"),
-        ),
-    ),
-    "harness": Protocol(questions=mmlu, grade=grade_letter, shots=5, most_shots=99),
-}  # fmt: skip
-
 PROTOCOLS = {  # by task and name
-    "mmlu": MMLU,
+    "mmlu": {
+        "hendrycks": Protocol(
+            mmlu, grade_letter, shots=5, most_shots=99, max_prompt=2048, published=MMLU_HENDRYCKS
+        ),
+        "instructeval": Protocol(
+            mmlu, grade_beginning, shots=5, most_shots=99, max_prompt=2048, max_new_tokens=2,
+            published=MMLU_INSTRUCTEVAL,
+        ),
+        "harness": Protocol(mmlu, grade_letter, shots=5, most_shots=99),
+    },
     **OTHER_TASKS,
     "perplexity": {
         "windows": Protocol(questions=perplexity(Dataset), grade=grade_document),
     },
 }
+
+
+def chosen_protocol(config: Config) -> Protocol:
+    return PROTOCOLS[config.task][config.protocol]
 
 
 # ---- what the model answers ----
@@ -255,7 +242,7 @@ class Reader:
     def logprobs(self, states: torch.Tensor, wanted: list[list[int]]) -> list[list[float]]:
         """The log-probabilities of the wanted tokens after each position, states being (N, D).
 
-        Where fewer are wanted than elsewhere, numbers follow that mean nothing.
+        Positions with fewer wanted tokens are filled up; ignore what follows theirs.
         """
         most = max(map(len, wanted))
         tokens = padded(wanted, most).to(self.device)
@@ -290,8 +277,8 @@ def padded(rows: list[list[int]], length: int) -> torch.Tensor:
 def make_questions(
     model: Transformer, tokenizer: Tokenizer, config: Config, world: World
 ) -> list[Question]:
-    """The questions of a task. Beside a prompt, its answer has room in the context window."""
-    protocol = PROTOCOLS[config.task][config.protocol]
+    """The questions of a task, their prompts so short that the answer fits in the window too."""
+    protocol = chosen_protocol(config)
     window = model.config.max_seq_len
     room = min(config.max_prompt or window, window - protocol.max_new_tokens)
     if room < 1:
@@ -308,10 +295,11 @@ def answer_questions(
     reader: Reader, tokenizer: Tokenizer, config: Config, world: World, answers: Answers
 ):
     """Let the model answer, and the first process grade, what is not answered yet."""
-    protocol = PROTOCOLS[config.task][config.protocol]
+    protocol = chosen_protocol(config)
     answered = set(world.first(answers.resume))  # before this evaluation was broken off
     rows = [row for row in rows_to_read(answers.questions) if row.question not in answered]
-    batch_tokens = config.batch_tokens or (16_384 if reader.device.type == "cuda" else 2_048)
+    default = 16_384 if reader.device.type == "cuda" else 2_048
+    batch_tokens = config.batch_tokens or default
     batches = make_batches(answers.questions, rows, batch_tokens, protocol.max_new_tokens)
     work = reader.score
     if protocol.max_new_tokens:
@@ -325,7 +313,7 @@ def answer_questions(
 
 def evaluate(config: Config, path: str, world: World) -> dict | None:
     """Measure one model and write what --out asks for; the result, on the first process."""
-    protocol, out = PROTOCOLS[config.task][config.protocol], Path(config.out)
+    protocol, out = chosen_protocol(config), Path(config.out)
     # a checkpoint of a curve may be measured already
     finished = config.checkpoints == "all" and world.first(out.exists)
     if config.out and not finished:
@@ -360,19 +348,8 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
 
 
 def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
-    """Second result less the first on the same questions, with a 95 % interval and a test.
-
-    Questions (of perplexity: documents) are drawn with replacement. Where every score is 0 or 1,
-    McNemar's exact test counts who alone is right; else the bootstrap's share beyond 0 is doubled.
-    Whether another run of the same settings would do alike is not in it. Raises ValueError unless
-    both were asked the same questions in the same way.
-    """
+    """Second result less the first, see lib.statistics.paired_difference."""
     return paired_difference(paths, PROTOCOLS, draws)
-
-
-def curves(config: Config, world: World):
-    """Every checkpoint of every run, measured: a table, and a picture of the main score."""
-    draw_runs(config, world, evaluate, PROTOCOLS)
 
 
 def main(config: Config):
@@ -381,7 +358,7 @@ def main(config: Config):
         return
     config, world = settled(config, PROTOCOLS), World()
     if config.checkpoints == "all":
-        curves(config, world)
+        draw_runs(config, world, evaluate, PROTOCOLS)
     else:
         evaluate(config, config.model[0], world)
 

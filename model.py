@@ -5,11 +5,10 @@ Comments give tensor shapes in these letters:
     B  sequences in the batch    H  query heads               D  model width
     T  tokens in a sequence      G  key/value heads, G <= H   F  feed-forward width
     V  vocabulary                K  width of one head         S  slots of the key/value cache
-    N  documents in packed rows
 
-Read it upwards from `Transformer.forward`, or downwards from the leaves. What is faster than the
-plain formula and not different is in lib/kernels.py; the files that `load` and `save` speak of are
-read and written by lib/weights.py and lib/formats.py.
+Read `Transformer.hidden` first, then what it calls; or downwards from the leaves. lib/kernels.py
+has what is faster than the plain formula and computes the same; lib/weights.py and lib/formats.py
+read and write the files of `load` and `save`.
 """
 
 import math
@@ -26,10 +25,10 @@ from lib.rows import fill_normal, local_rows
 
 @dataclass(frozen=True)
 class ModelConfig:
-    dim: int                       # D, a multiple of num_heads
+    dim: int                       # D, a multiple of 2 * num_heads: rotary pairs of channels
     num_layers: int
     num_heads: int                 # H
-    num_kv_heads: int              # G: H is multi-head, 1 multi-query, else grouped-query
+    num_kv_heads: int              # G = H: multi-head; 1: multi-query; between: grouped-query
     ffn_dim: int                   # F
     vocab_size: int = 32_000       # V
     max_seq_len: int = 4096        # tokens; the context window
@@ -94,9 +93,8 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, see rope_table
 def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
     """Cosine and sine of the angle of every channel pair at these positions (…, T).
 
-    Two fp32 tensors (…, T, K/2). Computed where it is used, never stored: a stored table is rounded
-    by `model.to(torch.bfloat16)`, which leaves 769 distinct positions of 4,096, and garbage after
-    initialisation on the meta device.
+    Two fp32 tensors (…, T, K/2). Computed where it is used, never stored: `model.to(bfloat16)` would
+    round it, and after initialisation on the meta device it would be garbage.
     """
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     inverse_wavelength = 1.0 / (config.rope_theta ** (channel / config.head_dim))
@@ -146,12 +144,12 @@ class KVCache:
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
         slots = torch.arange(need, device=self.lengths.device)
         self.positions = positions
-        self.mask = None  # is causal
+        self.mask = None  # queries and keys start together: plainly causal
         if self.longest:
             # (B, 1, T, S), added to the scores; booleans would be converted by every layer
-            hidden = slots > positions[..., None]
-            mask = torch.zeros_like(hidden, dtype=self.keys.dtype)
-            self.mask = mask.masked_fill_(hidden, -math.inf)[:, None]
+            future = slots > positions[..., None]
+            mask = torch.zeros_like(future, dtype=self.keys.dtype)
+            self.mask = mask.masked_fill_(future, -math.inf)[:, None]
         return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +184,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 class Attention(nn.Module):
     """Causal self-attention, H query heads sharing G key/value heads."""
 
-    attend = staticmethod(causal_attention)  # lib/kernels.py has one to be compiled on a CPU
+    attend = staticmethod(causal_attention)  # train.py may install one that suits a CPU better
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -248,7 +246,8 @@ class Block(nn.Module):
 class Unembedding(nn.Linear):
     """Turns the residual stream (B, T, D) into logits, or into what is made of them."""
 
-    cross_entropy = CrossEntropy()  # train.py sets one that is compiled, smoothed or regularised
+    # in chunks, so that the logits of all tokens never exist; train.py may install another
+    cross_entropy = CrossEntropy()
 
     def forward(self, x: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
         """Logits (B, T, V); with targets the sum of their losses, or each one's log-probability."""
@@ -363,6 +362,6 @@ def empty(config: ModelConfig, device, dtype: torch.dtype = torch.float32) -> Tr
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     model.to_empty(device=device)
-    if config.tie_embeddings:
+    if config.tie_embeddings:  # which now have memory of their own each
         model.unembedding.weight = model.embedding.weight
     return model

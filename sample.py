@@ -12,7 +12,7 @@ it, `Chat` turns. Another way to decode is another Decoder.
 
 from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
 
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,14 +23,13 @@ from torch import Tensor
 from data import Tokenizer
 from lib.chat_formats import Turn
 from lib.conversation import Conversation
+from lib.growing import Rows
 from lib.probe import check_code
-from lib.sampling import NOT_FINITE, Sampling, UniformNumbers, check_flags, next_tokens
+from lib.sampling import Sampling, UniformNumbers, check_flags, next_tokens
 from lib.stream import TextStream, show, talk
 from lib.templates import render_prompt
 from lib.with_model import chosen_template, export_adapter, fitting_tokenizer
 from model import KVCache, ModelConfig, Transformer, load, save
-
-# ---- tokens ----
 
 
 class Decoder:
@@ -46,17 +45,16 @@ class Decoder:
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
         if prefix is not None:
             length = prefix.cache.longest
-            known = (slice(None), slice(None), slice(None), slice(length))
-            self.cache.keys[known] = prefix.cache.keys[known]
-            self.cache.values[known] = prefix.cache.values[known]
+            self.cache.keys[:, :, :, :length] = prefix.cache.keys[:, :, :, :length]
+            self.cache.values[:, :, :, :length] = prefix.cache.values[:, :, :, :length]
             self.cache.trim([length] * rows)
 
     @torch.no_grad()
     def read(self, chunks: list[list[int]]) -> Tensor:
         """Append a chunk, of any length, to each row; fp32 logits (B, V) after its last token.
 
-        They must be finite: a Decoder that rules tokens out gives them a very low logit. Padding of
-        shorter chunks counts as read: trim it before the next.
+        The logits must be finite: to rule a token out, give it a very low one. Shorter chunks are
+        padded, and the padding counts as read: trim it before the next.
         """
         cache = self.cache
         sizes = [len(chunk) for chunk in chunks]
@@ -71,7 +69,7 @@ class Decoder:
         self.cache.trim(lengths)
 
     def keep(self, rows: list[int]):
-        """Forget all but these rows, which move together."""
+        """Forget all but these rows, and close the gaps between them."""
         cache = self.cache
         cache.keys = cache.keys[:, rows]
         cache.values = cache.values[:, rows]
@@ -84,61 +82,6 @@ def check_prompts(model: Transformer, prompts: list[list[int]]):
         if not 0 < len(prompt) <= window:
             problem = f"does not fit the model's context window of {window}"
             raise ValueError(f"a prompt of {len(prompt)} tokens {problem}")
-
-
-class Rows:
-    """The prompts of a batch as they grow: what the model sees of each, and what is new."""
-
-    def __init__(
-        self,
-        prompts: list[list[int]],
-        window: int,
-        end_ids: tuple[int, ...],
-        stop: Callable[[int, int], bool] | None,
-    ):
-        self.window = window
-        self.end_ids = end_ids
-        self.stop = stop
-        self.contexts = [list(prompt) for prompt in prompts]
-        self.new: list[list[int]] = [[] for _ in prompts]
-        self.told = False
-
-    def add(self, row: int, token: int) -> bool:
-        """Append a token to a row; whether the row goes on."""
-        if token == NOT_FINITE:
-            why = "its weights are damaged, or were trained to NaN"
-            raise ValueError(f"the model's logits are not finite; {why}")
-        if token in self.end_ids:
-            return False
-        self.new[row].append(token)
-        self.contexts[row].append(token)
-        if self.stop and self.stop(row, token):
-            # it may be read on with the others, and must not overflow
-            del self.contexts[row][self.window :]
-            return False
-        return True
-
-    def room(self, rows: list[int], max_new_tokens: int) -> int:
-        """Tokens that a decoder of these rows must hold."""
-        longest = max(len(self.contexts[row]) for row in rows)
-        return min(self.window, longest + max_new_tokens)
-
-    def shorten(self, rows: list[int]) -> bool:
-        """Cut those that have filled the window to its last half; whether there are any."""
-        full = False
-        half = self.window // 2
-        for row in rows:
-            if len(self.contexts[row]) > self.window:
-                full = True
-                self.contexts[row] = self.contexts[row][-half:]
-        if full and not self.told:
-            notice = (
-                f"the context window of {self.window} tokens is full; "
-                f"reading on with the last {half}, whenever that happens"
-            )
-            print(f"\n[{notice}]", file=sys.stderr)
-            self.told = True
-        return full
 
 
 @torch.no_grad()
@@ -155,10 +98,9 @@ def generate(
     """Continue each prompt by up to max_new_tokens tokens; returns the new ones, without end_ids.
 
     A row ends at one of end_ids, or when stop(row, token), called with each new token, returns
-    True. What it draws depends on the seed and its place, not on the other rows. A row that fills
-    the context window goes on with the last half of it, and stderr says so. prefix has read the
-    first tokens of every prompt. Raises ValueError for a prompt that is empty or longer than the
-    context window, and for logits that are not finite.
+    True. What it draws depends on the seed and its place, not on the other rows. One that fills the
+    context window goes on with the last half of it. prefix has read the first tokens of all. Raises
+    ValueError for a prompt that is empty or too long, and for logits that are not finite.
     """
     sampling.check()
     check_prompts(model, prompts)
@@ -166,14 +108,15 @@ def generate(
     contexts = batch.contexts
     rows = list(range(len(prompts)))  # those in the decoder
     uniform = UniformNumbers(sampling.seed, len(prompts), model.norm.weight.device)
-    reader = decoder(model, len(rows), batch.room(rows, max_new_tokens), prefix)
-    unread = [context[prefix.cache.longest :] if prefix else context for context in contexts]
-    running = set(rows)
+    room = batch.room(rows, max_new_tokens)
+    reader = decoder(model, len(rows), room, prefix)
+    known = prefix.cache.longest if prefix else 0
+    unread = [context[known:] for context in contexts]
     for step in range(max_new_tokens):
-        logits, seen = reader.read(unread), [contexts[row] for row in rows]
+        logits = reader.read(unread)
+        seen = [contexts[row] for row in rows]
         tokens = next_tokens(logits, seen, sampling, uniform.at(step, rows))
-        left = [row for row, token in zip(rows, tokens) if row in running and batch.add(row, token)]
-        running = set(left)
+        left = batch.extend(rows, tokens)
         if not left:
             break
         if batch.shorten(left):  # all that still run are read anew
@@ -181,9 +124,9 @@ def generate(
             reader = decoder(model, len(rows), batch.room(rows, max_new_tokens))
             continue
         if len(left) <= 3 * len(rows) / 4:  # moving fewer costs more than it saves
-            reader.keep([place for place, row in enumerate(rows) if row in running])
+            reader.keep([place for place, row in enumerate(rows) if row in batch.running])
             rows = left
-        # drops padding; an ended row that is still there reads its last token again in its place
+        # drop padding; an ended row that is still there reads its last token again, to no effect
         reader.trim([len(contexts[row]) - 1 for row in rows])
         unread = [contexts[row][-1:] for row in rows]
     return batch.new
@@ -218,7 +161,8 @@ def complete(
         return streams[row].finished
 
     # a model trained on documents that only begin with BOS ends one by beginning the next
-    generate(model, rows, max_new_tokens, sampling, (tokenizer.eos_id, tokenizer.bos_id), add)
+    ends = (tokenizer.eos_id, tokenizer.bos_id)
+    generate(model, rows, max_new_tokens, sampling, ends, add)
     for row, stream in enumerate(streams):
         hand_out(row, stream.end())
     return texts
@@ -244,15 +188,12 @@ class Chat(Conversation):
 
     def read(self, ids: list[int]):
         """Let the decoder have read ids but for the last one, which `generate` reads."""
-        same = 0
-        most = min(len(self.ids), len(ids) - 1)
-        while same < most and self.ids[same] == ids[same]:
-            same += 1
+        ids = ids[:-1]
+        same = len(os.path.commonprefix([self.ids, ids]))
         self.decoder.trim([same])
-        new = ids[same:-1]
-        if new:
-            self.decoder.read([new])
-        self.ids = ids[:-1]
+        if ids[same:]:
+            self.decoder.read([ids[same:]])
+        self.ids = ids
 
     def write(self, ids: list[int], max_new_tokens: int, sampling: Sampling, add: Callable):
         self.read(ids)
@@ -278,8 +219,7 @@ def load_model(
         device = "cuda"
         if dtype == "auto":
             bf16 = torch.cuda.is_bf16_supported(False)
-    kind = torch.bfloat16 if bf16 else torch.float32
-    model = load(path, device, kind).eval()
+    model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
     return model, fitting_tokenizer(path, tokenizer, model.config)
 
 
@@ -295,21 +235,23 @@ class Config(Sampling):
     num: int = 1                     # samples of each prompt
     max_new_tokens: int = 200        # a sample may end earlier, at EOS
     temperature: float = 0.8         # 0 is greedy
-    top_p: float = 0.95  # only the likeliest tokens that together are so probable; 1 is all
+    top_p: float = 0.95  # only the likeliest tokens whose probabilities sum to this; 1 is all
     stop: tuple[str, ...] = ()       # texts at which a sample ends
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     chat: bool = False               # talk on the terminal, with lines from it or from a pipe
     template: str = ""               # of a chat; where the model's run does not name it
     system: str = ""                 # an instruction before a chat
-    anyway: bool = False  # also take a run of code that computes something else than this
+    anyway: bool = False  # also take a run whose model.py computed something else
     export: str = ""
     """instead write the model there as a Hugging Face folder, auto being fp32"""
     export_adapter: str = ""         # instead write the adapter of a LoRA run there, as PEFT does
 
 
 def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):
-    prompts = [prompt for prompt in config.prompt for _ in range(config.num)]
+    prompts = []
     rows, shown = [], []
+    for prompt in config.prompt:
+        prompts += [prompt] * config.num
     for prompt in prompts:
         row = tokenizer.encode_prompt(prompt)
         rows.append(row)

@@ -4,12 +4,11 @@
     python train.py --data data/NAME --size 15M --out out/RUN
     torchrun --nproc_per_node 8 train.py --data data/NAME ... # the same run on 8 GPUs
     python train.py --resume out/RUN                          # continues it exactly
-
     python train.py --plan --size 7B --seq_len 4096 --gpus 8  # would it fit, how long would it take
 
 Read `train_step`, then `train`. Every run joins a process group and shards its model over it, also
-a run of one process. The batch of a step is a pure function of (dataset, seed, step); processes and
-micro-batches only divide the work.
+a run of one process. The batch of a step is a pure function of dataset, seed, batch size and step;
+processes and micro-batches only divide the work.
 """
 
 from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
@@ -18,19 +17,16 @@ import functools
 import gc
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils import get_total_norm
+from torch.optim import AdamW, Optimizer
 
 from data import Batch, Mixture
 from lib import checkpointing, kernels, lora, objectives, opening, planning, train_flags, world
@@ -45,6 +41,8 @@ from model import SIZES, ModelConfig, Transformer
 
 @dataclass
 class Core:
+    """The flags to read first; lib/train_flags.py adds those of lib, such as --compile."""
+
     # where
     data: tuple[str, ...] = ("data/stdlib",)
     """folders made by data.py; FOLDER:WEIGHT draws from several"""
@@ -91,10 +89,10 @@ def learning_rate(step: int, config: Config) -> float:
     begin, last = warmup, config.steps - 1
     if config.schedule == "wsd":
         begin = max(warmup, (1 - config.decay) * config.steps)
-    done = 1.0 if step >= last else max(0.0, step - begin) / max(1, last - begin)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    left = {"cosine": cosine, "constant": 1.0}.get(config.schedule, 1 - done)
-    return config.learning_rate * (config.final_lr + (1 - config.final_lr) * left)
+    progress = 1.0 if step >= last else max(0.0, step - begin) / max(1, last - begin)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    remaining = {"cosine": cosine, "constant": 1.0}.get(config.schedule, 1 - progress)
+    return config.learning_rate * (config.final_lr + (1 - config.final_lr) * remaining)
 
 
 # ---- the model, spread over all processes ----
@@ -104,7 +102,7 @@ def empty_model(shape: ModelConfig, config: Config) -> Transformer:
     """The model that a run trains, on the meta device: names and shapes without memory."""
     dtype = world.arithmetic(config)
     with torch.device("meta"):
-        return lora.prepare(Transformer(shape), config, dtype)  # without its flags as it is
+        return lora.prepare(Transformer(shape), config, dtype)  # unchanged without LoRA's flags
 
 
 def build(
@@ -121,49 +119,51 @@ def build(
     model = shard(model, config, mesh).to_empty(device=device)
     if frozen:
         model.set_reshard_after_forward(True)  # no backward pass will do it
-    if shape.tie_embeddings:
+    if shape.tie_embeddings:  # which now have memory of their own each
         model.unembedding.weight = model.embedding.weight
     return model
 
 
 def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
-    """Checkpoint, compile, then shard every block: fp32 shards, bf16 arithmetic, fp32 gradients."""
+    """Checkpoint, compile, then shard every block; weights and sums of gradients are fp32.
+
+    In this order, since the compiler must see what is computed again, and must not see how FSDP
+    gathers a block's weights before its forward and its backward pass.
+    """
     # cast_forward_inputs would round the rotary tables to bf16 on their way into a block
     policy = MixedPrecisionPolicy(
         world.arithmetic(config), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh)
-    again = config.reshard_after_forward
-    kernels.choose(model, config, config.compile == "on", mesh.device_type)
+    kernels.install(model, config, config.compile == "on", mesh.device_type)
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointing.wrap(block.forward, config.checkpointing, layer)
         if config.compile == "on":
             # the loop over documents that stands in for the GPU's kernel cannot be compiled
             whole = not config.pack or mesh.device_type == "cuda"
             block.forward = torch.compile(block.forward, fullgraph=whole)
-        unit(block, reshard_after_forward=again)
+        unit(block, reshard_after_forward=config.reshard_after_forward)
     if not model.config.tie_embeddings:
-        unit(model.embedding, reshard_after_forward=again)
-        # the backward pass needs these first
-        unit([model.norm, model.unembedding], reshard_after_forward=False)
+        unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
+        unit([model.norm, model.unembedding], reshard_after_forward=False)  # needed next
     unit(model)
     for name in ("loss", "log_probs"):
         register_fsdp_forward_method(model, name)
     return model
 
 
-def make_optimizers(model: Transformer, config: Config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Transformer, config: Config) -> list[Optimizer]:
     """AdamW, which decays matrices and no norms; --optimizer muon takes the blocks' matrices."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    hidden = matrices(model.blocks) if config.optimizer == "muon" else []
-    others = [p for p in trained if p not in set(hidden)]
+    for_muon = matrices(model.blocks) if config.optimizer == "muon" else []
+    others = [p for p in trained if p not in set(for_muon)]
     groups = [
         {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
-    return [zero_moments(adamw), *muon(hidden, config)]
+    adamw = AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    return [zero_moments(adamw), *muon(for_muon, config)]
 
 
 # ---- a step ----
@@ -178,7 +178,7 @@ class NextToken:
         self.neftune, self.seed = neftune, seed
 
     def counts(self, batch: Batch) -> Tensor:
-        """What the sums are divided by, the targets; these again; and sequences without any."""
+        """(what the sums are divided by, here the targets; targets; sequences without any)."""
         targets, without = objectives.count_targets(batch.targets)
         return torch.stack((targets, targets, without))
 
@@ -212,7 +212,7 @@ class Outcome(NamedTuple):
 
 def train_step(
     model: Transformer,
-    optimizers: list[torch.optim.Optimizer],
+    optimizers: list[Optimizer],
     batches: list[Batch],
     lr: float,
     config: Config,
@@ -229,10 +229,10 @@ def train_step(
     dist.all_reduce(counts)                               # of all ranks
     each = torch.zeros(size, len(batches), len(objective.names), device=device)
     for i, batch in enumerate(batches):
-        last = i == len(batches) - 1                      # gradients are reduced with the last
-        model.set_requires_gradient_sync(config.reduce_each or last)
+        is_last = i == len(batches) - 1                   # gradients are reduced with it
+        model.set_requires_gradient_sync(config.reduce_each or is_last)
         sums = objective.sums(model, batch) / (counts[0].clamp(min=1) / size)
-        sums[0].backward()                                # the reduction divides by size again
+        sums[0].backward()                                # FSDP's mean over ranks divides by size
         each[rank, i] = sums.detach() / size
     dist.all_reduce(each)
     losses = each[..., 0]
@@ -240,9 +240,9 @@ def train_step(
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).full_tensor()
     bad, spike = guard.judge(loss, norm)
     skip = bad | spike & (config.on_spike == "skip")
-    excess = (norm / config.grad_clip).clamp(min=1)       # what the gradients are divided by
-    for optimizer in optimizers:
-        guard.step(optimizer, lr, excess, skip)
+    excess = (norm / config.grad_clip).clamp(min=1)       # what clipping divides gradients by
+    for optimizer in optimizers:                          # clips, steps unless skip, zeroes them
+        guard.update(optimizer, lr, excess, skip)
     return Outcome(loss, norm, bad, spike, losses, counts, each.sum((0, 1)))
 
 
@@ -272,7 +272,7 @@ class Run:
     data: Mixture
     val: Mixture
     model: Transformer
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[Optimizer]
     guard: Guard
     objective: NextToken | objectives.DPO
     checkpoints: Checkpoints
@@ -296,50 +296,42 @@ def begin(config: Config, device: torch.device) -> Run:
     data = Mixture(config.data, "train", config.seq_len, config.pack)
     val = Mixture(config.data, "val", config.seq_len, config.pack)
     opening.check_data(config, record, data)
+    # lib imports no script, so it is handed what it needs of them
     settled = opening.settle(config, record, data, device, SIZES, Transformer, ModelConfig)
     config, shape, record = settled.config, settled.shape, settled.record
     model = build(shape, config, device)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
     prepare_folder(config, record, data)
     checkpoints = Checkpoints(config, model, optimizers, guard, settled.probe, record)
-    start = checkpoints.restore()  # -1: there is none yet
+    start = checkpoints.restore()  # weights, moments, guard; -1: there is no checkpoint yet
+    step = max(0, start)
     objective = NextToken(config.neftune, config.seed)
     if data.kind == "preference":
         objective = objectives.DPO(config.dpo_beta)
-    told = Report(config, shape, data, objective, guard, max(0, start), device)
-    told.introduce(model)
+    report = Report(config, shape, data, objective, guard, step, device)
+    report.introduce(model)
     last = min(config.stop_at or config.steps, config.steps)
     run = Run(
-        config, device, data, val, model, optimizers, guard, objective, checkpoints, told,
-        step=max(0, start), last=last,
+        config, device, data, val, model, optimizers, guard, objective, checkpoints, report,
+        step, last,
     )  # fmt: skip
     if start >= last:
-        told.finished(start)
+        report.finished(start)
         return run
+    # of a new run all; else what checkpoints leave out: LoRA's base, DPO's reference
     opening.set_weights(run, record, build, new=start < 0)
     if start < 0:
-        rehearse(run)
+        opening.rehearse(run, evaluate)
     else:
-        told.say(f"continuing {config.out} after step {start}")
+        report.say(f"continuing {config.out} after step {start}")
     return run
-
-
-def rehearse(run: Run):
-    """Save, evaluate and sample before the first step: what would fail after days fails now."""
-    run.checkpoints.begin(0)
-    if problem := run.checkpoints.finish():
-        raise problem
-    short = replace(run.config, eval_tokens=run.config.seq_len)
-    evaluate(run.model, run.val, short, run.device, run.objective)
-    if run.config.sample:
-        opening.try_sample(run.model, run.config, run.device)
 
 
 def train(run: Run, stop: Stop) -> bool:
     """Take a run from the step where it is to its last. False if it has more steps to go."""
-    config, told, step = run.config, run.report, run.step
+    config, report, step = run.config, run.report, run.step
     batches = run.feed(step)
-    with undisturbed(run.checkpoints, told):
+    with undisturbed(run.checkpoints, report):
         while step < run.last:
             stop.ask_others()
             lr = learning_rate(step, config)
@@ -347,7 +339,7 @@ def train(run: Run, stop: Stop) -> bool:
                 run.model, run.optimizers, next(batches), lr, config, run.guard, run.objective
             )
             step += 1
-            told.take(step, lr, outcome)
+            report.take(step, lr, outcome)
             stopped_by = stop.agreed()
             ends = step == run.last or bool(stopped_by)
             log_now = step % config.log_every == 0 or ends
@@ -355,22 +347,22 @@ def train(run: Run, stop: Stop) -> bool:
             evaluate_now = step % config.eval_every == 0 or step == config.steps
             if not log_now and not save_now and not evaluate_now:
                 continue
-            spike = told.read(run.last, log_now)
-            with told.paused():
+            spike = report.read(run.last, log_now)  # here the host waits for the device
+            with report.paused():
                 if spike and config.on_spike == "rollback":
-                    step = run.checkpoints.roll_back(spike, told)
+                    step = run.checkpoints.roll_back(spike, report)
                     batches = run.feed(step)
                     continue
                 if evaluate_now:
                     scores = evaluate(run.model, run.val, config, run.device, run.objective)
-                    told.validation(step, scores)
+                    report.validation(step, scores)
                 if save_now:
-                    run.checkpoints.save(step, ends, told)
-                gc.collect(1)
+                    run.checkpoints.save(step, ends, report)
+                gc.collect(1)  # it is off during the steps
             if stopped_by:
-                told.stopped(step, stopped_by)
+                report.stopped(step, stopped_by)
                 break
-    told.close()
+    report.close()
     return step == config.steps
 
 
@@ -397,4 +389,4 @@ def main(config: Config):
 
 if __name__ == "__main__":
     run_command(main, Config, train_flags.resumed)
-    world.leave()
+    world.leave()  # at once: Python's own ending can abort in a thread of gloo

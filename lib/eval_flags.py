@@ -16,13 +16,18 @@ def settled(config, protocols: dict[str, dict]):
         raise ValueError(f"--protocol {name} is not one of {config.task}'s: {', '.join(known)}")
     check_task_flags(config)
     protocol, shots = known[name], config.shots
-    fixed = (config.task, name) == ("bbh", "cot") and shots not in (-1, 3)
-    if shots > protocol.most_shots or fixed:
+    fixed = config.task == "bbh" and name == "cot"  # its examples are part of the files
+    if shots > protocol.most_shots or fixed and shots not in (-1, 3):
         problem = f"does not fit {config.task} {name}, which has {protocol.shots}"
         raise ValueError(f"--shots {shots} {problem}")
-    shots = protocol.shots if shots < 0 else shots
-    max_prompt = config.max_prompt or protocol.max_prompt
-    return dataclasses.replace(config, protocol=name, shots=shots, max_prompt=max_prompt)
+    if shots < 0:
+        shots = protocol.shots
+    return dataclasses.replace(
+        config,
+        protocol=name,
+        shots=shots,
+        max_prompt=config.max_prompt or protocol.max_prompt,
+    )
 
 
 def check_out_name(out: str):
@@ -32,9 +37,12 @@ def check_out_name(out: str):
 
 def check_flags(config):
     """What any task needs of the flags."""
-    for name, least in (("shots", -1), ("limit", 0), ("max_prompt", 0), ("batch_tokens", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
+    for name in ("shots", "limit", "max_prompt", "batch_tokens"):
+        number, least = getattr(config, name), 0
+        if name == "shots":
+            least = -1
+        if number < least:
+            raise ValueError(f"--{name} {number} must be at least {least}")
     if not config.task or not config.model:
         raise ValueError("--model and --task are needed, or --compare with two results")
     check_out_name(config.out)
@@ -52,7 +60,9 @@ def check_task_flags(config):
         if getattr(config, flag) and config.task not in users:
             raise ValueError(f"--{flag} is for {' and '.join(users)}, not for {config.task}")
     if config.task == "perplexity" and (config.chat or not config.bos):
-        flag = "--chat" if config.chat else "--no_bos"
+        flag = "--no_bos"
+        if config.chat:
+            flag = "--chat"
         why = "which reads a text as it is, after BOS"
         raise ValueError(f"{flag} does nothing for perplexity, {why}")
     if config.task == "passkey" and config.data:

@@ -48,7 +48,7 @@ class Guard:
         self.level.copy_(torch.where(bad, self.level, level))
         return bad, spike
 
-    def step(self, optimizer: torch.optim.Optimizer, lr: float, excess: Tensor, skip: Tensor):
+    def update(self, optimizer: torch.optim.Optimizer, lr: float, excess: Tensor, skip: Tensor):
         """Update with the gradients divided by excess, but not where skip is true; then forget them.
 
         The host does not know yet whether there is an update. A fused optimizer takes both numbers on the device, by

@@ -2,7 +2,6 @@
 and log-probabilities of targets, whose logits exist for a few tokens at a time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from typing import NamedTuple
@@ -64,7 +63,7 @@ def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tenso
     return torch.cat(outs, 1).transpose(0, 1)
 
 
-def loss_of_logits(
+def loss_and_gradient(
     logits: Tensor, targets: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The sum of the cross-entropies of targets (n,) under logits (n, V), and its gradient (n, V):
@@ -86,12 +85,12 @@ def loss_of_logits(
     if smoothing or z_loss:
         scale = (1 + 2 * z_loss * normalizers) / sums
         share = smoothing / logits.size(-1)
-        of_target = (chosen - largest).exp() * scale - share - (1 - smoothing)
+        at_target = (chosen - largest).exp() * scale - share - (1 - smoothing)
         gradient = exps.mul_(scale).sub_(share)
     else:
-        of_target = (chosen - largest).exp() / sums - 1
+        at_target = (chosen - largest).exp() / sums - 1
         gradient = exps.div_(sums)
-    return loss, gradient.to(dtype).scatter_(1, answers, of_target.to(dtype))
+    return loss, gradient.to(dtype).scatter_(1, answers, at_target.to(dtype))
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -101,7 +100,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens'
     logits exist at a time, and their gradient is turned at once into those of x and weight.
-    Compiled, of_logits needs no fp32 copy of bf16 logits, and four chunks at a time are faster.
+    Compiled, that needs no fp32 copy of bf16 logits, and four chunks at a time are faster.
     """
 
     @staticmethod
@@ -111,30 +110,31 @@ class ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         training: bool,
-        of_logits: Callable,
-        terms: tuple[float, float],
+        kernel: "CrossEntropy",
     ) -> Tensor:
-        compiled = of_logits is not loss_of_logits
-        size = 4 * LOSS_CHUNK if compiled and x.dtype == torch.bfloat16 else LOSS_CHUNK
-        smoothing, z_loss = terms
+        size = LOSS_CHUNK
+        if kernel.compiled and x.dtype == torch.bfloat16:
+            size = 4 * LOSS_CHUNK
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if training else None
         weight_grad = None
         for begin in range(0, len(x), size):
             chunk = slice(begin, begin + size)
-            loss, logits_grad = of_logits(
-                F.linear(x[chunk], weight), targets[chunk], smoothing, z_loss
+            logits = F.linear(x[chunk], weight)
+            loss, logits_grad = kernel.loss_and_gradient(
+                logits, targets[chunk], kernel.smoothing, kernel.z_loss
             )
+            del logits
             total += loss
             if training:
                 torch.mm(logits_grad, weight, out=x_grad[chunk])
             if training and weight.requires_grad:
-                of_chunk = logits_grad.T @ x[chunk]
+                chunk_grad = logits_grad.T @ x[chunk]
                 if weight_grad is None:
-                    weight_grad = of_chunk.float()
+                    weight_grad = chunk_grad.float()
                 else:
-                    weight_grad.add_(of_chunk)
-                del of_chunk
+                    weight_grad.add_(chunk_grad)
+                del chunk_grad
             del logits_grad  # before the next chunk's is made
         if len(x) == 0 and training:
             weight_grad = torch.zeros_like(weight)
@@ -148,7 +148,7 @@ class ChunkedLoss(torch.autograd.Function):
         if weight_grad is not None:
             scaled = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
             weight_grad = torch.mul(weight_grad, scale, out=scaled)
-        return x_grad * scale, weight_grad, None, None, None, None
+        return x_grad * scale, weight_grad, None, None, None
 
 
 class ChunkedLogProbs(torch.autograd.Function):
@@ -159,9 +159,11 @@ class ChunkedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, of_logits: Callable) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, kernel: "CrossEntropy"
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, targets)
-        ctx.of_logits = of_logits
+        ctx.loss_and_gradient = kernel.loss_and_gradient
         losses = []
         for inputs, wanted in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
             losses.append(
@@ -176,7 +178,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         for begin in range(0, len(x), LOSS_CHUNK):
             chunk = slice(begin, begin + LOSS_CHUNK)
-            _, logits_grad = ctx.of_logits(F.linear(x[chunk], weight), targets[chunk])
+            _, logits_grad = ctx.loss_and_gradient(F.linear(x[chunk], weight), targets[chunk])
             logits_grad = (logits_grad * -scale[chunk, None]).to(x.dtype)
             torch.mm(logits_grad, weight, out=x_grad[chunk])
             if ctx.needs_input_grad[1]:
@@ -187,14 +189,14 @@ class ChunkedLogProbs(torch.autograd.Function):
 class CrossEntropy:
     """The loss of targets (B, T) under the logits x @ weight.T, x (B, T, D), weight (V, D).
 
-    smoothing and z_loss are in its gradient alone; of_logits may be a compiled `loss_of_logits`.
+    smoothing and z_loss are in its gradient alone.
     """
 
-    def __init__(
-        self, smoothing: float = 0.0, z_loss: float = 0.0, of_logits: Callable = loss_of_logits
-    ):
-        self.terms = (smoothing, z_loss)
-        self.of_logits = of_logits
+    def __init__(self, smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False):
+        self.smoothing, self.z_loss, self.compiled = smoothing, z_loss, compiled
+        self.loss_and_gradient = loss_and_gradient
+        if compiled:
+            self.loss_and_gradient = torch.compile(loss_and_gradient, fullgraph=True)
 
     def __call__(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """The sum of the cross-entropies, in nats."""
@@ -206,7 +208,7 @@ class CrossEntropy:
             x = x[kept.to(x.device, non_blocking=True)]
         targets = targets.to(x.device, non_blocking=True)
         training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return ChunkedLoss.apply(x, weight, targets, training, self.of_logits, self.terms)
+        return ChunkedLoss.apply(x, weight, targets, training, self)
 
     def log_probs(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """The log-probability of each target (B, T), 0 where there is none."""
@@ -214,15 +216,15 @@ class CrossEntropy:
         places = [axis.to(x.device, non_blocking=True) for axis in kept]
         inputs = x[tuple(places)]
         wanted = targets[kept].to(x.device, non_blocking=True)
-        found = ChunkedLogProbs.apply(inputs, weight, wanted, self.of_logits)
-        return found.new_zeros(targets.shape).index_put(places, found)
+        log_probs = ChunkedLogProbs.apply(inputs, weight, wanted, self)
+        return log_probs.new_zeros(targets.shape).index_put(places, log_probs)
 
 
-def choose(model, config, compiled: bool, device_type: str):
+def install(model, config, compiled: bool, device_type: str):
     """Put the kernels that suit a run into its model: loss, and compiled on a CPU attention."""
-    of_logits = torch.compile(loss_of_logits, fullgraph=True) if compiled else loss_of_logits
-    terms = (config.label_smoothing, config.z_loss)
-    model.unembedding.cross_entropy = CrossEntropy(*terms, of_logits)
+    model.unembedding.cross_entropy = CrossEntropy(
+        config.label_smoothing, config.z_loss, compiled
+    )
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
     if compiled and device_type == "cpu":

@@ -170,6 +170,17 @@ def check_reference(record: dict, folder: Path, config_class: type) -> str:
     return first
 
 
+def rehearse(run, evaluate: Callable):
+    """Save, evaluate and sample before the first step: what would fail after days fails now."""
+    run.checkpoints.begin(0)
+    if problem := run.checkpoints.finish():
+        raise problem
+    short = dataclasses.replace(run.config, eval_tokens=run.config.seq_len)
+    evaluate(run.model, run.val, short, run.device, run.objective)
+    if run.config.sample:
+        try_sample(run.model, run.config, run.device)
+
+
 @torch.no_grad()
 def try_sample(model: nn.Module, config, device: torch.device):
     """Read --sample and write a token. Raises ValueError where it does not fit the model."""

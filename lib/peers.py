@@ -82,8 +82,9 @@ class HuggingFace:
                 last = i == len(self.batches)
                 self.model.set_requires_gradient_sync(self.config.reduce_each or last)
             with self.autocast:
-                out = self.model(input_ids=tokens, labels=tokens, use_cache=False)
-                loss = out.loss / len(self.batches)
+                # the loss alone is kept: its logits would be in memory during the backward pass
+                loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                loss = loss / len(self.batches)
             loss.backward()
             losses.append(loss.detach())
         clip_grad_norm_(self.model.parameters(), self.config.grad_clip)

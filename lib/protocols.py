@@ -44,6 +44,19 @@ class Protocol:
 # six questions and answers before each question (Lin et al. 2022, arXiv:2109.07958)
 TRUTHFULQA_PRIMER = read_text(HERE / "truthfulqa.txt").strip() + "\n\n"
 
+# (model, percent) of MMLU by these protocols
+MMLU_HENDRYCKS = (
+    ("LLaMA-1 7B / 13B / 65B (paper)", "35.1 / 46.9 / 63.4"),
+    ("LLaMA-2 7B / 13B / 70B (paper)", "45.3 / 54.8 / 68.9"),
+    ("Falcon 7B / 40B (LLaMA-2 paper)", "26.2 / 55.4"),
+)
+MMLU_INSTRUCTEVAL = (
+    ("LLaMA-1 7B / 13B / 65B", "35.2 / 46.2 / 62.6"),
+    ("GOAT-7B-Community (its card)", "49.31"),
+    ("Alpaca-7B", "41.6"),
+    ("Vicuna-13B", "49.7"),
+    ("RedPajama-INCITE-7B-Instruct", "38.1"),
+)
 OTHER_TASKS = {  # by task and name; the first of a task is used where none is named
     "bbh": {
         "instructeval": Protocol(

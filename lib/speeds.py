@@ -1,15 +1,21 @@
 """The table of bench.py: a line for each setting that was measured."""
 
 TITLES = f"{'':48}   tokens/s   a device     MFU a product       GiB of forecast first step s"
+LINE = (
+    "{name:48} {tokens_per_s:10,.0f} {tokens_per_s_per_device:10,.0f} {mfu:>7} {product:>9} "
+    "{gib:9.3f} {forecast:>11} {first_step_seconds:12.1f}"
+)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def line_of(row: dict) -> str:
     """What bench.Bench measured, below TITLES."""
-    shares = []
-    for name in ("mfu", "share_of_product", "peak_over_forecast"):
-        shares.append("-" if row[name] is None else f"{row[name]:.1%}")
-    mfu, of_product, of_forecast = shares
-    speeds = f"{row['tokens_per_s']:10,.0f} {row['tokens_per_s_per_device']:10,.0f}"
-    memory = f"{row['peak_bytes'] / 2**30:9.3f} {of_forecast:>11}"
-    first = f"{row['first_step_seconds']:12.1f}"
-    return f"{row['name']:48} {speeds} {mfu:>7} {of_product:>9} {memory} {first}"
+    values = dict(row)
+    values["mfu"] = percent(row["mfu"])
+    values["product"] = percent(row["share_of_product"])
+    values["forecast"] = percent(row["peak_over_forecast"])
+    values["gib"] = row["peak_bytes"] / 2**30
+    return LINE.format(**values)

@@ -99,7 +99,7 @@ def test_smoothing_and_z_loss_are_in_the_gradient_and_not_in_the_loss(smoothing,
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     flags = train.Config(label_smoothing=smoothing, z_loss=z_loss)
-    kernels.choose(model, flags, compiled, "cpu")
+    kernels.install(model, flags, compiled, "cpu")
     loss = model.loss(tokens, targets)
     loss.backward()
     assert loss.item() == pytest.approx(F.cross_entropy(logits[kept], targets[kept], reduction="sum").item(), rel=1e-5)
