@@ -18,10 +18,15 @@ from lib.rows import fill_normal, local_rows
 @dataclass
 class Flags:
     # LoRA
-    lora_rank: int = 0  # train adapters of this rank on the frozen --init_from; 0 trains all weights
-    lora_alpha: float = 16.0  # their product counts lora_alpha / lora_rank times
-    lora_targets: str = "query,key,value,out,gate,up,down"  # the matrices of each block that get one
-    quantize: Literal["none", "nf4"] = "none"  # how the blocks' frozen matrices are kept; nf4 is QLoRA
+
+    # train adapters of this rank on the frozen --init_from; 0 trains all weights
+    lora_rank: int = 0
+    # their product counts lora_alpha / lora_rank times
+    lora_alpha: float = 16.0
+    # the matrices of each block that get one
+    lora_targets: str = "query,key,value,out,gate,up,down"
+    # how the blocks' frozen matrices are kept; nf4 is QLoRA
+    quantize: Literal["none", "nf4"] = "none"
     # parameters that stay as they are: names such as 'embedding.*' 'blocks.[0-7].*'
     freeze: tuple[str, ...] = ()
 
@@ -235,7 +240,8 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]):
     for pattern in patterns:
         names = fnmatch.filter(dict(model.named_parameters()), pattern)
         if not names:
-            raise ValueError(f"--freeze {pattern} fits no parameter such as blocks.0.attention.out.weight")
+            example = "blocks.0.attention.out.weight"
+            raise ValueError(f"--freeze {pattern} fits no parameter such as {example}")
         for name in names:
             model.get_parameter(name).requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
