@@ -93,7 +93,7 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, see rope_table
 def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
     """Cosine and sine of the angle of every channel pair at these positions (…, T).
 
-    Two fp32 tensors (…, T, K/2). Computed where it is used, never stored: `model.to(bfloat16)` would
+    Two fp32 tensors (…, T, K/2). Computed where used, never stored: `model.to(bfloat16)` would
     round it, and after initialisation on the meta device it would be garbage.
     """
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
