@@ -17,37 +17,40 @@ class Turn(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A conversation, or the two of a preference pair, chosen and rejected; for a bad record, what is wrong with it."""
+    """A conversation, or the two of a preference pair, chosen and rejected; for a bad record, what
+    is wrong with it."""
 
     place: str  # file:line, or file:number for a record of a .json file
     sides: tuple[list[Turn], ...] = ()
     problem: str = ""
 
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-INPUT = "\n\n### Input:\n"     # stands between the instruction and the input of an Alpaca record
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+INPUT = "\n\n### Input:\n"  # stands between the instruction and the input of an Alpaca record
 
 
 def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
-    """The records of a .json or .jsonl file, bad ones with their problem; auto goes by the fields of each record.
+    """The records of a .json or .jsonl file, bad ones with their problem; format auto goes by the
+    fields of each record.
 
     Raises ValueError where the file itself cannot be read.
     """
     with open_text(path) as file:
         lines = ".jsonl" in path.suffixes
-        for number, item in enumerate(file if lines else _load_list(path, file), 1):
+        items = file if lines else _load_list(path, file)
+        for number, item in enumerate(items, 1):
             place = f"{path}:{number}"
             if lines and not item.strip():
                 continue
             try:
                 record = parse_line(item) if lines else item
-                if isinstance(record, ValueError):
-                    raise record
-                if not isinstance(record, dict):
-                    raise ValueError(f"a {type(record).__name__}, not an object")
-                record = {name: value for name, value in record.items() if value is not None}
-                sides = FORMATS[detect(record) if format == "auto" else format](record)
-                "".join(turn.text for side in sides for turn in side).encode()
+                sides = _read_record(record, format)
             except UnicodeEncodeError:
                 yield Record(place, problem="half of a surrogate pair, not Unicode text")
             except ValueError as error:
@@ -56,9 +59,27 @@ def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
                 yield Record(place, sides)
 
 
+def _read_record(record, format: str) -> tuple[list[Turn], ...]:
+    """The conversation of a record, or both of a pair. Raises ValueError for a bad record."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, not an object")
+    record = {name: value for name, value in record.items() if value is not None}
+    if format == "auto":
+        format = detect(record)
+    sides = FORMATS[format](record)
+    for side in sides:
+        for turn in side:
+            turn.text.encode()  # raises where it is not Unicode
+    return sides
+
+
 def _load_list(path: Path, file) -> list:
-    """The records of a .json file; in the place of one with a number too long for Python stands a ValueError."""
-    too_long, found = ValueError("not JSON that can be read (a number has too many digits)"), []
+    """The records of a .json file; in the place of one with a number too long for Python stands a
+    ValueError."""
+    too_long = ValueError("not JSON that can be read (a number has too many digits)")
+    found = []
 
     def whole_number(digits: str):
         try:
@@ -73,15 +94,21 @@ def _load_list(path: Path, file) -> list:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:
         raise ValueError(f"{path}: not JSON that can be read (nested too deeply)") from None
-    records = records if isinstance(records, list) else [records]
-    return [too_long if found and _holds(record, too_long) else record for record in records]
+    if not isinstance(records, list):
+        records = [records]
+    if found:
+        records = [too_long if _holds(record, too_long) else record for record in records]
+    return records
 
 
 def _holds(record, part) -> bool:
     """Whether part is somewhere in a record of JSON."""
     waiting = [record]
     for value in waiting:  # grows on the way
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
     return any(value is part for value in waiting)
 
 
@@ -90,7 +117,8 @@ def detect(record: dict) -> str:
     if {"chosen", "rejected"} & record.keys():
         for name in ("chosen", "rejected"):
             _field(record, name, kind=object)
-        return "hh-rlhf" if isinstance(record["chosen"], str) and "prompt" not in record else "pairs"
+        whole_text = isinstance(record["chosen"], str) and "prompt" not in record
+        return "hh-rlhf" if whole_text else "pairs"
     if "conversations" in record or "messages" in record:
         return "sharegpt" if "conversations" in record else "openai"
     if "instruction" in record:
@@ -101,13 +129,18 @@ def detect(record: dict) -> str:
 
 
 def _field(record, *names: str, kind: type = str):
-    """The first of these fields that is there. Raises ValueError without one, and for another type."""
-    name = next((name for name in names if isinstance(record, dict) and name in record), None)
-    if name is None:
+    """The first of these fields that is there.
+
+    Raises ValueError without one, and for another type.
+    """
+    there = [name for name in names if isinstance(record, dict) and name in record]
+    if not there:
         raise ValueError(f"no field `{names[0]}`")
-    if not isinstance(record[name], kind):
-        raise ValueError(f"field `{name}` is {type(record[name]).__name__}, not {kind.__name__}")
-    return record[name]
+    name = there[0]
+    value = record[name]
+    if not isinstance(value, kind):
+        raise ValueError(f"field `{name}` is {type(value).__name__}, not {kind.__name__}")
+    return value
 
 
 def _messages(record: dict) -> tuple[list[Turn]]:
@@ -115,11 +148,14 @@ def _messages(record: dict) -> tuple[list[Turn]]:
     if record.get("label") is False:
         raise ValueError("its label is false: answers not to learn from")
     items = _field(record, "conversations", "messages", kind=list)
-    turns = [Turn("system", record["system"])] if isinstance(record.get("system"), str) else []
+    turns = []
+    if isinstance(record.get("system"), str):
+        turns.append(Turn("system", record["system"]))
     for number, item in enumerate(items, 1):
         role = _field(item, "from", "role")
         if role not in ROLES:
-            raise ValueError(f"turn {number} is from {role!r}, neither system nor user nor assistant")
+            problem = "neither system nor user nor assistant"
+            raise ValueError(f"turn {number} is from {role!r}, {problem}")
         if item.get("weight", 1) == 0:
             raise ValueError(f"turn {number} has weight 0: an answer not to learn from")
         turns.append(Turn(ROLES[role], _field(item, "value", "content")))
@@ -127,20 +163,30 @@ def _messages(record: dict) -> tuple[list[Turn]]:
 
 
 def _instruction(record: dict) -> tuple[list[Turn]]:
-    """Alpaca and Dolly; the input becomes a paragraph below the instruction, under INPUT. Exchanges may go before."""
-    more = next((record[name] for name in ("context", "input") if record.get(name)), "")
+    """Alpaca and Dolly; the input becomes a paragraph below the instruction, under INPUT. Exchanges
+    may go before."""
+    more = record.get("context") or record.get("input") or ""
     if not isinstance(more, str):
         raise ValueError(f"the input is {type(more).__name__}, not str")
-    question = _field(record, "instruction") + (INPUT + more if more.strip() else "")
-    turns = [Turn("system", _field(record, "system"))] if record.get("system") else []
-    for pair in _field(record, "history", kind=list) if record.get("history") else []:
+    question = _field(record, "instruction")
+    if more.strip():
+        question += INPUT + more
+    turns = []
+    if record.get("system"):
+        turns.append(Turn("system", _field(record, "system")))
+    history = _field(record, "history", kind=list) if record.get("history") else []
+    for pair in history:
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
             raise ValueError("field `history` is not pairs of a question and its answer")
-        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
-    return ([*turns, Turn("user", question), Turn("assistant", _field(record, "output", "response"))],)
+        asked, answered = pair
+        turns += [Turn("user", asked), Turn("assistant", answered)]
+    answer = _field(record, "output", "response")
+    turns += [Turn("user", question), Turn("assistant", answer)]
+    return (turns,)
 
 
 def _dialogue(text: str, names: str) -> list[Turn]:
+    """The turns of a text in which a name goes before each; names is a pattern with one group."""
     start, *parts = re.split(names, text)
     if start.strip():
         raise ValueError(f"it begins with {start.strip()[:20]!r}, not with a name")
@@ -148,7 +194,7 @@ def _dialogue(text: str, names: str) -> list[Turn]:
 
 
 def _oasst(record: dict) -> tuple[list[Turn]]:
-    """`### Human:` and `### Assistant:` in one text, the last answer perhaps in a field of its own."""
+    """`### Human:` and `### Assistant:` in one text, the last answer perhaps in its own field."""
     turns = _dialogue(_field(record, "input", "text"), r"### (Human|Assistant):")
     if turns and "output" in record:
         begun = turns.pop().text if turns[-1].role == "assistant" else ""
@@ -157,23 +203,34 @@ def _oasst(record: dict) -> tuple[list[Turn]]:
 
 
 def _hh(record: dict) -> tuple[list[Turn], list[Turn]]:
-    return tuple(_dialogue(_field(record, name), r"\n\n(Human|Assistant):") for name in ("chosen", "rejected"))
+    """Anthropic's HH-RLHF: two whole conversations, each one text."""
+    names = r"\n\n(Human|Assistant):"
+    chosen = _dialogue(_field(record, "chosen"), names)
+    rejected = _dialogue(_field(record, "rejected"), names)
+    return chosen, rejected
 
 
 def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
-    """ShareGPT with two answers; or a prompt and two answers, each a text, a message, or all messages of its side."""
-    prompt = record.get("prompt", [])
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    asked = next((record[name] for name in ("conversations", "messages") if name in record), asked)
+    """ShareGPT with two answers; or a prompt and two answers, each a text, a message, or all
+    messages of its side."""
+    asked = record.get("prompt", [])
+    if isinstance(asked, str):
+        asked = [{"role": "user", "content": asked}]
+    for name in ("messages", "conversations"):  # where both are there, the second counts
+        asked = record.get(name, asked)
     if not isinstance(asked, list):
-        raise ValueError(f"what was asked is {type(asked).__name__}, neither a text nor a list of messages")
+        problem = "neither a text nor a list of messages"
+        raise ValueError(f"what was asked is {type(asked).__name__}, {problem}")
     sides = []
     for name in ("chosen", "rejected"):
         answer = _field(record, name, kind=object)
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
         if not isinstance(answer, list):
-            answer = [{"role": "assistant", "content": answer} if isinstance(answer, str) else answer]
+            answer = [answer]
         whole = answer if len(answer) > 1 else [*asked, *answer]
-        sides.append(_messages(record | {"conversations": whole})[0])
+        (side,) = _messages(record | {"conversations": whole})
+        sides.append(side)
     return tuple(sides)
 
 

@@ -29,21 +29,32 @@ WRITERS = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")  # to the
 
 @torch.no_grad()
 def probe(transformer: Callable, config) -> list[float]:
-    """16 logits of a tiny model: as many key/value heads a query head, tied or not, with the rotary angles and the
-    epsilon of config. They do not depend on PyTorch's random numbers, nor change these.
+    """16 logits of a tiny model: as many key/value heads a query head, tied or not, with the rotary
+    angles and the epsilon of config. They do not depend on PyTorch's random numbers, nor change
+    these.
 
-    transformer makes a model of a config. The weights are chosen by a parameter's name in Hugging Face folders, so that
-    neither its name in the code nor the order of the parameters matters.
+    transformer makes a model of a config. The weights are chosen by a parameter's name in Hugging
+    Face folders, so that neither its name in the code nor the order of the parameters matters.
     """
     kv_heads = {1: 1, config.num_heads: 4}.get(config.num_kv_heads, 2)
-    shape = dict(dim=32, num_layers=2, num_heads=4, num_kv_heads=kv_heads, ffn_dim=48)
-    shape |= dict(vocab_size=64, max_seq_len=64)
+    tiny = dataclasses.replace(
+        config,
+        dim=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        ffn_dim=48,
+        vocab_size=64,
+        max_seq_len=64,
+    )
     with torch.random.fork_rng(devices=[]):
-        model = transformer(dataclasses.replace(config, **shape)).eval()
+        model = transformer(tiny).eval()
     for name, weight in model.named_parameters():
-        weight.copy_(_weights(translate(name, HF_NAMES), weight.shape))
-    tokens = torch.tensor([[(7 * place * place + 3) % 64 for place in range(24)]])
-    return [float(f"{logit:.6g}") for logit in model(tokens)[0, -1, :16].tolist()]
+        hf_name = translate(name, HF_NAMES)
+        weight.copy_(_weights(hf_name, weight.shape))
+    ids = [(7 * place * place + 3) % 64 for place in range(24)]
+    logits = model(torch.tensor([ids]))[0, -1, :16]
+    return [float(f"{logit:.6g}") for logit in logits.tolist()]
 
 
 def _weights(name: str, shape: torch.Size) -> torch.Tensor:
@@ -53,7 +64,8 @@ def _weights(name: str, shape: torch.Size) -> torch.Tensor:
     and 1e-6, and queries and keys are so large that attention is far from even.
     """
     data = hashlib.shake_256(name.encode()).digest(2 * shape.numel())
-    uniform = torch.from_numpy(np.frombuffer(data, "<u2") / 2**15 - 1).float().view(shape)
+    minus_one_to_one = np.frombuffer(data, "<u2") / 2**15 - 1
+    uniform = torch.from_numpy(minus_one_to_one).float().view(shape)
     if len(shape) == 1:
         return 1 + 0.3 * uniform
     spread = 4e-3 if name.endswith(WRITERS) else 1.5
@@ -73,7 +85,9 @@ def difference(mine: list[float], theirs: list[float]) -> float:
 def number(found: list[float] | None, kinds: list[list[float] | None]) -> int:
     """The place of a probe among those of other codes; a new one is added at the end."""
     for place, other in enumerate(kinds):
-        if found is other or found and other and difference(found, other) <= TOLERANCE:
+        if found is other:
+            return place
+        if found and other and difference(found, other) <= TOLERANCE:
             return place
     kinds.append(found)
     return len(kinds) - 1
@@ -95,12 +109,15 @@ def write(folder: Path, found: list[float]):
 
 
 def check_code(transformer: Callable, config_class: type, path: str | Path, anyway: bool):
-    """Raise ValueError where path is a run or checkpoint that was trained by code that computes something else.
+    """Raise ValueError where path is a run or checkpoint that was trained by code that computes
+    something else.
 
-    With anyway that is only said, on stderr. Other models do not say by what code they were trained.
+    With anyway that is only said, on stderr. Other models do not say by what code they were
+    trained.
     """
     folder = checkpoint_folder(Path(path))
-    if (theirs := read(folder)) is not None:
+    theirs = read(folder)
+    if theirs is not None:
         with readable(folder):
             config = config_from_hugging_face(config_class, folder)
         check(folder, theirs, probe(transformer, config), anyway)
@@ -111,7 +128,8 @@ def check(folder: Path, theirs: list[float], mine: list[float], anyway: bool):
 
     With anyway that is only said, on stderr.
     """
-    if (found := difference(mine, theirs)) <= TOLERANCE:
+    found = difference(mine, theirs)
+    if found <= TOLERANCE:
         return
     what = f"{folder} was trained by other code than this: of a tiny model, its probe, the logits"
     what += f" differ by {found:.2g} of the largest"

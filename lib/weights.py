@@ -1,4 +1,6 @@
-"""From a model on disk to one in memory: which reader it takes, adapters merged into their base, rows filled."""
+"""From a model on disk to one in memory: which reader it takes, adapters merged into their base,
+rows filled.
+"""
 
 import functools
 from collections.abc import Callable
@@ -19,17 +21,23 @@ from lib.rows import local_rows
 
 
 def read_config(path: str | Path, config_class: type):
-    """The config of the model at path, a config_class (model.ModelConfig). Raises ValueError like model.load."""
+    """The config of the model at path, a config_class (model.ModelConfig).
+
+    Raises ValueError like model.load.
+    """
     path = checkpoint_folder(Path(path))
     with readable(path):
-        return open_model(path, config_class)[0]
+        config, _ = open_model(path, config_class)
+        return config
 
 
 def load_weights(model: nn.Module, path: str | Path):
-    """Fill a model of the right shape from path, as model.load does, only the rows that this process holds."""
+    """Fill a model of the right shape from path, as model.load does, only the rows that this
+    process holds."""
     path = checkpoint_folder(Path(path))
     with readable(path):
-        fill(model, open_model(path, type(model.config))[1], path)
+        _, tensors = open_model(path, type(model.config))
+        fill(model, tensors, path)
 
 
 def open_model(path: Path, config_class: type) -> tuple:
@@ -44,21 +52,27 @@ def open_model(path: Path, config_class: type) -> tuple:
         return formats.read_meta_release(path, config_class)
     if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
         return formats.read_hugging_face(path, config_class)
-    raise ValueError(f"{path}: no model here (looked for config.json with safetensors, params.json, a checkpoint)")
+    looked_for = "config.json with safetensors, params.json, a checkpoint"
+    raise ValueError(f"{path}: no model here (looked for {looked_for})")
 
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Named, path: Path | None):
-    """Set a model's weights to these tensors, but not those of adapters. Raises ValueError naming what does not fit."""
+    """Set a model's weights to these tensors, but not those of adapters.
+
+    Raises ValueError naming what does not fit.
+    """
     missing = dict(model.named_parameters())
     for name in adapters(model):
         del missing[name]
     for name, tensor in _quantized(model, tensors, path):
+        shape = tuple(tensor.shape)
         if name not in missing:
-            raise ValueError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in this model")
+            raise ValueError(f"{path}: tensor {name} {shape} has no place in this model")
         target = missing.pop(name)
-        if target.shape != tensor.shape:
-            raise ValueError(f"{path}: tensor {name} should be {tuple(target.shape)} and is {tuple(tensor.shape)}")
+        wanted = tuple(target.shape)
+        if wanted != shape:
+            raise ValueError(f"{path}: tensor {name} should be {wanted} and is {shape}")
         first, local = local_rows(target)
         here = tensor[first : first + len(local)]
         if here.is_floating_point():  # the codes of NF4 are none
@@ -70,55 +84,82 @@ def fill(model: nn.Module, tensors: Named, path: Path | None):
 
 
 def _quantized(model: nn.Module, tensors: Named, path: Path) -> Named:
-    """The tensors, but of matrices that the model keeps in NF4 the three parts; on its device, which is faster."""
-    devices = {name: module.codes.device for name, module in model.named_modules() if getattr(module, "nf4", False)}
+    """The tensors, but of matrices that the model keeps in NF4 the three parts.
+
+    They are made on the model's device, which is faster.
+    """
+    devices = {}
+    for name, module in model.named_modules():
+        if getattr(module, "nf4", False):
+            devices[name] = module.codes.device
     for name, tensor in tensors:
         module = name.removesuffix(".weight")
         if module not in devices:
             yield name, tensor
         else:
             check_finite(tensor, name, path)
-            yield from ((f"{module}.{part}", t) for part, t in to_nf4(tensor.to(devices[module])).items())
+            matrix = tensor.to(devices[module])
+            for part, packed in to_nf4(matrix).items():
+                yield f"{module}.{part}", packed
 
 
-def fingerprint(path: str | Path, config_class: type, hash_of: Callable[[Named], str] = weights_sha256) -> str:
-    """The SHA-256 of all weights of the model at path, to know it again by, or what else hash_of makes of its tensors.
+def fingerprint(
+    path: str | Path, config_class: type, hash_of: Callable[[Named], str] = weights_sha256
+) -> str:
+    """The SHA-256 of all weights of the model at path, to know it again by, or what else hash_of
+    makes of its tensors.
 
-    It is computed once as long as the files stay the same, for it reads all of them. Raises ValueError like model.load.
+    It is computed once as long as the files stay the same, for it reads all of them. Raises
+    ValueError like model.load.
     """
     path = checkpoint_folder(Path(path))
     with readable(path):
-        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+        if path.is_file():
+            files = [path]
+        else:
+            files = sorted(file for file in path.iterdir() if file.is_file())
         states = [(file.name, file.stat()) for file in files]
         known = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
         return _fingerprint(path.resolve(), config_class, hash_of, known)
 
 
 @functools.cache
-def _fingerprint(path: Path, config_class: type, hash_of: Callable[[Named], str], files: tuple) -> str:
-    return hash_of(open_model(path, config_class)[1])
+def _fingerprint(
+    path: Path, config_class: type, hash_of: Callable[[Named], str], files: tuple
+) -> str:
+    _, tensors = open_model(path, config_class)
+    return hash_of(tensors)
 
 
 def is_known(path: str | Path, known: str, config_class: type) -> bool:
-    """Whether the model at path has the weights that a run wrote down, or an older run: of its first rows alone."""
+    """Whether the model at path has the weights that a run wrote down, or an older run: of its
+    first rows alone."""
     if known == fingerprint(path, config_class):
         return True
     return known == fingerprint(path, config_class, first_rows_sha256)
 
 
 def find_base(settings: dict, path: Path, config_class: type) -> Path:
-    """The folder of the model that the adapter at path changes. Raises ValueError if it is gone or another one."""
+    """The folder of the model that the adapter at path changes.
+
+    Raises ValueError if it is gone or another one.
+    """
     base = Path(settings["base_model_name_or_path"])
     where = f"{path}: its base model {base}"
     if not base.exists():
-        raise ValueError(f"{where} is not there; base_model_name_or_path in its adapter_config.json says where it is")
-    if (known := settings.get("base_sha256")) and not is_known(base, known, config_class):
+        said = "base_model_name_or_path in its adapter_config.json says where it is"
+        raise ValueError(f"{where} is not there; {said}")
+    known = settings.get("base_sha256")
+    if known and not is_known(base, known, config_class):
         raise ValueError(f"{where} holds other weights than those it was trained on")
     return checkpoint_folder(base)
 
 
 def read_adapter(path: str | Path, config_class: type) -> Adapter:
-    """The adapter of a run or of a PEFT folder. Raises ValueError where there is none, and for what LoRA has not."""
+    """The adapter of a run or of a PEFT folder.
+
+    Raises ValueError where there is none, and for what LoRA has not.
+    """
     path = checkpoint_folder(Path(path))
     with readable(path):
         if not (path / "adapter_config.json").exists():
@@ -143,8 +184,8 @@ def whole_adapter(path: str | Path, config_class: type) -> Adapter:
 
 
 def _read_adapted(path: Path, config_class: type) -> tuple:
-    """The base model with the adapter at path merged into it: W + (alpha / rank) B A, where W is in NF4 if it was so
-    in training."""
+    """The base model with the adapter at path merged into it: W + (alpha / rank) B A, where W is in
+    NF4 if it was so in training."""
     base, settings, learned = read_adapter(path, config_class)
     config, tensors = open_model(base, config_class)
     if (path / "config.json").exists():  # a run may have changed its context window
@@ -163,8 +204,10 @@ def _read_adapted(path: Path, config_class: type) -> tuple:
                 tensor = from_nf4(**to_nf4(tensor), dtype=torch.float32)
             if f"{module}.lora_A" in learned:
                 a, b = (learned.pop(f"{module}.{part}") for part in ("lora_A", "lora_B"))
-                if (b.size(0), a.size(1)) != tensor.shape or not a.size(0) == b.size(1) == settings["r"]:
-                    raise ValueError(f"{path}: {module}'s adapter {tuple(a.shape)} does not fit {tuple(tensor.shape)}")
+                same_rank = a.size(0) == b.size(1) == settings["r"]
+                if (b.size(0), a.size(1)) != tensor.shape or not same_rank:
+                    adapter = f"{module}'s adapter {tuple(a.shape)}"
+                    raise ValueError(f"{path}: {adapter} does not fit {tuple(tensor.shape)}")
                 tensor = tensor.float() + settings["lora_alpha"] / settings["r"] * (b @ a)
             yield name, tensor
         if learned:
