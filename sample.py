@@ -5,9 +5,8 @@
     python sample.py --model out/lora --export_adapter FOLDER    # what LoRA learned, as PEFT's
     python sample.py --model out/mini/cleaned_0 --chat           # talk to a model of chats
 
-`Decoder` reads tokens and gives logits, lib/sampling.py draws the next token from them, and
-`generate` is the loop of the two, for prompts of any lengths. `complete` puts text around
-it, `Chat` turns. Another way to decode is another Decoder.
+`Decoder` reads tokens and gives logits, lib/sampling.py draws the next token from them, `generate`
+is the loop of the two. `complete` is about text, `Chat` about turns. Plug in another Decoder.
 """
 
 from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
