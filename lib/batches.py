@@ -9,7 +9,7 @@ from lib.prompts import Question
 
 
 class Row(NamedTuple):
-    """What is read for one question, or for those of its choices that differ in their last token alone."""
+    """What is read for one question, or for those of its choices that differ in the last token."""
 
     question: int
     ids: list[int]
@@ -23,15 +23,20 @@ class ScoreBatch(NamedTuple):
 
 
 def rows_to_read(questions: list[Question]) -> Iterator[Row]:
+    """Of every question what has to be read, once where choices are alike up to the last token."""
     for number, question in enumerate(questions):
+        context = question.context
         if not question.choices:
-            yield Row(number, question.context, len(question.context), {})
+            yield Row(number, context, len(context), {})
         alike: dict[tuple, dict[int, int]] = defaultdict(dict)
-        for i, (context, choice) in enumerate(question.choices):
-            alike[id(context), *choice[:-1]][i] = choice[-1]
-        for last in alike.values():
-            context, choice = question.choices[next(iter(last))]
-            yield Row(number, context + choice[:-1], len(context), last)
+        for place, (context, choice) in enumerate(question.choices):
+            *read, last = choice
+            alike[id(context), *read][place] = last
+        for last_tokens in alike.values():
+            first = next(iter(last_tokens))
+            context, choice = question.choices[first]
+            ids = context + choice[:-1]
+            yield Row(number, ids, len(context), last_tokens)
 
 
 def make_batches(

@@ -20,8 +20,8 @@ LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
 @dataclass
 class Flags:
     # regularization: in the gradient alone, the loss that is reported stays the plain one
-    label_smoothing: float = 0.0        # share of each target that is spread over the vocabulary
-    z_loss: float = 0.0                 # weight of the squared logarithm of softmax's normalizer
+    label_smoothing: float = 0.0  # share of each target that is spread over the whole vocabulary
+    z_loss: float = 0.0           # weight of the squared logarithm of softmax's normalizer
 
 
 class Documents(NamedTuple):

@@ -1,4 +1,6 @@
-"""Low-rank adapters on frozen matrices (LoRA), these in four bits (QLoRA), and parameters that stay as they are."""
+"""Low-rank adapters on frozen matrices (LoRA), these in four bits (QLoRA), and parameters that stay
+as they are.
+"""
 
 import contextlib
 import fnmatch
@@ -16,11 +18,17 @@ from lib.rows import fill_normal, local_rows
 @dataclass
 class Flags:
     # LoRA
-    lora_rank: int = 0                  # train adapters of this rank on the frozen --init_from; 0 trains all weights
-    lora_alpha: float = 16.0            # their product counts lora_alpha / lora_rank times
-    lora_targets: str = "query,key,value,out,gate,up,down"  # the matrices of each block that get one
-    quantize: Literal["none", "nf4"] = "none"  # how the blocks' frozen matrices are kept; nf4 is QLoRA
-    freeze: tuple[str, ...] = ()        # parameters that stay as they are: names such as 'embedding.*' 'blocks.[0-7].*'
+
+    # train adapters of this rank on the frozen --init_from; 0 trains all weights
+    lora_rank: int = 0
+    # their product counts lora_alpha / lora_rank times
+    lora_alpha: float = 16.0
+    # the matrices of each block that get one
+    lora_targets: str = "query,key,value,out,gate,up,down"
+    # how the blocks' frozen matrices are kept; nf4 is QLoRA
+    quantize: Literal["none", "nf4"] = "none"
+    # parameters that stay as they are: names such as 'embedding.*' 'blocks.[0-7].*'
+    freeze: tuple[str, ...] = ()
 
 
 TARGETS = {  # the matrices of a block that adapters may go on, by the last word of their names
@@ -33,11 +41,12 @@ NF4_BLOCK, NF4_GROUP = 64, 256  # weights with a common scale, and scales with a
 
 
 class FrozenLinear(nn.Module):
-    """A matrix W (out, in) that stays as it is, with an adapter if rank > 0: y = x W^T + (alpha / rank) (x A^T) B^T,
-    A (rank, in), B (out, rank) (LoRA, Hu et al. 2021, section 4.1).
+    """A matrix W (out, in) that stays as it is, with an adapter if rank > 0:
+    y = x W^T + (alpha / rank) (x A^T) B^T, A (rank, in), B (out, rank) (LoRA, Hu et al. 2021,
+    section 4.1).
 
-    A starts random and B at zero, so training starts from the base model. W has the type that it came with, or is kept
-    in NF4 (QLoRA, Dettmers et al. 2023, section 3); A and B are fp32.
+    A starts random and B at zero, so training starts from the base model. W has the type that it
+    came with, or is kept in NF4 (QLoRA, Dettmers et al. 2023, section 3); A and B are fp32.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, nf4: bool):
@@ -46,10 +55,14 @@ class FrozenLinear(nn.Module):
         self.nf4, self.scale = nf4, alpha / rank if rank else 0.0
         if nf4:
             if num_in % NF4_BLOCK:
-                raise ValueError(f"--quantize nf4 takes blocks of {NF4_BLOCK}, which do not divide a width of {num_in}")
+                problem = f"which do not divide a width of {num_in}"
+                raise ValueError(f"--quantize nf4 takes blocks of {NF4_BLOCK}, {problem}")
             groups = -(-num_out * num_in // NF4_BLOCK // NF4_GROUP)
-            shapes = {"codes": num_in // 2, "scales": num_in // NF4_BLOCK}
-            shapes = {name: (num_out, width) for name, width in shapes.items()} | {"constants": (groups + 1, 4)}
+            shapes = {  # of what `to_nf4` gives
+                "codes": (num_out, num_in // 2),
+                "scales": (num_out, num_in // NF4_BLOCK),
+                "constants": (groups + 1, 4),
+            }
             for name, shape in shapes.items():
                 empty = torch.empty(shape, dtype=torch.uint8, device=base.weight.device)
                 self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
@@ -65,12 +78,15 @@ class FrozenLinear(nn.Module):
             y = nf4_product(x, self.codes, self.scales, self.constants, False)
         else:
             y = F.linear(x, self.weight)
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.scale else y
+        if not self.scale:
+            return y
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 def to_nf4(weight: Tensor) -> dict[str, Tensor]:
-    """A matrix in NF4 with double quantisation, by bitsandbytes, as bytes in rows: two weights a byte; one scale a
-    block; an fp32 constant (4 bytes) a group of scales, and at the end the mean of all scales.
+    """A matrix in NF4 with double quantisation, by bitsandbytes, as bytes in rows: two weights a
+    byte; one scale a block; an fp32 constant (4 bytes) a group of scales, and at the end the mean
+    of all scales.
 
     Raises ValueError where bitsandbytes is not installed.
     """
@@ -79,10 +95,16 @@ def to_nf4(weight: Tensor) -> dict[str, Tensor]:
     except ImportError:
         raise ValueError("NF4 is made by bitsandbytes; pip install bitsandbytes") from None
 
-    codes, state = quantize_4bit(weight.float().contiguous(), None, None, NF4_BLOCK, True, "nf4")
-    constants = torch.cat((state.state2.absmax, state.offset[None]))[:, None].view(torch.uint8)
+    codes, state = quantize_4bit(
+        weight.float().contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    constants = torch.cat((state.state2.absmax, state.offset[None]))
     rows = len(weight)
-    return {"codes": codes.view(rows, -1), "scales": state.absmax.view(rows, -1), "constants": constants}
+    return {
+        "codes": codes.view(rows, -1),
+        "scales": state.absmax.view(rows, -1),
+        "constants": constants[:, None].view(torch.uint8),
+    }
 
 
 def from_nf4(codes: Tensor, scales: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,9 +112,21 @@ def from_nf4(codes: Tensor, scales: Tensor, constants: Tensor, dtype: torch.dtyp
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     constants = constants.view(torch.float32).squeeze(1)
-    group = QuantState(constants[:-1], code=_scale_values(codes.device), blocksize=NF4_GROUP, dtype=torch.float32)
-    shape = torch.Size((len(codes), 2 * codes.size(1)))
-    state = QuantState(scales.flatten(), shape, None, NF4_BLOCK, "nf4", dtype, constants[-1], group)
+    of_scales = QuantState(
+        absmax=constants[:-1],
+        code=_scale_values(codes.device),
+        blocksize=NF4_GROUP,
+        dtype=torch.float32,
+    )
+    state = QuantState(
+        absmax=scales.flatten(),
+        shape=torch.Size((len(codes), 2 * codes.size(1))),
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=constants[-1],
+        state2=of_scales,
+    )
     return dequantize_4bit(codes.view(-1, 1), state)
 
 
@@ -104,31 +138,53 @@ def _scale_values(device: torch.device) -> Tensor:
 
 
 @torch.library.custom_op("plainllama::nf4_product", mutates_args=())
-def nf4_product(x: Tensor, codes: Tensor, scales: Tensor, constants: Tensor, backwards: bool) -> Tensor:
-    """x W^T for W in NF4, or x W. An operator of its own, so that neither autograd nor the compiler keeps the whole of
-    W for the backward pass, which makes it again."""
+def nf4_product(
+    x: Tensor, codes: Tensor, scales: Tensor, constants: Tensor, backwards: bool
+) -> Tensor:
+    """x W^T for W in NF4, or x W.
+
+    An operator of its own, so that neither autograd nor the compiler keeps the whole of W for the
+    backward pass, which makes it again.
+    """
     weight = from_nf4(codes, scales, constants, x.dtype)
     return F.linear(x, weight.T if backwards else weight)
 
 
 @nf4_product.register_fake
 def _(x, codes, scales, constants, backwards):
-    return x.new_empty(*x.shape[:-1], 2 * codes.size(1) if backwards else codes.size(0))
+    width = 2 * codes.size(1) if backwards else codes.size(0)
+    return x.new_empty(*x.shape[:-1], width)
 
 
-nf4_product.register_autograd(
-    lambda ctx, grad: (nf4_product(grad.contiguous(), *ctx.saved_tensors, True), None, None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:4]),
-)
+def _keep_nf4(ctx, inputs, output):
+    _, codes, scales, constants, _ = inputs
+    ctx.save_for_backward(codes, scales, constants)
 
 
-def add_adapters(model: nn.Module, rank: int, alpha: float, targets: list[str], nf4: bool) -> nn.Module:
-    """Freeze the model and give the target matrices of every block an adapter; with nf4, all matrices of the blocks
-    are kept in NF4. Raises ValueError for a width that NF4's blocks do not divide."""
+def _nf4_gradients(ctx, grad):
+    """Of x alone: W stays as it is."""
+    x_grad = nf4_product(grad.contiguous(), *ctx.saved_tensors, True)
+    return x_grad, None, None, None, None
+
+
+nf4_product.register_autograd(_nf4_gradients, setup_context=_keep_nf4)
+
+
+def add_adapters(
+    model: nn.Module, rank: int, alpha: float, targets: list[str], nf4: bool
+) -> nn.Module:
+    """Freeze the model and give the target matrices of every block an adapter; with nf4, all
+    matrices of the blocks are kept in NF4.
+
+    Raises ValueError for a width that NF4's blocks do not divide.
+    """
     model.requires_grad_(False)
     for block in model.blocks:
-        for name, parent in ((name, getattr(block, part)) for name, part in TARGETS.items()):
-            setattr(parent, name, FrozenLinear(getattr(parent, name), rank if name in targets else 0, alpha, nf4))
+        for name, part in TARGETS.items():
+            parent = getattr(block, part)
+            rank_here = rank if name in targets else 0
+            frozen = FrozenLinear(getattr(parent, name), rank_here, alpha, nf4)
+            setattr(parent, name, frozen)
     return model
 
 
@@ -147,7 +203,11 @@ def without_adapters(model: nn.Module):
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by name, none for a model without."""
-    return {name: p for name, p in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith((".lora_A", ".lora_B")):
+            found[name] = parameter
+    return found
 
 
 @torch.no_grad()
@@ -173,10 +233,15 @@ def prepare(model: nn.Module, config, dtype: torch.dtype) -> nn.Module:
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]):
-    """Take the parameters whose names fit a pattern out of training. Raises ValueError where none does, or all do."""
+    """Take the parameters whose names fit a pattern out of training.
+
+    Raises ValueError where none does, or all do.
+    """
     for pattern in patterns:
-        if not (names := fnmatch.filter(dict(model.named_parameters()), pattern)):
-            raise ValueError(f"--freeze {pattern} fits no parameter such as blocks.0.attention.out.weight")
+        names = fnmatch.filter(dict(model.named_parameters()), pattern)
+        if not names:
+            example = "blocks.0.attention.out.weight"
+            raise ValueError(f"--freeze {pattern} fits no parameter such as {example}")
         for name in names:
             model.get_parameter(name).requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):

@@ -14,6 +14,7 @@ from lib.records import read_json
 
 READ_CHARS = 2000          # of an answer; a refusal says so before that
 OPENING = 3                # sentences
+PLAINER = (("’", "'"), ("*", ""), ("`", ""), ("i'm ", "i am "))  # a text's first form, the second
 SENTENCE_END = re.compile(r"[.!?:]\s+|\n+")
 
 
@@ -32,9 +33,12 @@ def _shipped() -> dict:
 
 def refusal_score(text: str, model: dict) -> float:
     """The log odds that text refuses, by a model as recipes/refusals.py makes it."""
-    found = refusal_signs(text, [sign["pattern"] for sign in model["signs"]])
-    weights = [[sign[place] for sign in model["signs"]] for place in ("opening", "anywhere")]
-    return model["bias"] + float((found * weights).sum())
+    signs = model["signs"]
+    found = refusal_signs(text, [sign["pattern"] for sign in signs])
+    opening = [sign["opening"] for sign in signs]
+    anywhere = [sign["anywhere"] for sign in signs]
+    weighted = found * [opening, anywhere]
+    return model["bias"] + float(weighted.sum())
 
 
 def refusal_signs(text: str, patterns: list[str], sentences: int | None = None) -> np.ndarray:
@@ -43,11 +47,20 @@ def refusal_signs(text: str, patterns: list[str], sentences: int | None = None) 
 
     All that follows the first `sentences` is left out where that is given.
     """
-    text = text[:READ_CHARS].lower().replace("’", "'").replace("*", "").replace("`", "")
-    text = text.replace("i'm ", "i am ").strip()
-    found = itertools.islice(SENTENCE_END.finditer(text), max(OPENING, sentences or 0))
-    ends = [match.end() for match in found] + [len(text)] * OPENING
-    text = text[: ends[sentences - 1] if sentences else len(text)]
-    matches = [re.search(pattern, text) for pattern in patterns]
-    opening = [bool(match) and match.end() <= ends[OPENING - 1] for match in matches]
-    return np.array([opening, [bool(match) for match in matches]])
+    text = text[:READ_CHARS].lower()
+    for sign, plain in PLAINER:
+        text = text.replace(sign, plain)
+    text = text.strip()
+    wanted = max(OPENING, sentences or 0)
+    found = itertools.islice(SENTENCE_END.finditer(text), wanted)
+    ends = [match.end() for match in found]
+    ends += [len(text)] * OPENING  # there may be fewer sentences
+    if sentences:
+        text = text[: ends[sentences - 1]]
+    end_of_opening = ends[OPENING - 1]
+    opening, anywhere = [], []
+    for pattern in patterns:
+        match = re.search(pattern, text)
+        anywhere.append(match is not None)
+        opening.append(match is not None and match.end() <= end_of_opening)
+    return np.array([opening, anywhere])

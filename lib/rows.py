@@ -11,7 +11,8 @@ INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
 
 
 def local_rows(weight: Tensor) -> tuple[int, Tensor]:
-    """The number of the first row that this process holds of a parameter, sharded or whole, and the rows."""
+    """The number of the first row that this process holds of a parameter, sharded or whole, and
+    the rows."""
     if not isinstance(weight, DTensor):
         return 0, weight.data
     _, offset = compute_local_shape_and_global_offset(
@@ -21,15 +22,22 @@ def local_rows(weight: Tensor) -> tuple[int, Tensor]:
 
 
 def fill_normal(weight: Tensor, std: float, key: str):
-    """Draw a matrix from normal(0, std), every INIT_ROWS rows from a seed of their own, made of key.
+    """Draw a matrix from normal(0, std), every INIT_ROWS rows from a seed of their own, of key.
 
     So any number of processes, each drawing the rows that it holds, makes the same matrix.
     """
     first, local = local_rows(weight)
-    for begin in range(first - first % INIT_ROWS, first + len(local), INIT_ROWS):
-        digest = hashlib.sha256(f"{key} {begin}".encode()).digest()
-        generator = torch.Generator(local.device).manual_seed(int.from_bytes(digest[:7]))
-        shape = (min(INIT_ROWS, weight.size(0) - begin), weight.size(1))
-        drawn = torch.normal(0.0, std, shape, generator=generator, device=local.device)
-        target = local[max(0, begin - first) : begin - first + INIT_ROWS]
-        target.copy_(drawn[max(0, first - begin) :][: len(target)])
+    device = local.device
+    num_rows, width = weight.shape
+    first_begin = first - first % INIT_ROWS
+    for begin in range(first_begin, first + len(local), INIT_ROWS):
+        text = f"{key} {begin}"
+        digest = hashlib.sha256(text.encode()).digest()
+        seed = int.from_bytes(digest[:7])
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (min(INIT_ROWS, num_rows - begin), width)
+        drawn = torch.normal(0.0, std, shape, generator=generator, device=device)
+        place = begin - first  # of the drawn rows in local; below 0 some are another process's
+        target = local[max(0, place) : place + INIT_ROWS]
+        held = drawn[max(0, first - begin) :]
+        target.copy_(held[: len(target)])

@@ -59,7 +59,8 @@ def choose(
         penalty = sampling.repetition_penalty
         for row, context in zip(logits, contexts):
             seen = torch.tensor(sorted(set(context)), device=logits.device)
-            row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
+            before = row[seen]
+            row[seen] = torch.where(before > 0, before / penalty, before * penalty)
     if sampling.temperature < 1e-5:  # dividing by less would overflow
         return logits.argmax(-1)
     logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
@@ -71,8 +72,10 @@ def choose(
     keep &= p.cumsum(-1) - p < sampling.top_p
     keep &= p >= sampling.min_p * p[:, :1]
     mass = (p * keep).cumsum(-1)
-    place = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1)
-    place = torch.minimum(place, keep.sum(-1) - 1).clamp(min=0)
+    wanted = uniform[:, None] * mass[:, -1:]
+    place = (mass <= wanted).sum(-1)  # of the token whose share of the mass holds `wanted`
+    last = keep.sum(-1) - 1
+    place = torch.minimum(place, last).clamp(min=0)
     return tokens.gather(-1, place[:, None])[:, 0]
 
 
@@ -91,7 +94,8 @@ class UniformNumbers:
     def __init__(self, seed: int, rows: int, device: torch.device):
         self.generators, self.device = [], device
         for row in range(rows):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63)
+            row_seed = (seed * 1_000_003 + row) % 2**63
+            generator = torch.Generator().manual_seed(row_seed)
             self.generators.append(generator)
 
     def at(self, step: int, rows: list[int]) -> Tensor:

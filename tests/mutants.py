@@ -340,7 +340,7 @@ MUTANTS = [
            "count_parameters(shape) + 0 * shape.num_layers", "train: work_of_a_token"),
     # ---- sample.py ----
     Mutant("the repetition penalty makes unlikely tokens likelier", "lib/sampling.py",
-           "row[seen] * penalty)", "row[seen] / penalty)", "sample: repetition_penalty"),
+           "before * penalty)", "before / penalty)", "sample: repetition_penalty"),
     Mutant("top_k lets one more through", "lib/sampling.py",
            "keep[:, sampling.top_k :] = False", "keep[:, sampling.top_k + 1 :] = False",
            "sample: top_k"),
