@@ -120,11 +120,12 @@ class ChunkedLoss(torch.autograd.Function):
         weight_grad = None
         for begin in range(0, len(x), size):
             chunk = slice(begin, begin + size)
-            logits = F.linear(x[chunk], weight)
             loss, logits_grad = kernel.loss_and_gradient(
-                logits, targets[chunk], kernel.smoothing, kernel.z_loss
+                F.linear(x[chunk], weight),  # without a name here, which would keep its memory
+                targets[chunk],
+                kernel.smoothing,
+                kernel.z_loss,
             )
-            del logits
             total += loss
             if training:
                 torch.mm(logits_grad, weight, out=x_grad[chunk])
