@@ -9,7 +9,7 @@
 is the loop of the two. `complete` is about text, `Chat` about turns. Plug in another Decoder.
 """
 
-from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import BadInput, run_command  # isort: skip (first: refuses old Pythons, Windows)
 
 import os
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def check_prompts(model: Transformer, prompts: list[list[int]]):
     for prompt in prompts:
         if not 0 < len(prompt) <= window:
             problem = f"does not fit the model's context window of {window}"
-            raise ValueError(f"a prompt of {len(prompt)} tokens {problem}")
+            raise BadInput(f"a prompt of {len(prompt)} tokens {problem}")
 
 
 @torch.no_grad()

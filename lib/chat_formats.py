@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.documents import open_text, parse_line
+from lib.errors import BadInput
 
 
 class Turn(NamedTuple):
@@ -44,7 +45,7 @@ def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
                 if isinstance(record, ValueError):
                     raise record
                 if not isinstance(record, dict):
-                    raise ValueError(f"a {type(record).__name__}, not an object")
+                    raise BadInput(f"a {type(record).__name__}, not an object")
                 record = {name: value for name, value in record.items() if value is not None}
                 sides = FORMATS[detect(record) if format == "auto" else format](record)
                 "".join(turn.text for side in sides for turn in side).encode()
@@ -58,7 +59,7 @@ def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
 
 def _load_list(path: Path, file) -> list:
     """The records of a .json file; in the place of one with a number too long for Python stands a ValueError."""
-    too_long, found = ValueError("not JSON that can be read (a number has too many digits)"), []
+    too_long, found = BadInput("not JSON that can be read (a number has too many digits)"), []
 
     def whole_number(digits: str):
         try:
@@ -70,9 +71,9 @@ def _load_list(path: Path, file) -> list:
     try:
         records = json.load(file, parse_int=whole_number)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        raise BadInput(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:
-        raise ValueError(f"{path}: not JSON that can be read (nested too deeply)") from None
+        raise BadInput(f"{path}: not JSON that can be read (nested too deeply)") from None
     records = records if isinstance(records, list) else [records]
     return [too_long if found and _holds(record, too_long) else record for record in records]
 
@@ -97,31 +98,31 @@ def detect(record: dict) -> str:
         return "dolly" if {"category", "context", "response"} & record.keys() else "alpaca"
     if any("### Human:" in str(record.get(name)) for name in ("input", "text")):
         return "oasst"
-    raise ValueError(f"no known format has the fields {', '.join(record)}")
+    raise BadInput(f"no known format has the fields {', '.join(record)}")
 
 
 def _field(record, *names: str, kind: type = str):
     """The first of these fields that is there. Raises ValueError without one, and for another type."""
     name = next((name for name in names if isinstance(record, dict) and name in record), None)
     if name is None:
-        raise ValueError(f"no field `{names[0]}`")
+        raise BadInput(f"no field `{names[0]}`")
     if not isinstance(record[name], kind):
-        raise ValueError(f"field `{name}` is {type(record[name]).__name__}, not {kind.__name__}")
+        raise BadInput(f"field `{name}` is {type(record[name]).__name__}, not {kind.__name__}")
     return record[name]
 
 
 def _messages(record: dict) -> tuple[list[Turn]]:
     """ShareGPT and OpenAI; an answer whose label is false was marked as a bad one."""
     if record.get("label") is False:
-        raise ValueError("its label is false: answers not to learn from")
+        raise BadInput("its label is false: answers not to learn from")
     items = _field(record, "conversations", "messages", kind=list)
     turns = [Turn("system", record["system"])] if isinstance(record.get("system"), str) else []
     for number, item in enumerate(items, 1):
         role = _field(item, "from", "role")
         if role not in ROLES:
-            raise ValueError(f"turn {number} is from {role!r}, neither system nor user nor assistant")
+            raise BadInput(f"turn {number} is from {role!r}, neither system nor user nor assistant")
         if item.get("weight", 1) == 0:
-            raise ValueError(f"turn {number} has weight 0: an answer not to learn from")
+            raise BadInput(f"turn {number} has weight 0: an answer not to learn from")
         turns.append(Turn(ROLES[role], _field(item, "value", "content")))
     return (turns,)
 
@@ -130,12 +131,12 @@ def _instruction(record: dict) -> tuple[list[Turn]]:
     """Alpaca and Dolly; the input becomes a paragraph below the instruction, under INPUT. Exchanges may go before."""
     more = next((record[name] for name in ("context", "input") if record.get(name)), "")
     if not isinstance(more, str):
-        raise ValueError(f"the input is {type(more).__name__}, not str")
+        raise BadInput(f"the input is {type(more).__name__}, not str")
     question = _field(record, "instruction") + (INPUT + more if more.strip() else "")
     turns = [Turn("system", _field(record, "system"))] if record.get("system") else []
     for pair in _field(record, "history", kind=list) if record.get("history") else []:
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
-            raise ValueError("field `history` is not pairs of a question and its answer")
+            raise BadInput("field `history` is not pairs of a question and its answer")
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return ([*turns, Turn("user", question), Turn("assistant", _field(record, "output", "response"))],)
 
@@ -143,7 +144,7 @@ def _instruction(record: dict) -> tuple[list[Turn]]:
 def _dialogue(text: str, names: str) -> list[Turn]:
     start, *parts = re.split(names, text)
     if start.strip():
-        raise ValueError(f"it begins with {start.strip()[:20]!r}, not with a name")
+        raise BadInput(f"it begins with {start.strip()[:20]!r}, not with a name")
     return [Turn(ROLES[name.lower()], said) for name, said in zip(parts[::2], parts[1::2])]
 
 
@@ -166,7 +167,7 @@ def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     asked = next((record[name] for name in ("conversations", "messages") if name in record), asked)
     if not isinstance(asked, list):
-        raise ValueError(f"what was asked is {type(asked).__name__}, neither a text nor a list of messages")
+        raise BadInput(f"what was asked is {type(asked).__name__}, neither a text nor a list of messages")
     sides = []
     for name in ("chosen", "rejected"):
         answer = _field(record, name, kind=object)
