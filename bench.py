@@ -11,7 +11,7 @@ gone before the next one begins: two then need no more memory than one, and what
 does meets both.
 """
 
-from lib.cli import git_commit, run_command  # isort: skip (lib refuses old Pythons, Windows)
+from lib.cli import BadInput, git_commit, run_command  # isort: skip (refuses old Pythons, Windows)
 
 import dataclasses
 import datetime
@@ -256,7 +256,7 @@ class Bench:
     def best_of(self, rows: list[dict | None]) -> dict:
         """The fastest of those that fit."""
         if not any(rows):
-            raise ValueError(f"--size {self.config.size} with these flags does not fit in memory")
+            raise BadInput(f"--size {self.config.size} with these flags does not fit in memory")
         return max(filter(None, rows), key=lambda row: row["tokens_per_s"])
 
     def fastest(self, settings: list[Setting]) -> Setting:

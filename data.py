@@ -19,7 +19,7 @@ first token, number of tokens). `Mixture` draws sequences from several datasets;
 trains on is a pure function of seed, batch size and step.
 """
 
-from lib.cli import run_command, spell  # isort: skip (lib refuses old Pythons, Windows)
+from lib.cli import BadInput, run_command, spell  # isort: skip (refuses old Pythons, Windows)
 
 import functools
 import os
@@ -89,7 +89,7 @@ class Text:
         for item in config.source:
             if item in CORPORA and CORPORA[item].chats:
                 hint = "give a --template, such as llama2-chat"
-                raise ValueError(f"--source {item} is conversations; {hint}")
+                raise BadInput(f"--source {item} is conversations; {hint}")
 
     def begin(self, files: list[Path], folder: Path) -> Tokenizer:
         """The tokenizer of the dataset, trained on these files where that is asked."""
@@ -365,7 +365,7 @@ def main(config: Config):
     if config.show is not None:
         if not config.show or config.n < 1:
             problem = f"needs a folder, and --n {config.n} must be at least 1"
-            raise ValueError(f'--show "{config.show}" {problem}')
+            raise BadInput(f'--show "{config.show}" {problem}')
         print(show(config.show, config.n))
         return
     meta = make_dataset(config, Chats(config) if config.template else Text(config))

@@ -24,7 +24,7 @@ To bring your own task, write lines {"context": ..., "choices": [...], "answer":
 choices, or add a `Protocol` to `PROTOCOLS`: a function that yields Questions, and one that grades.
 """
 
-from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import BadInput, run_command  # isort: skip (first: refuses old Pythons, Windows)
 
 import time
 from collections.abc import Iterator
@@ -157,7 +157,7 @@ def mmlu_examples(
     header = f"The following are multiple choice questions (with answers) {about}.\n\n"
     if len(solved) < config.shots:
         few = f"the {len(solved)} examples of {subject}"
-        raise ValueError(f"--shots {config.shots} is more than {few}")
+        raise BadInput(f"--shots {config.shots} is more than {few}")
     examples = [f"{mmlu_prompt(row, harness)} {row[5]}\n\n" for row in solved[: config.shots]]
     if harness:  # which keeps all of them
         return header + "".join(examples), []
@@ -283,11 +283,11 @@ def make_questions(
     room = min(config.max_prompt or window, window - protocol.max_new_tokens)
     if room < 1:
         new = f"answers of {protocol.max_new_tokens} tokens"
-        raise ValueError(f"--task {config.task}: its {new} leave no room in a window of {window}")
+        raise BadInput(f"--task {config.task}: its {new} leave no room in a window of {window}")
     yielded = protocol.questions(config, tokenizer, room)
     questions = list(progress(world, yielded, desc="prompts"))
     if not questions:
-        raise ValueError(f"--data {config.data} has no questions")
+        raise BadInput(f"--data {config.data} has no questions")
     return questions
 
 

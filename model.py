@@ -6,9 +6,8 @@ Comments give tensor shapes in these letters:
     T  tokens in a sequence      G  key/value heads, G <= H   F  feed-forward width
     V  vocabulary                K  width of one head         S  slots of the key/value cache
 
-Read `Transformer.hidden` first, then what it calls; or downwards from the leaves. lib/kernels.py
-has what is faster than the plain formula and computes the same; lib/weights.py and lib/formats.py
-read and write the files of `load` and `save`.
+Read `Transformer.hidden` first, then what it calls. lib/kernels.py has what is faster than the
+plain formula and computes the same; lib/weights.py and lib/formats.py know the files of models.
 """
 
 import math
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import BadInput
 from lib.kernels import IGNORE, CrossEntropy, Documents, attend_within
 from lib.rows import fill_normal, local_rows
 
@@ -40,13 +40,13 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             if not getattr(self, field.name) > 0 and field.type is not bool:
-                raise ValueError(f"{field.name} {getattr(self, field.name)} must be above 0")
+                raise BadInput(f"{field.name} {getattr(self, field.name)} must be above 0")
         if self.dim % (2 * self.num_heads):
             pairs = f"2 * num_heads = {2 * self.num_heads}"
-            raise ValueError(f"dim {self.dim} must be a multiple of {pairs}")
+            raise BadInput(f"dim {self.dim} must be a multiple of {pairs}")
         if self.num_heads % self.num_kv_heads:
             groups = f"num_kv_heads {self.num_kv_heads}"
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of {groups}")
+            raise BadInput(f"num_heads {self.num_heads} must be a multiple of {groups}")
 
     @property
     def head_dim(self) -> int:
@@ -140,7 +140,7 @@ class KVCache:
     def begin(self, num_tokens: int) -> Tensor:
         """Positions (B, T) of the next chunk; sets the mask that its attention uses."""
         if (need := self.longest + num_tokens) > self.keys.size(3):
-            raise ValueError(f"{need} tokens do not fit in a cache of {self.keys.size(3)}")
+            raise BadInput(f"{need} tokens do not fit in a cache of {self.keys.size(3)}")
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
         slots = torch.arange(need, device=self.lengths.device)
         self.positions = positions
@@ -292,7 +292,7 @@ class Transformer(nn.Module):
         num_tokens = tokens.size(1)
         if num_tokens > self.config.max_seq_len:
             window = self.config.max_seq_len
-            raise ValueError(f"{num_tokens} tokens exceed the context window of {window}")
+            raise BadInput(f"{num_tokens} tokens exceed the context window of {window}")
         if documents is not None:
             positions = documents.positions
         elif cache is not None:

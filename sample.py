@@ -5,12 +5,11 @@
     python sample.py --model out/lora --export_adapter FOLDER    # what LoRA learned, as PEFT's
     python sample.py --model out/mini/cleaned_0 --chat           # talk to a model of chats
 
-`Decoder` reads tokens and gives logits, lib/sampling.py draws the next token from them, and
-`generate` is the loop of the two, for prompts of any lengths. `complete` puts text around
-it, `Chat` turns. Another way to decode is another Decoder.
+`Decoder` reads tokens and gives logits, lib/sampling.py draws the next token from them, `generate`
+is the loop of the two. `complete` is about text, `Chat` about turns. Plug in another Decoder.
 """
 
-from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import BadInput, run_command  # isort: skip (first: refuses old Pythons, Windows)
 
 import os
 from collections.abc import Callable
@@ -81,7 +80,7 @@ def check_prompts(model: Transformer, prompts: list[list[int]]):
     for prompt in prompts:
         if not 0 < len(prompt) <= window:
             problem = f"does not fit the model's context window of {window}"
-            raise ValueError(f"a prompt of {len(prompt)} tokens {problem}")
+            raise BadInput(f"a prompt of {len(prompt)} tokens {problem}")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ a run of one process. The batch of a step is a pure function of dataset, seed, b
 processes and micro-batches only divide the work.
 """
 
-from lib.cli import run_command  # isort: skip (first: lib refuses old Pythons and Windows)
+from lib.cli import run_command  # isort: skip (first: refuses old Pythons, Windows)
 
 import functools
 import gc

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lib.cli import git_commit
+from lib.errors import BadInput
 from lib.prompts import Question, prompt_hash
 from lib.results import append_lines, check_out, read_lines, read_result, write_all
 from lib.tables import heading
@@ -120,7 +121,7 @@ class Answers:
         if not all(map(math.isfinite, logprobs)):
             place = f"{question.subject} {question.index}"
             why = "the model is damaged, or was trained to NaN"
-            raise ValueError(f"log-probabilities of {place} are not finite; {why}")
+            raise BadInput(f"log-probabilities of {place} are not finite; {why}")
 
     def record(self, number: int, question: Question) -> dict:
         """What a record says of its question."""

@@ -6,6 +6,8 @@ from collections import defaultdict
 
 import numpy as np
 
+from lib.errors import BadInput
+
 Pairs = list[tuple[dict, dict]]  # records of the same question, by two models
 
 BIT = math.log(2)  # in nats
@@ -65,7 +67,7 @@ def paired_bits(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """
     groups = by_document(pairs, [first for first, _ in pairs])
     if len(groups) < 2:
-        raise ValueError("--compare draws documents, and of a single one nothing can be drawn")
+        raise BadInput("--compare draws documents, and of a single one nothing can be drawn")
     nats, num_bytes = [], []
     for group in groups:
         nats.append([sum(pair[side]["nats"] for pair in group) for side in (0, 1)])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.documents import open_text, parse_line
+from lib.errors import BadInput
 
 
 class Turn(NamedTuple):
@@ -64,7 +65,7 @@ def _read_record(record, format: str) -> tuple[list[Turn], ...]:
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
-        raise ValueError(f"a {type(record).__name__}, not an object")
+        raise BadInput(f"a {type(record).__name__}, not an object")
     record = {name: value for name, value in record.items() if value is not None}
     if format == "auto":
         format = detect(record)
@@ -78,7 +79,7 @@ def _read_record(record, format: str) -> tuple[list[Turn], ...]:
 def _load_list(path: Path, file) -> list:
     """The records of a .json file; in the place of one with a number too long for Python stands a
     ValueError."""
-    too_long = ValueError("not JSON that can be read (a number has too many digits)")
+    too_long = BadInput("not JSON that can be read (a number has too many digits)")
     found = []
 
     def whole_number(digits: str):
@@ -91,9 +92,9 @@ def _load_list(path: Path, file) -> list:
     try:
         records = json.load(file, parse_int=whole_number)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        raise BadInput(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except RecursionError:
-        raise ValueError(f"{path}: not JSON that can be read (nested too deeply)") from None
+        raise BadInput(f"{path}: not JSON that can be read (nested too deeply)") from None
     if not isinstance(records, list):
         records = [records]
     if found:
@@ -125,7 +126,7 @@ def detect(record: dict) -> str:
         return "dolly" if {"category", "context", "response"} & record.keys() else "alpaca"
     if any("### Human:" in str(record.get(name)) for name in ("input", "text")):
         return "oasst"
-    raise ValueError(f"no known format has the fields {', '.join(record)}")
+    raise BadInput(f"no known format has the fields {', '.join(record)}")
 
 
 def _field(record, *names: str, kind: type = str):
@@ -135,18 +136,18 @@ def _field(record, *names: str, kind: type = str):
     """
     there = [name for name in names if isinstance(record, dict) and name in record]
     if not there:
-        raise ValueError(f"no field `{names[0]}`")
+        raise BadInput(f"no field `{names[0]}`")
     name = there[0]
     value = record[name]
     if not isinstance(value, kind):
-        raise ValueError(f"field `{name}` is {type(value).__name__}, not {kind.__name__}")
+        raise BadInput(f"field `{name}` is {type(value).__name__}, not {kind.__name__}")
     return value
 
 
 def _messages(record: dict) -> tuple[list[Turn]]:
     """ShareGPT and OpenAI; an answer whose label is false was marked as a bad one."""
     if record.get("label") is False:
-        raise ValueError("its label is false: answers not to learn from")
+        raise BadInput("its label is false: answers not to learn from")
     items = _field(record, "conversations", "messages", kind=list)
     turns = []
     if isinstance(record.get("system"), str):
@@ -155,9 +156,9 @@ def _messages(record: dict) -> tuple[list[Turn]]:
         role = _field(item, "from", "role")
         if role not in ROLES:
             problem = "neither system nor user nor assistant"
-            raise ValueError(f"turn {number} is from {role!r}, {problem}")
+            raise BadInput(f"turn {number} is from {role!r}, {problem}")
         if item.get("weight", 1) == 0:
-            raise ValueError(f"turn {number} has weight 0: an answer not to learn from")
+            raise BadInput(f"turn {number} has weight 0: an answer not to learn from")
         turns.append(Turn(ROLES[role], _field(item, "value", "content")))
     return (turns,)
 
@@ -167,7 +168,7 @@ def _instruction(record: dict) -> tuple[list[Turn]]:
     may go before."""
     more = record.get("context") or record.get("input") or ""
     if not isinstance(more, str):
-        raise ValueError(f"the input is {type(more).__name__}, not str")
+        raise BadInput(f"the input is {type(more).__name__}, not str")
     question = _field(record, "instruction")
     if more.strip():
         question += INPUT + more
@@ -177,7 +178,7 @@ def _instruction(record: dict) -> tuple[list[Turn]]:
     history = _field(record, "history", kind=list) if record.get("history") else []
     for pair in history:
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
-            raise ValueError("field `history` is not pairs of a question and its answer")
+            raise BadInput("field `history` is not pairs of a question and its answer")
         asked, answered = pair
         turns += [Turn("user", asked), Turn("assistant", answered)]
     answer = _field(record, "output", "response")
@@ -189,7 +190,7 @@ def _dialogue(text: str, names: str) -> list[Turn]:
     """The turns of a text in which a name goes before each; names is a pattern with one group."""
     start, *parts = re.split(names, text)
     if start.strip():
-        raise ValueError(f"it begins with {start.strip()[:20]!r}, not with a name")
+        raise BadInput(f"it begins with {start.strip()[:20]!r}, not with a name")
     return [Turn(ROLES[name.lower()], said) for name, said in zip(parts[::2], parts[1::2])]
 
 
@@ -220,7 +221,7 @@ def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
         asked = record.get(name, asked)
     if not isinstance(asked, list):
         problem = "neither a text nor a list of messages"
-        raise ValueError(f"what was asked is {type(asked).__name__}, {problem}")
+        raise BadInput(f"what was asked is {type(asked).__name__}, {problem}")
     sides = []
     for name in ("chosen", "rejected"):
         answer = _field(record, name, kind=object)

@@ -13,6 +13,7 @@ from lib.chats import first_question, usable
 from lib.cleaning import Cleaner, Cleaning
 from lib.datasets import TokenFiles
 from lib.disk import writing
+from lib.errors import BadInput
 from lib.meta import counted_as, read_meta
 from lib.shards import EncodedTask
 from lib.sources import CHAT_SUFFIXES, CORPORA
@@ -58,15 +59,15 @@ class Chats:
         known = (("template", config.template, TEMPLATES), ("format", config.format, ["auto", *FORMATS]))
         for flag, value, names in known:
             if value not in names:
-                raise ValueError(f"--{flag} {value} is not one of {', '.join(names)}")
+                raise BadInput(f"--{flag} {value} is not one of {', '.join(names)}")
         if config.max_len < 2 or not 0 <= config.allow_bad <= 1:
             problem = f"--max_len {config.max_len} must be at least 2, --allow_bad {config.allow_bad}"
-            raise ValueError(f"{problem} lie between 0 and 1")
+            raise BadInput(f"{problem} lie between 0 and 1")
         if config.tokenizer.startswith("train:"):
-            raise ValueError(f"--template {config.template} needs the --tokenizer of the model that will be trained")
+            raise BadInput(f"--template {config.template} needs the --tokenizer of the model that will be trained")
         for item in config.source:
             if item == "stdlib" or item in CORPORA and not CORPORA[item].chats:
-                raise ValueError(f"--source {item} is text without conversations; leave --template out")
+                raise BadInput(f"--source {item} is text without conversations; leave --template out")
         Tokenizer(config.tokenizer)  # before anything is read
         self.config, self.counts, self.bad = config, Counter(records=0, duplicates=0), []
         self.encode = functools.partial(encode_conversation, template=config.template, max_len=config.max_len)
@@ -100,14 +101,14 @@ class Chats:
         counts["bad"] = len(bad)
         if len(bad) > config.allow_bad * counts["records"]:
             share = f"{len(bad)} of {counts['records']} records are bad, more than --allow_bad {config.allow_bad}"
-            raise ValueError(f"{share} of them: {'; '.join(bad[:3])}")
+            raise BadInput(f"{share} of them: {'; '.join(bad[:3])}")
         for problem in bad:
             print(f"left out {problem}", file=sys.stderr)
         if empty:
-            raise ValueError(f"nothing is left of the records at --max_len {config.max_len}: {counted_as(counts)}")
+            raise BadInput(f"nothing is left of the records at --max_len {config.max_len}: {counted_as(counts)}")
         kind = "preference" if counts["pairs"] else "chat"
         if kind == "preference" and config.cleaning != Cleaning():
-            raise ValueError("preference pairs are not cleaned; leave the flags of cleaning out")
+            raise BadInput("preference pairs are not cleaned; leave the flags of cleaning out")
         if kind == "chat":
             with writing(self.folder / "cleaning.txt"):
                 (self.folder / "cleaning.txt").write_text(self.cleaner.report() + "\n")
@@ -120,7 +121,7 @@ def show(folder: str | Path, num: int) -> str:
     meta = read_meta(folder)
     kind = meta.get("kind", "text")
     if kind == "text":
-        raise ValueError(f"--show {folder}: a dataset of text; only those made with --template have a mask to show")
+        raise BadInput(f"--show {folder}: a dataset of text; only those made with --template have a mask to show")
     files, tokenizer = TokenFiles(folder, "train", meta["max_len"]), Tokenizer(folder)
     tokens, mask, bounds = files.files[0], files.masks[0], files.bounds[0]
     shown = []

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib.chat_formats import Turn, read_conversations
+from lib.errors import BadInput
 
 FOLLOWS = {
     "": ("system", "user"),
@@ -26,11 +27,11 @@ def in_order(turns: list[Turn]) -> list[Turn]:
             ordered[-1] = Turn(role, f"{ordered[-1].text}\n\n{text}".strip())
         elif role not in FOLLOWS[before]:
             place = f"right after the {before}'s" if before else "at the beginning"
-            raise ValueError(f"turn {number} is the {role}'s, {place}")
+            raise BadInput(f"turn {number} is the {role}'s, {place}")
         elif text or role != "system":
             ordered.append(Turn(role, text))
         if not text and role != "system":
-            raise ValueError(f"turn {number}, the {role}'s, is empty")
+            raise BadInput(f"turn {number}, the {role}'s, is empty")
     return ordered
 
 
@@ -42,7 +43,7 @@ def exchanges(turns: list[Turn]) -> tuple[str, list[tuple[str, str | None]]]:
     turns = in_order(turns)
     system = turns.pop(0).text if turns and turns[0].role == "system" else ""
     if not turns:
-        raise ValueError("it has no turns of a user")
+        raise BadInput("it has no turns of a user")
     texts = [turn.text for turn in turns] + [None] * (len(turns) % 2)
     return system, list(zip(texts[::2], texts[1::2]))
 
@@ -60,7 +61,7 @@ def usable(
         sides = record.sides
         try:
             if record.problem:
-                raise ValueError(record.problem)
+                raise BadInput(record.problem)
             if len(sides) == 1:
                 cleaned = clean(sides[0], record.place)
                 if cleaned is None:
@@ -74,7 +75,7 @@ def usable(
             continue
         counts["pairs" if len(sides) == 2 else "conversations"] += 1
         if counts["pairs"] and counts["conversations"]:
-            raise ValueError(
+            raise BadInput(
                 f"{record.place}: preference pairs and conversations are mixed; prepare them apart"
             )
         yield sides
@@ -87,8 +88,8 @@ def first_question(sides: tuple[list[Turn], ...]) -> bytes:
 
 def _check_sides(sides: tuple[list[Turn], ...]):
     if not all(side and side[-1].role == "assistant" for side in sides):
-        raise ValueError("the last turn is not an answer")
+        raise BadInput("the last turn is not an answer")
     if len(sides) == 2 and sides[0][:-1] != sides[1][:-1]:
-        raise ValueError("chosen and rejected differ before the last answer")
+        raise BadInput("chosen and rejected differ before the last answer")
     if len(sides) == 2 and sides[0] == sides[1]:
-        raise ValueError("chosen and rejected are the same")
+        raise BadInput("chosen and rejected are the same")

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lib.errors import BadInput
+
 METADATA, FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 STAND_INS = {  # what an index may name, by module, for which it gets a stand-in
     METADATA: """Metadata TensorStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex
@@ -68,7 +70,7 @@ def read_index(folder: Path) -> Metadata:
     try:
         return _built(pickled.load(), folder)
     except ValueError as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from error
+        raise BadInput(f"{folder} cannot be read: {error}") from error
 
 
 class _StandIn:
@@ -104,7 +106,7 @@ class _Stranger(pickle._Unpickler):
         if module == "torch" and name in CONSTANTS:
             return CONSTANTS[name]
         if name not in STAND_INS.get(module, ()):
-            raise ValueError(f"its index names {module}.{name}, which does not describe tensors")
+            raise BadInput(f"its index names {module}.{name}, which does not describe tensors")
         return self.stand_ins.setdefault(name, type(name, (_StandIn,), {}))
 
 
@@ -116,7 +118,7 @@ def _built(described, folder: Path) -> Metadata:
         place = dict(relative_path=str, offset=int, length=int)
         file, start, length = _fields(value, "_StorageInfo", **place)
         if value.state.get("transform_descriptors"):
-            raise ValueError(f"its index says that {name} is compressed or encrypted")
+            raise BadInput(f"its index says that {name} is compressed or encrypted")
         stored[MetadataIndex(name, offset)] = _StorageInfo(file, start, length)
     _check_room(stored, folder)
 
@@ -126,7 +128,7 @@ def _built(described, folder: Path) -> Metadata:
         properties, size, chunks = _fields(entry, "TensorStorageMetadata", **kinds)
         dtype = _state(properties, "TensorProperties", tuple)[0]
         if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
-            raise ValueError(f"its index gives {name} no type of number")
+            raise BadInput(f"its index gives {name} no type of number")
         box = dict(offsets=torch.Size, sizes=torch.Size)
         parts = [_fields(chunk, "ChunkStorageMetadata", **box) for chunk in chunks]
         _check_parts(name, size, dtype, parts, stored)
@@ -140,7 +142,7 @@ def _state(thing, kind: str, type_: type):
     is_one = isinstance(thing, _StandIn) and type(thing).__name__ == kind
     state = thing.state if is_one else None
     if not state or not isinstance(state, type_):
-        raise ValueError(f"its index has a {type(thing).__name__} where a {kind} belongs")
+        raise BadInput(f"its index has a {type(thing).__name__} where a {kind} belongs")
     return state
 
 
@@ -149,7 +151,7 @@ def _fields(thing, kind: str, **types: type) -> list:
     state = _state(thing, kind, dict)
     for field, type_ in types.items():
         if not isinstance(state.get(field), type_):
-            raise ValueError(f"its index has a {kind} whose {field} is {state.get(field)!r:.40}")
+            raise BadInput(f"its index has a {kind} whose {field} is {state.get(field)!r:.40}")
     return [state[field] for field in types]
 
 
@@ -158,15 +160,15 @@ def _check_room(stored: dict, folder: Path):
     used, end = Counter(), Counter()
     for info in stored.values():
         if info.offset < 0 or info.length < 0:
-            raise ValueError("its index describes a negative length")
+            raise BadInput("its index describes a negative length")
         file = info.relative_path
         used[file] += info.length
         end[file] = max(end[file], info.offset + info.length)
     for file in used:
         if Path(file).name != file or not (folder / file).is_file():
-            raise ValueError(f"its index names {file}, which is no file in there")
+            raise BadInput(f"its index names {file}, which is no file in there")
         if max(used[file], end[file]) > (folder / file).stat().st_size:
-            raise ValueError(f"its index describes more bytes than there are in {file}")
+            raise BadInput(f"its index describes more bytes than there are in {file}")
 
 
 def _check_parts(name: str, size: torch.Size, dtype: torch.dtype, parts: list, stored: dict):
@@ -175,15 +177,15 @@ def _check_parts(name: str, size: torch.Size, dtype: torch.dtype, parts: list, s
     for offsets, sizes in sorted(parts):
         same_dims = len(offsets) == len(sizes) == len(size)
         if not same_dims or min((*offsets, *sizes, *size), default=0) < 0:
-            raise ValueError(f"its index has a part of {name} that does not fit it")
+            raise BadInput(f"its index has a part of {name} that does not fit it")
         if not math.prod(sizes):
             continue
         rows = sizes[0] if sizes else 1
         info = stored.get(MetadataIndex(name, offsets))
         if info is None or info.length < math.prod(sizes) * dtype.itemsize:
-            raise ValueError(f"its index has a part of {name} that is not in the files")
+            raise BadInput(f"its index has a part of {name} that is not in the files")
         if any(offsets[1:]) or sizes[1:] != size[1:] or (offsets[0] if offsets else 0) != end:
-            raise ValueError(f"its index has parts of {name} that do not make up the whole")
+            raise BadInput(f"its index has parts of {name} that do not make up the whole")
         end += rows
     if end != (size[0] if size else 1) and math.prod(size):
-        raise ValueError(f"its index has not all parts of {name}")
+        raise BadInput(f"its index has not all parts of {name}")

@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lib.errors import BadInput
 from lib.files import file_in, sha256
 from lib.records import read_json, read_record
 
@@ -65,14 +66,14 @@ def last_checkpoint(folder: Path) -> Path:
         _say_once(f"{pointer} {problem}; taking {newest}")
         return newest
     if pointer.exists():
-        raise ValueError(f"{last or folder}: no checkpoint there, though {pointer} is")
-    raise ValueError(f"{folder}: this run has no complete checkpoint yet")
+        raise BadInput(f"{last or folder}: no checkpoint there, though {pointer} is")
+    raise BadInput(f"{folder}: this run has no complete checkpoint yet")
 
 
 def checkpoint_folder(path: Path) -> Path:
     """The last complete checkpoint of a run folder; any other path unchanged. Raises ValueError if there is nothing."""
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+        raise BadInput(f"{path}: no such file or folder")
     if not (path / "run.json").exists():
         return path
     return last_checkpoint(path)
@@ -114,7 +115,7 @@ def check_hashes(checkpoint: Path, share: slice = slice(None)):
     for name, found in _hashed(checkpoint, list(written), share).items():
         if found != written[name]:
             what = "it is damaged; its SHA-256 is not the one that it was written with"
-            raise ValueError(f"{checkpoint / name} cannot be read: {what}")
+            raise BadInput(f"{checkpoint / name} cannot be read: {what}")
 
 
 def _hashed(checkpoint: Path, names: list[str], share: slice) -> dict[str, str]:

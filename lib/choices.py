@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lib.errors import BadInput
 from lib.prompts import Question, named, pair, question_hash, read_rows, text_of, texts_of
 
 # subject, context, choices, the places of the right ones
@@ -41,7 +42,7 @@ def make_question(
     subject, context, choices, gold = parsed
     known = all(0 <= place < len(choices) for place in gold)
     if not choices or not gold or not known:
-        raise ValueError(f"answer {gold} is not one of its {len(choices)} choices")
+        raise BadInput(f"answer {gold} is not one of its {len(choices)} choices")
     prompt = header + context
     pairs = [pair(config, tokenizer, prompt, f" {choice}") for choice in choices]
     cut, pairs = cut_to(room, pairs)
@@ -61,7 +62,7 @@ def cut_to(room: int, pairs: list) -> tuple[int, list]:
     lengths = [len(context) + len(choice) - 1 for context, choice in pairs]  # the last is not read
     if max(len(choice) for _, choice in pairs) > room:
         problem = f"does not fit the context window of {room}"
-        raise ValueError(f"a choice of {max(lengths)} tokens {problem}")
+        raise BadInput(f"a choice of {max(lengths)} tokens {problem}")
     cuts = [max(0, length - room) for length in lengths]
     contexts = [context[cut:] for cut, (context, _) in zip(cuts, pairs)]
     first = contexts[0]
@@ -74,9 +75,9 @@ def cut_to(room: int, pairs: list) -> tuple[int, list]:
 def parse_choices(row: dict) -> Iterator[Parsed]:
     answer = row["answer"]
     if type(answer) is not int:
-        raise ValueError(f"answer {answer!r} must be the number of a choice, from 0")
+        raise BadInput(f"answer {answer!r} must be the number of a choice, from 0")
     if not all(map(str.strip, texts_of(row, "choices"))):
-        raise ValueError("a choice is empty")
+        raise BadInput("a choice is empty")
     subject = str(row.get("subject", "choices"))
     yield subject, text_of(row, "context"), row["choices"], [answer]
 
@@ -117,7 +118,7 @@ def parse_truthfulqa(row: dict) -> Iterator[Parsed]:
         targets = row[f"{name}_targets"]
         if "labels" in targets:
             if len(texts_of(targets, "choices")) != len(targets["labels"]):
-                raise ValueError("choices and labels are not as many")
+                raise BadInput("choices and labels are not as many")
             targets = dict(zip(targets["choices"], targets["labels"]))
         gold = [place for place, label in enumerate(targets.values()) if label]
         context = f"Q: {row['question']}\nA:"

@@ -20,6 +20,7 @@ from lib.cleaning_steps import (
     tidy_characters,
 )
 from lib.disk import writing
+from lib.errors import BadInput
 from lib.tokenizer import Tokenizer
 
 
@@ -48,7 +49,7 @@ class Cleaner:
     ):
         for name in ("min_answer_chars", "max_chars"):
             if getattr(options, name) < 0:
-                raise ValueError(f"--{name} {getattr(options, name)} must be at least 0")
+                raise BadInput(f"--{name} {getattr(options, name)} must be at least 0")
         steps = {
             "html": options.html and html_to_markdown,
             "characters": tidy_characters,

@@ -7,6 +7,7 @@ import json
 import re
 
 from lib.chat_formats import Turn
+from lib.errors import BadInput
 from lib.refusals import is_refusal
 
 HTML_ANSWER = re.compile(r"<(?:p|div|ol|ul|pre|h[1-6]|blockquote)\b.*>", re.DOTALL)
@@ -19,7 +20,7 @@ def _library(name: str, flag: str):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"--{flag} needs {name}: pip install {name}") from None
+        raise BadInput(f"--{flag} needs {name}: pip install {name}") from None
 
 
 def html_to_markdown(turns: list[Turn]) -> list[Turn]:
@@ -52,7 +53,7 @@ def _markdown(html: str) -> str:
     try:
         soup = bs4.BeautifulSoup(html, "html.parser")
     except bs4.ParserRejectedMarkup as error:
-        raise ValueError(
+        raise BadInput(
             f"an answer is HTML that cannot be read ({str(error).splitlines()[-1].strip()})"
         ) from None
     for block in soup.find_all("pre"):
@@ -74,7 +75,7 @@ def _markdown(html: str) -> str:
             .strip()
         )
     except RecursionError:
-        raise ValueError("an answer is HTML that cannot be read (nested too deeply)") from None
+        raise BadInput("an answer is HTML that cannot be read (nested too deeply)") from None
 
 
 def tidy_characters(turns: list[Turn]) -> list[Turn]:
@@ -122,7 +123,7 @@ def in_language(language: str):
     langid = _library("py3langid.langid", "language")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     if language not in identifier.labels:
-        raise ValueError(
+        raise BadInput(
             f"--language {language} is none of {', '.join(sorted(identifier.labels))}"
         )
 
@@ -179,7 +180,7 @@ def drop_near_copies(threshold: float):
     threshold or more, as 128 minimal hashes estimate it (Broder 1997), of questions and answers together and of the
     answers alone, since many questions may share a passage. About 8 kB of memory for each that is kept."""
     if not 0 < threshold <= 1:
-        raise ValueError(f"--near_duplicates {threshold} must be from 0 to 1")
+        raise BadInput(f"--near_duplicates {threshold} must be from 0 to 1")
     datasketch = _library("datasketch", "near_duplicates")
     index, sketches = datasketch.MinHashLSH(threshold, num_perm=128), []
 

@@ -4,8 +4,9 @@ import functools
 import shlex
 import subprocess
 import sys
-import traceback
 from pathlib import Path
+
+from lib.errors import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -13,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_command(main, config_class, defaults=None):
     """Parse the flags and call main. Bad input ends with one sentence and exit code 2; a bug keeps its traceback.
 
-    Bad input is a ValueError raised by one of this project's files, or an OSError about a file; from deeper down a
-    ValueError is a bug. defaults turns a first reading of the flags into those that count where a flag is not typed.
+    Bad input is BadInput, or an OSError about a file. defaults turns a first reading of the flags
+    into those that count where a flag is not typed.
     """
     import tyro
 
@@ -22,12 +23,12 @@ def run_command(main, config_class, defaults=None):
     try:
         config = parse()
         main(parse(default=defaults(config)) if defaults else config)
-    except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        about_a_file = isinstance(error, OSError) and error.filename is not None
-        if raised_in.parent not in (ROOT, ROOT / "lib", ROOT / "recipes") and not about_a_file:
-            raise
-        text = f"{error.filename}: {error.strerror}" if about_a_file else str(error)
+    except (BadInput, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise
+            text = f"{error.filename}: {error.strerror}"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

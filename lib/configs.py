@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
+from lib.errors import BadInput
 from lib.records import checked, read_json
 
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -71,7 +72,7 @@ def read_params(path: Path) -> MetaParams:
     values = read_json(path)
     for name in sorted(values.keys() - MetaParams.__annotations__.keys()):
         if values[name]:
-            raise ValueError(f"{path}: {name} {values[name]} is not LLaMA-2's")
+            raise BadInput(f"{path}: {name} {values[name]} is not LLaMA-2's")
     return checked(values, MetaParams, path)
 
 
@@ -108,7 +109,7 @@ def read_adapter_config(path: Path) -> dict:
     odd = {name for name in settings.keys() - UNCHANGING if settings[name]}
     odd |= {name for name, values in plain.items() if settings.get(name) not in values}
     for name in sorted(odd):
-        raise ValueError(f"{path.parent}: an adapter with {name} {settings[name]} cannot be read")
+        raise BadInput(f"{path.parent}: an adapter with {name} {settings[name]} cannot be read")
     checked(settings, AdapterConfig, path)
     return settings
 
@@ -122,7 +123,7 @@ def config_from_hugging_face(config_class: type, path: Path):
     required = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
     for name in (*required, "max_position_embeddings", "rms_norm_eps"):
         if not isinstance(values.get(name), (int, float)):
-            raise ValueError(f"{path}: config.json has no number {name}")
+            raise BadInput(f"{path}: config.json has no number {name}")
     values = checked(values, HuggingFace, path / "config.json")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -135,11 +136,11 @@ def config_from_hugging_face(config_class: type, path: Path):
         "head_dim": (values.get("head_dim") or 0) * values["num_attention_heads"] not in (0, values["hidden_size"]),
     }
     for name in filter(unfit.get, unfit):
-        raise ValueError(f"{path}: {name} {values[name]} is not LLaMA-2's")
+        raise BadInput(f"{path}: {name} {values[name]} is not LLaMA-2's")
     if rope_type not in ("default", "linear"):
-        raise ValueError(f"{path}: rope_type {rope_type} is not supported (default and linear are)")
+        raise BadInput(f"{path}: rope_type {rope_type} is not supported (default and linear are)")
     if rope_type == "linear" and not rope.get("factor"):
-        raise ValueError(f"{path}: config.json has rope_type linear, but no factor")
+        raise BadInput(f"{path}: config.json has rope_type linear, but no factor")
     shape = dict(
         dim=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
@@ -156,7 +157,7 @@ def config_from_hugging_face(config_class: type, path: Path):
     try:
         return config_class(**shape)
     except ValueError as error:
-        raise ValueError(f"{path}: config.json does not fit together ({error})") from None
+        raise BadInput(f"{path}: config.json does not fit together ({error})") from None
 
 
 def config_to_hugging_face(config) -> dict:

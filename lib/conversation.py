@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from lib.errors import BadInput
 from lib.stream import TextStream
 
 
@@ -35,7 +36,7 @@ class Conversation:
                 break
             if len(turns) < 3:
                 problem = f"with room for {room} of the answer, {most} fit"
-                raise ValueError(f"{len(ids)} tokens are too long: {problem}")
+                raise BadInput(f"{len(ids)} tokens are too long: {problem}")
             del turns[:2]
         self.turns = turns
         return ids

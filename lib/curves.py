@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from lib import probe
 from lib.answers import FLAGS
+from lib.errors import BadInput
 from lib.plots import draw_curves
 from lib.records import read_json
 from lib.results import check_out, check_same, write_all
@@ -37,7 +38,7 @@ def draw_runs(config, world: World, evaluate: Callable, protocols: dict[str, dic
     most_common, times = Counter(Path(run).name for run in config.model).most_common(1)[0]
     if times > 1:
         problem = "which the table could not tell apart"
-        raise ValueError(f"--model names two runs called {most_common}, {problem}")
+        raise BadInput(f"--model names two runs called {most_common}, {problem}")
     # those by which a result that is there already is known as this curve's
     world.first(check_curve, config, {name: getattr(config, name) for name in FLAGS})
     for folder in map(Path, config.model):
@@ -64,7 +65,7 @@ def setting_of(folder: Path, flags: dict, codes: list) -> tuple[str, list[Path]]
     checkpoints = folder.glob("step_????????")
     steps = sorted(path for path in checkpoints if (path / ".metadata").exists())
     if not steps:
-        raise ValueError(f"--model {folder}: this run has no checkpoints")
+        raise BadInput(f"--model {folder}: this run has no checkpoints")
     incidental = ("seed", "out", "resume", "anyway")
     kept = {key: value for key, value in flags.items() if key not in incidental}
     return json.dumps([kept, probe.number(probe.read(steps[-1]), codes)]), steps
@@ -102,6 +103,6 @@ def check_curve(config, flags: dict):
     if out.exists():
         check_same(out, {name: flags[name] for name in ("task", "protocol")})
         if "points" not in read_json(out):
-            raise ValueError(f"--out: {out} exists and is no curve; choose another name")
+            raise BadInput(f"--out: {out} exists and is no curve; choose another name")
     else:
         check_out(out, md=None, png=None)

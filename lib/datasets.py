@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.errors import BadInput
 from lib.files import sha256
 from lib.meta import read_meta
 
@@ -55,7 +56,7 @@ class TokenFiles:
         longest = max(int(np.diff(begins).max()) for begins in self.bounds)
         if longest > self.seq_len + 1:
             problem = f"a conversation has {longest} tokens, more than --seq_len {self.seq_len}"
-            raise ValueError(
+            raise BadInput(
                 f"{self.folder}: {problem}; prepare it with --max_len {self.seq_len}"
             )
 
@@ -82,7 +83,7 @@ class TokenFiles:
         targets = self.targets(file, start + 1, start + size + 1)
         largest = max(inputs.max(initial=0), targets.max(initial=0))
         if largest >= self.meta["vocab_size"]:
-            raise ValueError(
+            raise BadInput(
                 f"{self.folder} has a token {largest}, its vocabulary only {self.meta['vocab_size']}"
             )
         return inputs, targets
@@ -125,7 +126,7 @@ class TokenFiles:
 def check_size(path: Path, expected: int):
     found = path.stat().st_size if path.exists() else 0
     if found != expected:
-        raise ValueError(
+        raise BadInput(
             f"{path} has {found} bytes, meta.json says {expected}; prepare the dataset again"
         )
 
@@ -172,7 +173,7 @@ def check_uncut(tokens: np.memmap):
         tokens.base.size() < tokens.nbytes
     ):  # size asks the system for the length of the file
         problem = f"has {tokens.base.size()} bytes, {tokens.nbytes} when it was opened"
-        raise ValueError(
+        raise BadInput(
             f"{tokens.filename} {problem}; it was cut while it was being read"
         )
 
@@ -184,6 +185,6 @@ def check_bounds(path: Path, bounds: np.ndarray, num_tokens: int):
         or not (bounds[1:] > bounds[:-1]).all()
         or bounds[-1] != num_tokens
     ):
-        raise ValueError(
+        raise BadInput(
             f"{path} must rise from 0 to the {num_tokens} tokens of its file; prepare the dataset again"
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.errors import BadInput
 from lib.records import parse_json
 from lib.shards import Encoded, drop_copies_and_split
 from lib.tokenizer import Tokenizer
@@ -46,19 +47,19 @@ def open_text(path: Path):
     """A text file, packed with gzip or not. Raises ValueError naming the line that is not UTF-8, and for damage."""
     opener = gzip.open if path.name.endswith(".gz") else open
     if opener is gzip.open and not path.stat().st_size:
-        raise ValueError(f"{path} is damaged (it has 0 bytes, and even an empty text is packed into some)")
+        raise BadInput(f"{path} is damaged (it has 0 bytes, and even an empty text is packed into some)")
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as file:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+        raise BadInput(f"{path} is damaged ({error})") from None
     except UnicodeDecodeError as error:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError:
-                    raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+                    raise BadInput(f"{path}:{number}: not UTF-8 ({error.reason})") from None
         raise
 
 
@@ -69,17 +70,17 @@ def _read_jsonl(path: Path, file) -> Iterator[str]:
         try:
             record = parse_line(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+            raise BadInput(f"{path}:{number}: {error}") from None
         try:
             text = record["text"]
         except (KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: no field `text`") from None
+            raise BadInput(f"{path}:{number}: no field `text`") from None
         if not isinstance(text, str):
-            raise ValueError(f"{path}:{number}: field `text` is {type(text).__name__}, not a string")
+            raise BadInput(f"{path}:{number}: field `text` is {type(text).__name__}, not a string")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{path}:{number}: field `text` has half of a surrogate pair, not Unicode text") from None
+            raise BadInput(f"{path}:{number}: field `text` has half of a surrogate pair, not Unicode text") from None
         yield text
 
 
@@ -88,7 +89,7 @@ def parse_line(line: str):
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from None
+        raise BadInput(f"not JSON ({error.msg})") from None
     except (RecursionError, ValueError):
         return parse_json(line, "the line")
 
@@ -97,23 +98,23 @@ def _read_parquet(path: Path) -> Iterator[str]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
+        raise BadInput(f"{path}: reading .parquet needs pyarrow: pip install pyarrow") from None
     row = 0
     try:
         table = pyarrow.parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:
-            raise ValueError(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
+            raise BadInput(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
         for batch in table.iter_batches(256, columns=["text"]):
             for text in batch.column(0).to_pylist():
                 row += 1
                 if isinstance(text, str):
                     yield text
                 elif text is not None:
-                    raise ValueError(f"{path}: row {row}: field `text` is {type(text).__name__}, not a string")
+                    raise BadInput(f"{path}: row {row}: field `text` is {type(text).__name__}, not a string")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: a text after row {row} is not UTF-8 ({error.reason})") from None
+        raise BadInput(f"{path}: a text after row {row} is not UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{path} is damaged ({str(error).splitlines()[0]})") from None
 
 
 def _split_text(file) -> Iterator[str]:

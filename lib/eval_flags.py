@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from lib.errors import BadInput
+
 
 def settled(config, protocols: dict[str, dict]):
     """The flags with the protocol's own values in place of those not typed.
@@ -13,13 +15,13 @@ def settled(config, protocols: dict[str, dict]):
     known = protocols[config.task]
     name = config.protocol or next(iter(known))
     if name not in known:
-        raise ValueError(f"--protocol {name} is not one of {config.task}'s: {', '.join(known)}")
+        raise BadInput(f"--protocol {name} is not one of {config.task}'s: {', '.join(known)}")
     check_task_flags(config)
     protocol, shots = known[name], config.shots
     fixed = config.task == "bbh" and name == "cot"  # its examples are part of the files
     if shots > protocol.most_shots or fixed and shots not in (-1, 3):
         problem = f"does not fit {config.task} {name}, which has {protocol.shots}"
-        raise ValueError(f"--shots {shots} {problem}")
+        raise BadInput(f"--shots {shots} {problem}")
     if shots < 0:
         shots = protocol.shots
     return dataclasses.replace(
@@ -32,7 +34,7 @@ def settled(config, protocols: dict[str, dict]):
 
 def check_out_name(out: str):
     if out and not out.endswith(".json"):
-        raise ValueError(f"--out {out} must end in .json; the lines go beside it, in .jsonl")
+        raise BadInput(f"--out {out} must end in .json; the lines go beside it, in .jsonl")
 
 
 def check_flags(config):
@@ -42,30 +44,30 @@ def check_flags(config):
         if name == "shots":
             least = -1
         if number < least:
-            raise ValueError(f"--{name} {number} must be at least {least}")
+            raise BadInput(f"--{name} {number} must be at least {least}")
     if not config.task or not config.model:
-        raise ValueError("--model and --task are needed, or --compare with two results")
+        raise BadInput("--model and --task are needed, or --compare with two results")
     check_out_name(config.out)
     if config.checkpoints == "all" and not config.out:
         beside = "beside which the table and the picture go"
-        raise ValueError(f"--checkpoints all needs --out X.json, {beside}")
+        raise BadInput(f"--checkpoints all needs --out X.json, {beside}")
     if config.checkpoints == "last" and len(config.model) > 1:
         more = f"not {len(config.model)}, but with --checkpoints all"
-        raise ValueError(f"--model takes one model, {more}")
+        raise BadInput(f"--model takes one model, {more}")
 
 
 def check_task_flags(config):
     """What this task needs of the flags, and cannot use."""
     for flag, users in (("subjects", ("mmlu", "bbh")), ("lengths", ("passkey",))):
         if getattr(config, flag) and config.task not in users:
-            raise ValueError(f"--{flag} is for {' and '.join(users)}, not for {config.task}")
+            raise BadInput(f"--{flag} is for {' and '.join(users)}, not for {config.task}")
     if config.task == "perplexity" and (config.chat or not config.bos):
         flag = "--no_bos"
         if config.chat:
             flag = "--chat"
         why = "which reads a text as it is, after BOS"
-        raise ValueError(f"{flag} does nothing for perplexity, {why}")
+        raise BadInput(f"{flag} does nothing for perplexity, {why}")
     if config.task == "passkey" and config.data:
-        raise ValueError(f"--data {config.data} is not read for passkey, which makes its prompts")
+        raise BadInput(f"--data {config.data} is not read for passkey, which makes its prompts")
     if config.task != "passkey" and not config.data:
-        raise ValueError(f"--data is needed for {config.task}")
+        raise BadInput(f"--data is needed for {config.task}")

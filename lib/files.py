@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.errors import BadInput
+
 OURS = ".plainllama-unfinished"  # marks a folder that `new_folder` makes
 
 
@@ -44,7 +46,7 @@ def sha256(path: Path) -> str:
 def file_in(folder: Path, name: str) -> Path:
     """The file of this name in a folder. Raises ValueError where there is none, as for `../x`."""
     if Path(name).name != name or not (folder / name).is_file():
-        raise ValueError(f"{folder} cannot be read: {name} is missing, or is no file in there")
+        raise BadInput(f"{folder} cannot be read: {name} is missing, or is no file in there")
     return folder / name
 
 
@@ -74,7 +76,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     if folder.is_symlink() or folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists; choose another folder or delete it")
+        raise BadInput(f"{folder} exists; choose another folder or delete it")
     aside = folder.with_name(folder.name + ".unfinished")
     handle = _claim(aside, folder)
     try:
@@ -86,7 +88,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, error.strerror, str(error.filename or folder)) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise ValueError(f"{folder} was made by somebody else meanwhile; choose another folder") from None
+            raise BadInput(f"{folder} was made by somebody else meanwhile; choose another folder") from None
         raise
     finally:
         os.close(handle)
@@ -97,14 +99,14 @@ def _claim(aside: Path, folder: Path) -> int:
     if aside.is_dir() and not aside.is_symlink():
         left = lock(aside)
         if left is None:
-            raise ValueError(f"{folder} is being written by another process right now; wait for it, or end it")
+            raise BadInput(f"{folder} is being written by another process right now; wait for it, or end it")
         if (aside / OURS).exists():
             shutil.rmtree(aside)
         os.close(left)
     try:
         aside.mkdir(parents=True)
     except FileExistsError:
-        raise ValueError(f"{aside} is in the way and not of this project's making; move it, then try again") from None
+        raise BadInput(f"{aside} is in the way and not of this project's making; move it, then try again") from None
     while (handle := lock(aside)) is None:  # another process has found the folder and looks whose it is
         time.sleep(0.01)
     (aside / OURS).touch()

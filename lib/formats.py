@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lib.checkpoints import check_hashes
 from lib.configs import config_from_hugging_face, config_to_hugging_face, read_params
 from lib.disk import writing
+from lib.errors import BadInput
 from lib.files import file_in, new_folder
 from lib.naming import HF_NAMES, Named, block_shapes, check_shapes, translate
 from lib.records import checked, read_json
@@ -78,7 +79,7 @@ def read_meta_release(folder: Path, config_class: type) -> tuple:
     """Meta's release: params.json and one consolidated.NN.pth for each model-parallel rank."""
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
-        raise ValueError(f"{folder} has params.json but no consolidated.*.pth")
+        raise BadInput(f"{folder} has params.json but no consolidated.*.pth")
     params = read_params(folder / "params.json")
     parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
     config = config_class(
@@ -128,7 +129,7 @@ def read_llama2c(path: Path, config_class: type) -> tuple:
     try:
         config = config_class(dim, layers, heads, kv_heads, ffn_dim, abs(vocab), seq_len, tie_embeddings=vocab > 0)
     except ValueError as error:
-        raise ValueError(f"{path} is no llama2.c version 0 file ({error})") from None
+        raise BadInput(f"{path} is no llama2.c version 0 file ({error})") from None
     stacks, rope_pairs = block_shapes(config), config.head_dim // 2
     ends = [("norm.weight", (dim,)), ("", (2 * seq_len * rope_pairs,))]  # its rotary tables too
     ends += [] if config.tie_embeddings else [("unembedding.weight", (abs(vocab), dim))]
@@ -136,7 +137,7 @@ def read_llama2c(path: Path, config_class: type) -> tuple:
     expected = abs(vocab) * dim + in_layers + sum(math.prod(shape) for _, shape in ends)
     expected, found = 28 + 4 * expected, path.stat().st_size
     if expected != found:
-        raise ValueError(f"{path}: {found} bytes, but its header asks for {expected}; is it a llama2.c version 0 file?")
+        raise BadInput(f"{path}: {found} bytes, but its header asks for {expected}; is it a llama2.c version 0 file?")
     layout = [("embedding.weight", (abs(vocab), dim))]
     for name, shape in stacks.items():
         layout += [(f"blocks.{i}.{name}.weight", shape) for i in range(layers)]

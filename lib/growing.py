@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+from lib.errors import BadInput
 from lib.sampling import NOT_FINITE
 
 
@@ -37,7 +38,7 @@ class Rows:
         """Append a token to a row; whether the row goes on."""
         if token == NOT_FINITE:
             why = "its weights are damaged, or were trained to NaN"
-            raise ValueError(f"the model's logits are not finite; {why}")
+            raise BadInput(f"the model's logits are not finite; {why}")
         if token in self.end_ids:
             return False
         self.new[row].append(token)

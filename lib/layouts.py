@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from lib.datasets import TokenFiles
+from lib.errors import BadInput
 
 ROUND = 64  # rows of pairs are padded to a multiple of this
 
@@ -29,7 +30,7 @@ class Windows:
         self.num_targets = sum(sizes)  # all but the first of a file
         if not sum(self.counts):
             problem = f"no {data.split} file has {data.seq_len + 1} tokens"
-            raise ValueError(f"{data.folder}: {problem}, one of --seq_len {data.seq_len}")
+            raise BadInput(f"{data.folder}: {problem}, one of --seq_len {data.seq_len}")
 
     def __len__(self) -> int:
         return sum(self.counts)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import BadInput
 from lib.rows import fill_normal, local_rows
 
 
@@ -56,7 +57,7 @@ class FrozenLinear(nn.Module):
         if nf4:
             if num_in % NF4_BLOCK:
                 problem = f"which do not divide a width of {num_in}"
-                raise ValueError(f"--quantize nf4 takes blocks of {NF4_BLOCK}, {problem}")
+                raise BadInput(f"--quantize nf4 takes blocks of {NF4_BLOCK}, {problem}")
             groups = -(-num_out * num_in // NF4_BLOCK // NF4_GROUP)
             shapes = {  # of what `to_nf4` gives
                 "codes": (num_out, num_in // 2),
@@ -93,7 +94,7 @@ def to_nf4(weight: Tensor) -> dict[str, Tensor]:
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError:
-        raise ValueError("NF4 is made by bitsandbytes; pip install bitsandbytes") from None
+        raise BadInput("NF4 is made by bitsandbytes; pip install bitsandbytes") from None
 
     codes, state = quantize_4bit(
         weight.float().contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
@@ -241,8 +242,8 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]):
         names = fnmatch.filter(dict(model.named_parameters()), pattern)
         if not names:
             example = "blocks.0.attention.out.weight"
-            raise ValueError(f"--freeze {pattern} fits no parameter such as {example}")
+            raise BadInput(f"--freeze {pattern} fits no parameter such as {example}")
         for name in names:
             model.get_parameter(name).requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"--freeze {' '.join(patterns)} leaves nothing to train")
+        raise BadInput(f"--freeze {' '.join(patterns)} leaves nothing to train")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 from msgspec import Meta
 
 from lib.disk import writing
+from lib.errors import BadInput
 from lib.records import checked, read_json
 from lib.tokenizer import Tokenizer
 
@@ -76,13 +77,13 @@ def read_dataset_meta(path: Path) -> DatasetMeta:
             found = sum(file.get(amount, 0) for file in split["files"])
             if found != split.get(amount, 0):
                 told = split.get(amount, 0)
-                raise ValueError(
+                raise BadInput(
                     f"{path}: field splits.{name}.{amount} is {told}, its files have {found}"
                 )
     for name, there in fields.items():
         if there != (kind != "text"):
             problem = "is missing" if kind != "text" else "does not belong there"
-            raise ValueError(f"{path}: it is of kind {kind}, and field {name} {problem}")
+            raise BadInput(f"{path}: it is of kind {kind}, and field {name} {problem}")
     return meta
 
 
@@ -91,12 +92,12 @@ def read_meta(folder: str | Path) -> DatasetMeta:
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         made = f"python data.py --source PATH --out {folder}"
-        raise ValueError(f"{folder} holds no dataset (no meta.json); make one: {made}")
+        raise BadInput(f"{folder} holds no dataset (no meta.json); make one: {made}")
     meta, tokenizer = read_dataset_meta(folder / "meta.json"), Tokenizer(folder)
     file, expected = meta["tokenizer"]["file"], meta["tokenizer"]["sha256"]
     if tokenizer.sha256 != expected:
         found = tokenizer.sha256[:12]
-        raise ValueError(
+        raise BadInput(
             f"{folder}: {file} has SHA-256 {found}…, the dataset was made with {expected[:12]}…"
         )
     for name, told in (
@@ -105,7 +106,7 @@ def read_meta(folder: str | Path) -> DatasetMeta:
         ("eos", tokenizer.eos_id),
     ):
         if meta[name] != told:
-            raise ValueError(
+            raise BadInput(
                 f"{folder / 'meta.json'}: field {name} is {meta[name]}, its tokenizer's is {told}"
             )
     return meta
@@ -118,10 +119,10 @@ def check_together(folders: list[str]) -> str:
     templates = {meta["template"] for meta in metas if "template" in meta}
     if len(templates) > 1 or kinds > {"preference"}:
         found = ", ".join(sorted(templates if len(templates) > 1 else kinds))
-        raise ValueError(f"--data {' '.join(folders)}: these do not go together ({found})")
+        raise BadInput(f"--data {' '.join(folders)}: these do not go together ({found})")
     for folder, meta in zip(folders, metas):
         if meta["tokenizer"]["sha256"] != metas[0]["tokenizer"]["sha256"]:
-            raise ValueError(
+            raise BadInput(
                 f"--data {folder} was made with another tokenizer than {folders[0]}"
             )
     return next(kind for kind in ("preference", "chat", "text") if kind in kinds)

@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from lib.errors import BadInput
+
 CATEGORIES = {  # of MMLU's 57 subjects (hendrycks/test, categories.py)
     "STEM": """abstract_algebra astronomy college_biology college_chemistry
         college_computer_science college_mathematics college_physics computer_security
@@ -29,18 +31,18 @@ def read_mmlu(path: Path) -> list[list[str]]:
     Raises ValueError naming file and row.
     """
     if not path.exists():
-        raise ValueError(f"{path} is missing; --data must hold dev/ and test/ of MMLU's data.tar")
+        raise BadInput(f"{path} is missing; --data must hold dev/ and test/ of MMLU's data.tar")
     csv.field_size_limit(2**31 - 1)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if row]  # a blank line at the end is no row
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise BadInput(f"{path}: not UTF-8 at byte {error.start}") from None
     if not rows:
-        raise ValueError(f"{path} is empty")
+        raise BadInput(f"{path} is empty")
     for number, row in enumerate(rows, 1):
         if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
             columns = f"and has {len(row)} columns, the last {row[-1:]}"
             needed = "must be a question, four choices and A, B, C or D"
-            raise ValueError(f"{path}: row {number} {needed}, {columns}")
+            raise BadInput(f"{path}: row {number} {needed}, {columns}")
     return rows

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.errors import BadInput
+
 HF_NAMES = {  # this project's name of a module -> Hugging Face's
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
@@ -71,12 +73,12 @@ def check_shapes(config, found: dict[str, tuple[int, ...]], path: Path):
     expected = dict(islice(shapes(config), len(found) + 1))
     for name, shape in found.items():
         if name not in expected and len(expected) <= len(found):
-            raise ValueError(f"{path}: tensor {name} {shape} has no place in this model")
+            raise BadInput(f"{path}: tensor {name} {shape} has no place in this model")
         if expected.get(name, shape) != shape:
-            raise ValueError(f"{path}: tensor {name} should be {expected[name]} and is {shape}")
+            raise BadInput(f"{path}: tensor {name} should be {expected[name]} and is {shape}")
     for name in expected:
         if name not in found:
-            raise ValueError(f"{path}: tensor {name} {expected[name]} is missing")
+            raise BadInput(f"{path}: tensor {name} {expected[name]} is missing")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -90,7 +92,7 @@ def is_finite(tensor: Tensor) -> bool:
 def check_finite(tensor: Tensor, name: str, path: Path):
     """Raise ValueError for NaN and infinity."""
     if not is_finite(tensor):
-        raise ValueError(f"{path}: tensor {name} holds NaN or infinity, which no model can use")
+        raise BadInput(f"{path}: tensor {name} holds NaN or infinity, which no model can use")
 
 
 @contextlib.contextmanager
@@ -99,8 +101,8 @@ def readable(path: Path):
     try:
         yield
     except BaseException as error:  # the exceptions of sharded checkpoints are no Exceptions
-        if type(error) is ValueError or isinstance(error, (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, (BadInput, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)):
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = lines[0 if isinstance(error, Exception) else -1]  # the latter end with their cause
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {reason})") from error
+        raise BadInput(f"{path} cannot be read ({type(error).__name__}: {reason})") from error

@@ -22,6 +22,7 @@ from torch import nn
 from lib import probe
 from lib.cli import ROOT
 from lib.datasets import changed_file
+from lib.errors import BadInput
 from lib.lora import adapters, init_adapters
 from lib.planning import flops_of_a_step, in_steps
 from lib.run_record import choose_run, describe_data, describe_run
@@ -71,17 +72,17 @@ def prepare_default(folder: str):
     command = [sys.executable, str(ROOT / "data.py"), "--source", "stdlib", "--out", folder]
     print(f"first the data: python data.py --source stdlib --out {folder}", flush=True)
     if subprocess.run(command).returncode:
-        raise ValueError(f"--data {folder} could not be prepared")
+        raise BadInput(f"--data {folder} could not be prepared")
 
 
 def check_data(config, record: dict | None, data):
     """Raise ValueError where the data are not as they were made, or not those that a run began with."""
     if record and record["dataset"] != describe_data(data):
-        raise ValueError(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
+        raise BadInput(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
     check_files([(Path(part.folder), part.meta) for part in data.parts])
     for name in ("neftune", "label_smoothing", "z_loss"):
         if data.kind == "preference" and getattr(config, name):
-            raise ValueError(f"--{name} {getattr(config, name)} does not go with preference pairs")
+            raise BadInput(f"--{name} {getattr(config, name)} does not go with preference pairs")
 
 
 def check_files(sources: list[tuple[Path, dict]]):
@@ -94,7 +95,7 @@ def check_files(sources: list[tuple[Path, dict]]):
     problems = [""] * dist.get_world_size()
     dist.all_gather_object(problems, changed_file(sources, place, count))
     if any(problems):
-        raise ValueError(max(problems))
+        raise BadInput(max(problems))
 
 
 class Settled(NamedTuple):
@@ -166,7 +167,7 @@ def check_reference(record: dict, folder: Path, config_class: type) -> str:
     """The model that the run in folder began with; ValueError if it is another by now."""
     first = record["init_from"]
     if first and not is_known(first, record["init_sha256"], config_class):
-        raise ValueError(f"{first} holds other weights than when {folder} began")
+        raise BadInput(f"{first} holds other weights than when {folder} began")
     return first
 
 
@@ -187,7 +188,7 @@ def try_sample(model: nn.Module, config, device: torch.device):
     tokenizer, window = Tokenizer(config.out), model.config.max_seq_len
     ids = tokenizer.encode_prompt(config.sample)
     if len(ids) > window:
-        raise ValueError(f"--sample has {len(ids)} tokens, more than the context window of {window}")
+        raise BadInput(f"--sample has {len(ids)} tokens, more than the context window of {window}")
     logits = model(torch.tensor([ids], device=device))
     tokenizer.decode([logits[0, -1].argmax().item()])
 

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from lib.errors import BadInput
+
 MIXTURE_BLOCK = 1000  # sequences in which a mixture has exactly its proportions
 Made = TypeVar("Made")
 
@@ -23,7 +25,7 @@ def mixture_weights(sources: tuple[str, ...]) -> tuple[list[str], list[float]]:
     (['data/a', 'data/b'], [0.75, 0.25])
     """
     if not sources:
-        raise ValueError("--data names no folder; it takes one or more that data.py has made")
+        raise BadInput("--data names no folder; it takes one or more that data.py has made")
     folders, weights = [], []
     for source in sources:
         folder, colon, weight = source.rpartition(":")
@@ -32,16 +34,16 @@ def mixture_weights(sources: tuple[str, ...]) -> tuple[list[str], list[float]]:
         try:
             weights.append(float(weight))
         except ValueError:
-            raise ValueError(
+            raise BadInput(
                 f"--data {source}: {weight} is no number; write FOLDER or FOLDER:WEIGHT"
             ) from None
         folders.append(folder)
         if not 0 < weights[-1] < math.inf:
-            raise ValueError(f"--data {source}: the weight must be above 0")
+            raise BadInput(f"--data {source}: the weight must be above 0")
     if twice := [
         name for name, count in Counter(map(os.path.realpath, folders)).items() if count > 1
     ]:
-        raise ValueError(
+        raise BadInput(
             f"--data {' '.join(sources)} names {twice[0]} twice; FOLDER:WEIGHT draws more often from one"
         )
     return folders, [weight / sum(weights) for weight in weights]
@@ -53,7 +55,7 @@ def block_shares(sources: tuple[str, ...], weights: list[float]) -> tuple[tuple[
     shares = tuple(zip([0, *ends], ends))
     for source, (begin, end) in zip(sources, shares):
         if begin == end:
-            raise ValueError(f"--data {source}: its share is below 1 in {MIXTURE_BLOCK}")
+            raise BadInput(f"--data {source}: its share is below 1 in {MIXTURE_BLOCK}")
     return shares
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.documents import read_documents
+from lib.errors import BadInput
 from lib.meta import read_meta
 from lib.prompts import Pair, Question, question_hash
 from lib.sources import find_files
@@ -21,7 +22,7 @@ def perplexity(dataset: Callable):
             yield from dataset_windows(config, tokenizer, room, dataset, read_meta(path))
             return
         if not path.exists():
-            raise ValueError(f"--data {path}: no such file or folder")
+            raise BadInput(f"--data {path}: no such file or folder")
         for file in find_files((config.data,), path):
             texts = filter(str.strip, read_documents(file))
             for index, text in enumerate(texts):
@@ -59,14 +60,14 @@ def dataset_windows(
     """Every window of the validation split by itself, as training measures it."""
     path = Path(config.data)
     if "template" in meta:
-        raise ValueError(f"--data {path} holds conversations; perplexity is that of text")
+        raise BadInput(f"--data {path} holds conversations; perplexity is that of text")
     sizes = [file["tokens"] for file in meta["splits"]["val"]["files"]]
     largest = max(sizes, default=0)
     seq_len = max(1, min(room, largest - 1))
     val = dataset(path, "val", seq_len)
     if meta["tokenizer"]["sha256"] != tokenizer.sha256:
         other = f"another tokenizer than the model's {tokenizer.name}"
-        raise ValueError(f"--data {path} was made with {other}")
+        raise BadInput(f"--data {path} was made with {other}")
     begins = [np.flatnonzero(tokens == meta["bos"]) for tokens in val.files]
     windows = range(len(val))
     for index in windows[: config.limit or None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lib.errors import BadInput
 from lib.forecast import forecast
 from lib.gpus import GPUS
 from lib.meta import read_meta
@@ -39,7 +40,7 @@ def in_steps(config, epoch: float):
             lengths[name] = math.ceil(round(count, 6))
         except (ValueError, OverflowError):
             problem = "is neither a number of steps nor one of epochs (0.5epoch)"
-            raise ValueError(f"--{name} {value} {problem}") from None
+            raise BadInput(f"--{name} {value} {problem}") from None
     if config.epochs:
         lengths["steps"] = math.ceil(round(config.epochs * epoch, 6))
     return dataclasses.replace(config, **lengths)

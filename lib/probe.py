@@ -19,6 +19,7 @@ import torch
 
 from lib.checkpoints import checkpoint_folder
 from lib.configs import config_from_hugging_face
+from lib.errors import BadInput
 from lib.naming import HF_NAMES, readable, translate
 from lib.records import checked, parse_json
 
@@ -135,6 +136,6 @@ def check(folder: Path, theirs: list[float], mine: list[float], anyway: bool):
     what += f" differ by {found:.2g} of the largest"
     if not anyway:
         remedy = "go back to that code, or use --anyway of train.py, sample.py or eval.py"
-        raise ValueError(f"{what}; {remedy}")
+        raise BadInput(f"{what}; {remedy}")
     if os.environ.get("RANK", "0") == "0":  # under torchrun once
         print(f"{what}; going on, as --anyway says", file=sys.stderr)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lib.errors import BadInput
+
 Pair = tuple[list[int], list[int]]  # ids of a context, and of what may follow it
 
 
@@ -81,7 +83,7 @@ def pair(config, tokenizer, context: str, text: str) -> Pair:
     if whole[: len(head)] != head:
         choice = tokenizer.encode(text)
     if not choice:
-        raise ValueError(f"{text!r} has no tokens")
+        raise BadInput(f"{text!r} has no tokens")
     return head, choice
 
 
@@ -130,7 +132,7 @@ def chosen_subjects(config, known: list[str]) -> list[str]:
     for subject in named:
         if subject not in known:
             others = f"{config.task}'s {len(known)}, such as {known[0]}"
-            raise ValueError(f"--subjects {subject} is not one of {others}")
+            raise BadInput(f"--subjects {subject} is not one of {others}")
     return named
 
 
@@ -141,18 +143,18 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise BadInput(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def text_of(row: dict, name: str) -> str:
     if not isinstance(row[name], str):
-        raise ValueError(f"{name} must be a text and is a {type(row[name]).__name__}")
+        raise BadInput(f"{name} must be a text and is a {type(row[name]).__name__}")
     return row[name]
 
 
 def texts_of(row: dict, name: str) -> list[str]:
     if not isinstance(row[name], list) or not all(isinstance(part, str) for part in row[name]):
-        raise ValueError(f"{name} must be a list of texts")
+        raise BadInput(f"{name} must be a list of texts")
     return row[name]
 
 
@@ -162,7 +164,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
     Raises ValueError naming them.
     """
     if not path.is_file():
-        raise ValueError(f"--data {path} is not a file of questions")
+        raise BadInput(f"--data {path} is not a file of questions")
     whole = read_text(path)
     one_list = path.suffix == ".json"
     for number, part in enumerate([whole] if one_list else whole.split("\n"), 1):
@@ -170,7 +172,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
         for place, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
             name = f"{path}: question {place}" if one_list else f"{path}:{number}"
             if not isinstance(row, dict):
-                raise ValueError(f"{name}: not an object but {str(row)[:40]}")
+                raise BadInput(f"{name}: not an object but {str(row)[:40]}")
             yield name, row
 
 
@@ -178,10 +180,10 @@ def _parse(text: str, path: Path, number: int) -> Any:
     try:
         return json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
+        raise BadInput(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
     except (RecursionError, ValueError):  # Python bounds depth, and the digits of an integer
         problem = "nested too deeply, or a number of too many digits"
-        raise ValueError(f"{path}:{number}: {problem}") from None
+        raise BadInput(f"{path}:{number}: {problem}") from None
 
 
 @contextlib.contextmanager
@@ -190,6 +192,6 @@ def named(place: str) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{place}: no field {error}") from None
+        raise BadInput(f"{place}: no field {error}") from None
     except (TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise BadInput(f"{place}: {error}") from None

@@ -1,5 +1,7 @@
 """The ranks of a tiktoken file."""
 
+from lib.errors import BadInput
+
 
 def check_ranks(ranks: dict[bytes, int], name: str):
     """Raise ValueError unless the ranks are 0, 1, 2 … and every byte is a piece.
@@ -14,14 +16,14 @@ def check_ranks(ranks: dict[bytes, int], name: str):
             if not 0 <= rank < count:
                 problem = f"one of them is {rank}"
                 break
-        raise ValueError(f"{name}: its ranks must be 0 to {count - 1}, each once, and {problem}")
+        raise BadInput(f"{name}: its ranks must be 0 to {count - 1}, each once, and {problem}")
     missing = []
     for byte in range(256):
         if bytes([byte]) not in ranks:
             missing.append(byte)
     if missing:
         problem = f"{len(missing)} of the 256 single bytes are no pieces"
-        raise ValueError(f"{name}: {problem}, the first is {missing[0]}")
+        raise BadInput(f"{name}: {problem}, the first is {missing[0]}")
     if b"" in ranks:
         rank = ranks[b""]
-        raise ValueError(f"{name}: rank {rank} is of an empty piece")
+        raise BadInput(f"{name}: rank {rank} is of an empty piece")

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from lib.errors import BadInput
+
 Kind = TypeVar("Kind")
 
 
@@ -17,13 +19,13 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON (line {error.lineno}: {error.msg})") from None
+        raise BadInput(f"{where} is not JSON (line {error.lineno}: {error.msg})") from None
     except RecursionError:
-        raise ValueError(f"{where} is not JSON that can be read (nested too deeply)") from None
+        raise BadInput(f"{where} is not JSON that can be read (nested too deeply)") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not UTF-8 (byte {error.start})") from None
+        raise BadInput(f"{where} is not UTF-8 (byte {error.start})") from None
     except ValueError:  # Python's bound on the digits of an integer
-        raise ValueError(f"{where} is not JSON that can be read (a number has too many digits)") from None
+        raise BadInput(f"{where} is not JSON that can be read (a number has too many digits)") from None
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -31,12 +33,12 @@ def read_json(path: Path, *keys: str) -> dict:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is missing") from None
+        raise BadInput(f"{path} is missing") from None
     values = parse_json(data, path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must be an object with {', '.join(keys)}, and is a {type(values).__name__}")
+        raise BadInput(f"{path} must be an object with {', '.join(keys)}, and is a {type(values).__name__}")
     if missing := [key for key in keys if key not in values]:
-        raise ValueError(f"{path} has no field {missing[0]}")
+        raise BadInput(f"{path} has no field {missing[0]}")
     return values
 
 
@@ -51,9 +53,11 @@ def checked(values: Any, kind: type[Kind], where: str | Path) -> Kind:
     except msgspec.ValidationError as error:
         problem, _, place = str(error).partition(" - at `")
         field = place.removesuffix("`").removeprefix("$").removeprefix(".")
-        raise ValueError(f"{where}: {f'field {field}: ' if field else ''}{problem.replace('`', '')}") from None
+        raise BadInput(f"{where}: {f'field {field}: ' if field else ''}{problem.replace('`', '')}") from None
     except RecursionError:
-        raise ValueError(f"{where} is nested too deeply") from None
+        raise BadInput(f"{where} is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise BadInput(f"{where} has half of a character (a lone surrogate)") from None
 
 
 def read_record(path: Path, kind: type[Kind]) -> Kind:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lib import planning
+from lib.errors import BadInput
 from lib.files import write_whole
 from lib.forecast import forecast
 from lib.gpus import gpu_peak
@@ -99,7 +100,7 @@ class Report:
                 spike = step if spike is None and not bad else spike
             if self.bad_in_a_row >= self.config.max_bad_steps:
                 what = f"{self.bad_in_a_row} steps in a row up to {step} without a finite loss and gradient"
-                raise ValueError(f"{what}; a lower --learning_rate usually helps, or a look at the data named above")
+                raise BadInput(f"{what}; a lower --learning_rate usually helps, or a look at the data named above")
         if log_now:
             step, lr, outcome = self.pending[-1]
             self._step(step, last, lr, outcome)

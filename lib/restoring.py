@@ -13,6 +13,7 @@ from torch import Tensor
 from lib.checkpoint_index import Reader
 from lib.checkpoints import check_hashes, named_by_last, newest_first
 from lib.configs import config_to_hugging_face
+from lib.errors import BadInput
 from lib.naming import is_finite, readable
 from lib.records import read_json
 from lib.world import all_agree, local, my_share, on_all
@@ -44,7 +45,7 @@ def read_newest(folder: Path, shape, tensors: dict) -> int:
     """
     problem = None
     if not named_by_last(folder):
-        problem = ValueError(f"{folder / 'last'} is missing or names no checkpoint")
+        problem = BadInput(f"{folder / 'last'} is missing or names no checkpoint")
     for checkpoint in newest_first(folder):
         if problem and dist.get_rank() == 0:
             print(f"{problem}; going back to {checkpoint}", file=sys.stderr)
@@ -55,7 +56,7 @@ def read_newest(folder: Path, shape, tensors: dict) -> int:
             problem = error
         if all_agree(problem is None):
             return int(checkpoint.name.removeprefix("step_"))
-        problem = problem or ValueError(f"{checkpoint} cannot be read by another process")
+        problem = problem or BadInput(f"{checkpoint} cannot be read by another process")
     raise problem
 
 
@@ -68,7 +69,7 @@ def _read_checkpoint(checkpoint: Path, shape, tensors: dict):
             for name in expected:
                 if found.get(name) != expected[name]:
                     sizes = f"{name} {found.get(name)}, the run's is {expected[name]}"
-                    raise ValueError(f"{checkpoint} is of another size: {sizes}")
+                    raise BadInput(f"{checkpoint} is of another size: {sizes}")
             check_hashes(checkpoint, my_share())
             reader.read_metadata()
 
@@ -76,4 +77,4 @@ def _read_checkpoint(checkpoint: Path, shape, tensors: dict):
     with readable(checkpoint), torch.no_grad():
         transfer(dcp.load, tensors, checkpoint, storage_reader=reader)
         if not all(is_finite(local(t)) for t in flat(tensors)):
-            raise ValueError(f"{checkpoint} holds numbers that are not finite")
+            raise BadInput(f"{checkpoint} holds numbers that are not finite")

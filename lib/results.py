@@ -13,6 +13,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from lib.errors import BadInput
 from lib.files import write_whole
 from lib.records import checked, parse_json, read_json, read_record
 
@@ -90,7 +91,7 @@ def check_out(out: Path, **beginnings: str | None):
         if not os.path.lexists(path) or beginning is not None and _begins(path, beginning):
             continue
         why = "exists" if beginning is None else "exists and is no unfinished result of this kind"
-        raise ValueError(f"--out: {path} {why}; choose another name")
+        raise BadInput(f"--out: {path} {why}; choose another name")
 
 
 def _begins(path: Path, text: str) -> bool:
@@ -140,7 +141,7 @@ def check_same(path: Path, expected: dict):
     ]
     if differing:
         names = ", ".join(differing)
-        raise ValueError(
+        raise BadInput(
             f"--out: {path} is of another evaluation; choose another name (other {names})"
         )
 
@@ -178,7 +179,7 @@ def read_lines(path: Path, questions: list, keys: list[str]) -> dict[int, dict]:
                 raise KeyError
         except (ValueError, KeyError, TypeError):
             problem = "is of another evaluation; choose another name"
-            raise ValueError(f"--out: {path}:{number} {problem}") from None
+            raise BadInput(f"--out: {path}:{number} {problem}") from None
         done[place] = record
     if len(whole) < len(data):
         os.truncate(path, len(whole))
@@ -193,24 +194,24 @@ def read_answers(path: Path) -> tuple[Protocol, dict[tuple[str, int], dict]]:
     result, lines = read_record(path, Protocol), path.with_suffix(".jsonl")
     found, counts, places = {}, Counter(), set()
     if not lines.exists():
-        raise ValueError(f"{lines} is missing, the lines of {path}")
+        raise BadInput(f"{lines} is missing, the lines of {path}")
     for number, line in enumerate(lines.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         where = f"{lines}:{number}"
         record = parse_json(line, where)
         if isinstance(record, dict) and "question_sha256" not in record:
-            raise ValueError(
+            raise BadInput(
                 f"{where} does not say which question it answers (no question_sha256): evaluate again"
             )
         record = check_line(record, result["task"], where)
         if (place := (record["subject"], record["index"])) in places:
-            raise ValueError(f"{where}: {place[0]} {place[1]} is there twice")
+            raise BadInput(f"{where}: {place[0]} {place[1]} is there twice")
         places.add(place)
         found[record["question_sha256"], counts[record["question_sha256"]]] = record
         counts[record["question_sha256"]] += 1
     if (
         total := checked(read_json(path, "questions")["questions"], int, f"{path}: questions")
     ) != len(found):
-        raise ValueError(f"{lines} has {len(found)} lines, {path} speaks of {total} questions")
+        raise BadInput(f"{lines} has {len(found)} lines, {path} speaks of {total} questions")
     return result, found
 
 
@@ -225,13 +226,13 @@ def read_pairs(paths: tuple[Path, Path]) -> tuple[Protocol, list[tuple[dict, dic
             each = ", ".join(
                 f"{path} has {result[name]}" for path, result in zip(paths, (protocol, other))
             )
-            raise ValueError(
+            raise BadInput(
                 f"--compare needs the same questions, asked in the same way; of {name}, {each}"
             )
     if first.keys() != second.keys():
         both = len(first.keys() & second.keys())
         each = ", ".join(f"{path} has {len(lines)}" for path, lines in zip(paths, (first, second)))
-        raise ValueError(
+        raise BadInput(
             f"--compare needs the same questions: {each}, and {both} of them are in both"
         )
     pairs = [(record, second[key]) for key, record in first.items()]
@@ -241,7 +242,7 @@ def read_pairs(paths: tuple[Path, Path]) -> tuple[Protocol, list[tuple[dict, dic
             or one.get("scores", {}).keys() != two.get("scores", {}).keys()
         ):
             place = f"{one['subject']} {one['index']}"
-            raise ValueError(
+            raise BadInput(
                 f"--compare: {place} has other bytes or other scores in {paths[1]} than in {paths[0]}"
             )
     return protocol, pairs

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from lib.checkpoints import checkpoint_folder, has_checkpoint
 from lib.cli import git_commit
+from lib.errors import BadInput
 from lib.files import write_whole
 from lib.peft import adapter_settings
 from lib.runs import is_record, read_run
@@ -33,16 +34,16 @@ def choose_run(config, config_class: type) -> dict | None:
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         ours = "run.json" in names and is_record(folder / "run.json")
         if not ours and any(not name.endswith(".tmp") for name in names):
-            raise ValueError(f"--out {folder} holds other files; choose another folder")
+            raise BadInput(f"--out {folder} holds other files; choose another folder")
         return None
     if config.resume and folder != Path(config.resume):
-        raise ValueError(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
+        raise BadInput(f"--out {folder} does not go with --resume {config.resume}, which is the run's folder")
     record = read_run(folder, config=type(config), model=config_class)
     for name, theirs in record["config"].items():
         mine = getattr(config, name)
         if name not in MAY_CHANGE_ON_RESUME and mine != theirs and not (name == "dtype" and mine == "auto"):
             flag = "--resume" if config.resume else "--out"
-            raise ValueError(f"{flag} {folder} holds a run with --{name} {theirs}, not {mine}; choose another --out")
+            raise BadInput(f"{flag} {folder} holds a run with --{name} {theirs}, not {mine}; choose another --out")
     return record
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
+from lib.errors import BadInput
 from lib.files import lock
 from lib.records import checked, parse_json, read_json
 
@@ -76,7 +77,7 @@ def read_run(folder: Path, **kinds: type) -> dict:
     for name, kind in kinds.items():
         known = {field.name for field in dataclasses.fields(kind)}
         if unknown := sorted(record[name].keys() - known):
-            raise ValueError(f"{path}, {name}: field {unknown[0]} is unknown to this version; a newer one made the run")
+            raise BadInput(f"{path}, {name}: field {unknown[0]} is unknown to this version; a newer one made the run")
         record[name] = dataclasses.asdict(checked(record[name], kind, f"{path}, {name}"))
     return record
 
@@ -125,7 +126,7 @@ def held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock(folder)
     if handle is None:
-        raise ValueError(f"{folder}: another process is working on this run right now; wait for it, or end it")
+        raise BadInput(f"{folder}: another process is working on this run right now; wait for it, or end it")
     try:
         yield
     finally:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib.errors import BadInput
+
 MOST = {"num": 10_000, "max_new_tokens": 1_000_000}  # samples of a prompt, and their tokens
 DRAWN = 256  # random numbers that a row has in advance
 NOT_FINITE = -1  # in place of a token, where the logits have infinities or NaN
@@ -26,13 +28,13 @@ class Sampling:
         """Raise ValueError for a setting that is out of range."""
         if not (0 <= self.temperature < math.inf and self.top_k >= 0):
             wrong = f"--temperature {self.temperature} and --top_k {self.top_k}"
-            raise ValueError(f"{wrong} must be numbers that are not negative")
+            raise BadInput(f"{wrong} must be numbers that are not negative")
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             wrong = f"--top_p {self.top_p} and --min_p {self.min_p}"
-            raise ValueError(f"{wrong} must lie between 0 and 1, top_p above 0")
+            raise BadInput(f"{wrong} must lie between 0 and 1, top_p above 0")
         if not 0 < self.repetition_penalty < math.inf:
             wrong = f"--repetition_penalty {self.repetition_penalty}"
-            raise ValueError(f"{wrong} must be a number above 0")
+            raise BadInput(f"{wrong} must be a number above 0")
 
 
 def check_flags(config):
@@ -41,10 +43,10 @@ def check_flags(config):
         number = getattr(config, name)
         if not 1 <= number <= most:
             bound = "at least 1" if number < 1 else f"at most {most:,}"
-            raise ValueError(f"--{name} {number} must be {bound}")
+            raise BadInput(f"--{name} {number} must be {bound}")
     config.check()
     if not config.prompt or "" in config.stop:
-        raise ValueError('--prompt needs a text ("" is one), and --stop texts that are not empty')
+        raise BadInput('--prompt needs a text ("" is one), and --stop texts that are not empty')
 
 
 def choose(

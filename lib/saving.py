@@ -21,6 +21,7 @@ from lib import probe
 from lib.checkpoint_index import Reader
 from lib.checkpoints import HASHES, has_checkpoint, hashes, remove, remove_old
 from lib.configs import config_to_hugging_face
+from lib.errors import BadInput
 from lib.files import sync, write_whole
 from lib.guard import Guard
 from lib.lora import adapters
@@ -75,7 +76,7 @@ class Checkpoints:
                 raise
             space = f"{shutil.disk_usage(self.folder).free / 1e9:,.1f} GB free there"
             before = f"the last one is that of step {self.newest}" if self.newest >= 0 else "there is none yet"
-            return ValueError(f"{self.folder}: no checkpoint of step {step} ({reason(error)}; {space}); {before}")
+            return BadInput(f"{self.folder}: no checkpoint of step {step} ({reason(error)}; {space}); {before}")
         return None
 
     def save(self, step: int, ends: bool, report):
@@ -110,7 +111,7 @@ class Checkpoints:
         self.rollbacks[step] += 1
         if self.rollbacks[step] > most:
             what = f"a spike at step {spike} again after going back to step {step} {most} times"
-            raise ValueError(f"{what}; a lower --learning_rate usually helps, or a higher --spike")
+            raise BadInput(f"{what}; a lower --learning_rate usually helps, or a higher --spike")
         self.guard.passed_over.fill_(passed_over + spike - step)
         report.rolled_back(step, spike)
         return step
@@ -125,7 +126,7 @@ class Checkpoints:
             transfer(dcp.load, staged, aside, self.group, storage_reader=Reader(aside))
             finite = all(is_finite(local(t)) for t in flat(staged))
             if not all_agree(finite, self.group):
-                raise ValueError("it holds numbers that are not finite")
+                raise BadInput("it holds numbers that are not finite")
             parts = on_all(functools.partial(hashes, aside, my_share()), self.group)
             written = {name: digest for part in parts for name, digest in part.items()}
             on_first_rank(functools.partial(self._finish, aside, name, written), self.group)

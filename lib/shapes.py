@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from lib.errors import BadInput
 from lib.tokenizer import Tokenizer, find_tokenizer
 from lib.weights import read_config
 
@@ -9,7 +10,7 @@ from lib.weights import read_config
 def model_config(config, sizes: dict, vocab_size: int | None = None):
     """The shape (a model.ModelConfig) that --size and the flags beside it describe. Raises ValueError."""
     if config.size not in sizes:
-        raise ValueError(f"--size {config.size} is not one of {', '.join(sizes)}")
+        raise BadInput(f"--size {config.size} is not one of {', '.join(sizes)}")
     names = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale")
     changes = {name: getattr(config, name) for name in names if getattr(config, name)}
     if "num_heads" in changes:
@@ -30,23 +31,23 @@ def first_config(config, meta: dict, sizes: dict, config_class: type):
     """The shape of a new run's model. Raises ValueError where --init_from does not fit the other flags or the data."""
     if not config.init_from:
         if config.lora_rank:
-            raise ValueError(f"--lora_rank {config.lora_rank} needs --init_from, the model to adapt")
+            raise BadInput(f"--lora_rank {config.lora_rank} needs --init_from, the model to adapt")
         return model_config(config, sizes, meta["vocab_size"])
     for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
         if getattr(config, name):
-            raise ValueError(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
+            raise BadInput(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
     if config.size != type(config).size:
-        raise ValueError(f"--size {config.size} does not go with --init_from, which brings its shape")
+        raise BadInput(f"--size {config.size} does not go with --init_from, which brings its shape")
     shape = read_config(config.init_from, config_class)
     theirs = find_tokenizer(config.init_from)
     if theirs and Tokenizer(theirs).sha256 != meta["tokenizer"]["sha256"]:
         hint = f"make it with --tokenizer {theirs}"
-        raise ValueError(f"--data {config.data[0]} was made with another tokenizer than {theirs}; {hint}")
+        raise BadInput(f"--data {config.data[0]} was made with another tokenizer than {theirs}; {hint}")
     if shape.vocab_size < meta["vocab_size"]:
         sizes = f"{meta['vocab_size']}, larger than the model's {shape.vocab_size}"
-        raise ValueError(f"--data {config.data[0]} has a vocabulary of {sizes}")
+        raise BadInput(f"--data {config.data[0]} has a vocabulary of {sizes}")
     if config.rope_scale:
         shape = dataclasses.replace(shape, rope_scale=config.rope_scale, max_seq_len=config.seq_len)
     if config.seq_len > shape.max_seq_len:
-        raise ValueError(f"--seq_len {config.seq_len} exceeds the model's context window of {shape.max_seq_len}")
+        raise BadInput(f"--seq_len {config.seq_len} exceeds the model's context window of {shape.max_seq_len}")
     return shape

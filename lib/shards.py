@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.disk import writing
+from lib.errors import BadInput
 from lib.meta import FORMAT
 from lib.tokenizer import Tokenizer
 
@@ -158,7 +159,7 @@ class ShardWriter:
             files.append({"file": f"{split}_{len(files):05d}.bin", "tokens": 0, "documents": 0, "bytes": 0})
             self.hashes[split] = {name: hashlib.sha256() for name in ("sha256", "mask_sha256", "bounds_sha256")}
         if tokens.max() > np.iinfo(self.dtype).max:
-            raise ValueError(f"token id {tokens.max()} does not fit in {self.dtype}")
+            raise BadInput(f"token id {tokens.max()} does not fit in {self.dtype}")
         self._append(split, "sha256", ".bin", tokens.astype(self.dtype))
         if mask is not None:
             self._write_mask(split, mask, files[-1]["tokens"] + np.cumsum(sizes))
@@ -210,5 +211,5 @@ def describe_dataset(tokenizer: Tokenizer, writer: ShardWriter, val_fraction: fl
             hint = f"give more text, or {'raise' if split == 'val' else 'lower'} --val_fraction {val_fraction}"
             if "kind" in about:
                 hint = f"those with the same first question go together; {hint}"
-            raise ValueError(f"none of the {found} documents went to {split}; {hint}")
+            raise BadInput(f"none of the {found} documents went to {split}; {hint}")
     return meta

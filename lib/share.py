@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lib.errors import BadInput
+
 
 class World:
     """The processes that torchrun started, or one alone. They meet in a store of keys and values."""
@@ -40,7 +42,7 @@ class World:
             elif not self.rank:
                 answer = json.loads(self.store.get(key))
                 if "error" in answer:
-                    raise ValueError(answer["error"])
+                    raise BadInput(answer["error"])
                 yield answer["found"]
                 self.store.delete_key(key)
         self._wait_for_the_others("done")
@@ -84,7 +86,7 @@ class World:
         if "error" not in answer:
             return answer["value"]
         self._wait_for_the_others("heard")
-        raise ValueError(answer["error"])
+        raise BadInput(answer["error"])
 
 
 def progress(world: World, items: Iterable | None = None, **options):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.disk import NO_ROOM
+from lib.errors import BadInput
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 CHAT_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
@@ -33,13 +34,13 @@ class Flags:
 def check_flags(flags: Flags, workers: int):
     """Raise ValueError for what cannot be prepared, before anything is read or downloaded."""
     if not 1 <= workers <= MAX_WORKERS:
-        raise ValueError(f"--workers {workers} must be at least 1 and at most {MAX_WORKERS}, or 0 for all cores")
+        raise BadInput(f"--workers {workers} must be at least 1 and at most {MAX_WORKERS}, or 0 for all cores")
     if not all(flags.source) or not flags.source:
-        raise ValueError('--source names nothing ("" is no file); give a file, a folder or a name such as stdlib')
+        raise BadInput('--source names nothing ("" is no file); give a file, a folder or a name such as stdlib')
     if Path(flags.out).exists() or Path(flags.out).is_symlink():
-        raise ValueError(f"--out {flags.out} exists; choose another folder or delete it")
+        raise BadInput(f"--out {flags.out} exists; choose another folder or delete it")
     if not 0 < flags.val_fraction < 1:
-        raise ValueError(f"--val_fraction {flags.val_fraction} must lie between 0 and 1")
+        raise BadInput(f"--val_fraction {flags.val_fraction} must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,14 @@ def find_files(source: tuple[str, ...], download_folder: Path, suffixes: tuple[s
             inside = [path for path in sorted(Path(item).rglob("*")) if path.name.endswith(suffixes)]
             found = [path for path in inside if path.is_file() and not path.name.startswith(".")]
             if not found:
-                raise ValueError(f"{item} holds no files that end in {', '.join(suffixes)}")
+                raise BadInput(f"{item} holds no files that end in {', '.join(suffixes)}")
             files += found
         elif Path(item).is_file():
             if not item.endswith(suffixes):
-                raise ValueError(f"{item} must end in one of {', '.join(suffixes)}")
+                raise BadInput(f"{item} must end in one of {', '.join(suffixes)}")
             files.append(Path(item))
         else:
-            raise ValueError(f"--source {item} is neither a file, a folder, stdlib nor one of {', '.join(CORPORA)}")
+            raise BadInput(f"--source {item} is neither a file, a folder, stdlib nor one of {', '.join(CORPORA)}")
     return files
 
 
@@ -153,20 +154,20 @@ def download(url: str, folder: Path, corpus: Corpus) -> Path:
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise OSError(error.errno, error.strerror, str(part)) from None
-        raise ValueError(
+        raise BadInput(
             f"{url} could not be fetched ({getattr(error, 'reason', error)}); without a network, give --source a local "
             f"file or folder; typed again, the command continues the download"
         ) from None
     checksum = corpus.sha256 or checksum
     have = part.stat().st_size
     if size is not None and have < size:
-        raise ValueError(f"{url} broke off at {have} of {size} bytes; type the command again to continue")
+        raise BadInput(f"{url} broke off at {have} of {size} bytes; type the command again to continue")
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if (size is not None and have > size) or (len(checksum) == 64 and found != checksum):
         part.unlink()
         expected = f"expected {size} with {checksum or 'any'}"
-        raise ValueError(f"{url}: {have} bytes with SHA-256 {found}, {expected}; deleted")
+        raise BadInput(f"{url}: {have} bytes with SHA-256 {found}, {expected}; deleted")
     os.replace(part, path)
     return path
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.bits import Pairs, Z, paired_bits, summarize_documents
+from lib.errors import BadInput
 from lib.results import read_pairs
 
 Categories = dict[str, list[str]]  # a name and its subjects
@@ -111,12 +112,12 @@ def paired_difference(paths: tuple[str, ...], protocols: dict, draws: int) -> di
     both were asked the same questions in the same way.
     """
     if len(paths) != 2:
-        raise ValueError(f"--compare takes two results, not {len(paths)}")
+        raise BadInput(f"--compare takes two results, not {len(paths)}")
     protocol, pairs = read_pairs((Path(paths[0]), Path(paths[1])))
     task, wanted = protocol["task"], protocol["protocol"]
     known = protocols.get(task, {})
     if wanted not in known:
-        raise ValueError(f"{paths[0]}: {task} has no protocol {wanted} here")
+        raise BadInput(f"{paths[0]}: {task} has no protocol {wanted} here")
     if task == "perplexity":
         name, drawn = "bits a byte", "documents"
         both, weights = paired_bits(pairs)

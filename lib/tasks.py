@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.errors import BadInput
 from lib.prompts import (
     Prompts,
     Question,
@@ -68,11 +69,11 @@ def ask_for_a_chain(example: dict) -> str:
 def read_bbh(path: Path) -> list[dict]:
     examples = read_json(path, "examples")["examples"]
     if not isinstance(examples, list):
-        raise ValueError(f"{path}: examples must be a list and is a {type(examples).__name__}")
+        raise BadInput(f"{path}: examples must be a list and is a {type(examples).__name__}")
     for number, example in enumerate(examples):
         fields = example if isinstance(example, dict) else {}
         if not all(isinstance(fields.get(name), str) for name in ("input", "target")):
-            raise ValueError(f"{path}: example {number} must have the texts input and target")
+            raise BadInput(f"{path}: example {number} must have the texts input and target")
     return examples
 
 
@@ -81,7 +82,7 @@ def read_chains(config, subject: str) -> str:
     file = Path(config.data) / "cot-prompts" / f"{subject}.txt"
     if not file.exists():
         needed = "--data must hold bbh/ and cot-prompts/ of BIG-Bench-Hard"
-        raise ValueError(f"{file} is missing; {needed}")
+        raise BadInput(f"{file} is missing; {needed}")
     return read_text(file).split("-----\n")[-1]
 
 
@@ -129,7 +130,7 @@ def passkey(config, tokenizer, room: int) -> Iterator[Question]:
     for length in passkey_lengths(config, shortest, room):
         if not shortest <= length <= room:
             bounds = f"between {shortest} and {room}, what the model can read"
-            raise ValueError(f"--lengths {length} must lie {bounds}")
+            raise BadInput(f"--lengths {length} must lie {bounds}")
         repeats = max(0, length - shortest) * 5 // len(tokenizer.encode(DULL * 5))
         for index in range(config.limit or 10):
             draw = random.Random(f"{length} {index}")
@@ -147,7 +148,7 @@ def passkey_lengths(config, shortest: int, room: int) -> list[int]:
             return [int(length) for length in config.lengths.split(",")]
         except ValueError:
             problem = "must be numbers of tokens divided by commas"
-            raise ValueError(f"--lengths {config.lengths} {problem}") from None
+            raise BadInput(f"--lengths {config.lengths} {problem}") from None
     return [length for length in (room // 4, room // 2, room) if length >= shortest] or [room]
 
 

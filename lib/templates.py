@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from lib.chat_formats import INPUT, Turn
 from lib.chats import exchanges
+from lib.errors import BadInput
 from lib.shards import Encoded
 from lib.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ def render_prompt(turns: list[Turn], template: str, tokenizer: Tokenizer) -> lis
 def _render(turns: list[Turn], template: str, tokenizer: Tokenizer, answered: bool) -> tuple[list[int], list[int]]:
     system, pairs = exchanges(turns)
     if (pairs[-1][1] is not None) != answered:
-        raise ValueError(f"the last turn is the {'user' if answered else 'assistant'}'s")
+        raise BadInput(f"the last turn is the {'user' if answered else 'assistant'}'s")
     ids, mask = [], []
     for number, pair in enumerate(pairs):
         for whole, part in zip((ids, mask), _render_exchange(pair, system, template, tokenizer, number == 0)):

@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 from lib.disk import writing
+from lib.errors import BadInput
 from lib.ranks import check_ranks
 
 CL100K_PATTERN = (  # how text is cut before it is encoded, which the file does not say
@@ -68,10 +69,10 @@ class TiktokenCodec:
         try:
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
         except ValueError:
-            raise ValueError(f"{name} is not a tiktoken ranks file (lines of base64 and a number)") from None
+            raise BadInput(f"{name} is not a tiktoken ranks file (lines of base64 and a number)") from None
         known = {50_256: (r50k_pat_str, 50_256, 50_257), 100_256: (CL100K_PATTERN, 100_257, 100_277)}
         if len(ranks) not in known:
-            raise ValueError(f"{name} has {len(ranks)} ranks; gpt2 has 50256 and cl100k_base 100256")
+            raise BadInput(f"{name} has {len(ranks)} ranks; gpt2 has 50256 and cl100k_base 100256")
         check_ranks(ranks, name)
         pattern, end_of_text, self.vocab_size = known[len(ranks)]
         self.bos_id = self.eos_id = end_of_text
@@ -106,16 +107,16 @@ def read_tokenizer(spec: str | Path) -> tuple[str, str, bytes]:
             other, hint = path / "tokenizer.json", ""
             if other.exists():
                 hint = f"; {other} is not read, give the tokenizer.model that it was made from"
-            raise ValueError(f"{path} holds no tokenizer (looked for {', '.join(CODECS)}){hint}")
+            raise BadInput(f"{path} holds no tokenizer (looked for {', '.join(CODECS)}){hint}")
         return read_tokenizer(found[0])
     if path.name == "tokenizer.bytes" and path.is_file():
         return "bytes", "tokenizer.bytes", path.read_bytes()
     if not path.is_file():
-        raise ValueError(f"no tokenizer {spec}: neither a file nor one of gpt2, cl100k_base, bytes")
+        raise BadInput(f"no tokenizer {spec}: neither a file nor one of gpt2, cl100k_base, bytes")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"tokenizer {path} cannot be read ({error.strerror})") from None
+        raise BadInput(f"tokenizer {path} cannot be read ({error.strerror})") from None
     return path.name, "tokenizer.tiktoken" if path.suffix == ".tiktoken" else "tokenizer.model", data
 
 
@@ -137,11 +138,11 @@ class Tokenizer:
         try:
             self.codec = CODECS[self.file](self.data, self.name)
         except RuntimeError as error:
-            raise ValueError(f"{spec} is not a tokenizer file: neither sentencepiece's nor *.tiktoken") from error
+            raise BadInput(f"{spec} is not a tokenizer file: neither sentencepiece's nor *.tiktoken") from error
         self.bos_id, self.eos_id = self.codec.bos_id, self.codec.eos_id
         self.vocab_size = self.codec.vocab_size
         if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{spec} has no BOS or no EOS (ids {self.bos_id} and {self.eos_id})")
+            raise BadInput(f"{spec} has no BOS or no EOS (ids {self.bos_id} and {self.eos_id})")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of text as ordinary text: `<s>` or `[INST]` typed in it are characters like any other."""
@@ -164,7 +165,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the prompt {text!r} is not Unicode text") from None
+            raise BadInput(f"the prompt {text!r} is not Unicode text") from None
         return self.encode(text if self.name == "bytes" else text.rstrip(" "), bos=True)
 
     def decode(self, ids: list[int]) -> str:
@@ -189,7 +190,7 @@ def _download_ranks(name: str) -> bytes:
     try:
         ranks = tiktoken.get_encoding(name)._mergeable_ranks
     except OSError as error:
-        raise ValueError(
+        raise BadInput(
             f"{name} has to be downloaded once and that failed ({type(error).__name__}); "
             f"without a network give --tokenizer the path of a .tiktoken file"
         ) from None

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.disk import writing
+from lib.errors import BadInput
 
 MAX_PIECES = 1_000_000         # the largest vocabulary that is trained; LLaMA-3's has 128,256
 
@@ -16,7 +17,7 @@ def trained_size(spec: str) -> int | None:
     size = spec.removeprefix("train:")
     if not (re.fullmatch("[0-9]{1,7}", size) and 300 < int(size) <= MAX_PIECES):
         sizes = f"a vocabulary size above 300 and at most {MAX_PIECES:,}"
-        raise ValueError(f"--tokenizer {spec[:40]}: give {sizes}, such as train:4096")
+        raise BadInput(f"--tokenizer {spec[:40]}: give {sizes}, such as train:4096")
     return int(size)
 
 
@@ -52,7 +53,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path):
             )
     except RuntimeError as error:
         reason = str(error).split("] ")[-1] or "there is no text to train on"
-        raise (failed or [ValueError(f"--tokenizer train:{vocab_size}: {reason}")])[0] from None
+        raise (failed or [BadInput(f"--tokenizer train:{vocab_size}: {reason}")])[0] from None
     if failed:
         raise failed[0]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import checkpointing, gpus, guard, kernels, lora, objectives, report, saving, world
+from lib.errors import BadInput
 from lib.gpus import GPUS
 from lib.lora import TARGETS
 from lib.planning import in_steps
@@ -62,44 +63,44 @@ def check_flags(config, num_processes: int):
     terms = ("weight_decay", "neftune", "z_loss")
     for name in ("epochs", "micro_batch", "stop_at", "keep_every", "shard_over", "warmup", *terms, *shape):
         if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(config, name)} must be a number that is not negative")
+            raise BadInput(f"--{name} {getattr(config, name)} must be a number that is not negative")
     lengths = in_steps(config, 1.0)  # how long an epoch is, the data will tell
     every = ("log_every", "eval_every", "save_every")
     finite = ("learning_rate", "lora_alpha", "dpo_beta")
     positive = ("keep", *finite, "grad_clip", "max_bad_steps", "spike", "gpus")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(lengths, name) > 0:
-            raise ValueError(f"--{name} {getattr(config, name)} must be above 0")
+            raise BadInput(f"--{name} {getattr(config, name)} must be above 0")
         if name in finite and getattr(config, name) == math.inf:
-            raise ValueError(f"--{name} {getattr(config, name)} must be a finite number")
+            raise BadInput(f"--{name} {getattr(config, name)} must be a finite number")
     if config.epochs and config.steps != type(config).steps:
-        raise ValueError(f"--steps {config.steps} does not go with --epochs {config.epochs}")
+        raise BadInput(f"--steps {config.steps} does not go with --epochs {config.epochs}")
     for name in ("final_lr", "decay", "label_smoothing", "beta1", "beta2"):
         if not 0 <= getattr(config, name) <= (0.999999 if name.startswith("beta") else 1):
-            raise ValueError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
+            raise BadInput(f"--{name} {getattr(config, name)} must lie between 0 and 1")
     if not 0 <= config.seed < 2**63:
-        raise ValueError(f"--seed {config.seed} must lie between 0 and 2^63")
+        raise BadInput(f"--seed {config.seed} must lie between 0 and 2^63")
     if config.eval_tokens < config.seq_len:
-        raise ValueError(f"--eval_tokens {config.eval_tokens} is less than one window of --seq_len {config.seq_len}")
+        raise BadInput(f"--eval_tokens {config.eval_tokens} is less than one window of --seq_len {config.seq_len}")
     if config.batch_size % num_processes:
-        raise ValueError(f"--batch_size {config.batch_size} must be a multiple of the {num_processes} processes")
+        raise BadInput(f"--batch_size {config.batch_size} must be a multiple of the {num_processes} processes")
     share = config.batch_size // num_processes
     if config.micro_batch and share % config.micro_batch:
-        raise ValueError(f"--micro_batch {config.micro_batch} must divide --batch_size / processes = {share}")
+        raise BadInput(f"--micro_batch {config.micro_batch} must divide --batch_size / processes = {share}")
     if config.shard_over and num_processes % config.shard_over:
-        raise ValueError(f"--shard_over {config.shard_over} must divide the {num_processes} processes")
+        raise BadInput(f"--shard_over {config.shard_over} must divide the {num_processes} processes")
     mode = config.checkpointing
     if mode not in ("none", "selective", "full") and not (mode.isdecimal() and int(mode)):
-        raise ValueError(f"--checkpointing {mode} is not none, selective, full or a number of blocks")
+        raise BadInput(f"--checkpointing {mode} is not none, selective, full or a number of blocks")
     unknown = [name for name in config.lora_targets.split(",") if name not in TARGETS]
     if unknown:
-        raise ValueError(f"--lora_targets {config.lora_targets}: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
+        raise BadInput(f"--lora_targets {config.lora_targets}: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
     if config.quantize != "none" and not config.lora_rank:
-        raise ValueError(f"--quantize {config.quantize} needs --lora_rank, for what is quantised cannot be trained")
+        raise BadInput(f"--quantize {config.quantize} needs --lora_rank, for what is quantised cannot be trained")
     if config.lora_rank and mode == "selective":
-        raise ValueError("--checkpointing selective does not go with --lora_rank; none, full and numbers do")
+        raise BadInput("--checkpointing selective does not go with --lora_rank; none, full and numbers do")
     if config.gpu not in GPUS:
-        raise ValueError(f"--gpu {config.gpu} is not one of {', '.join(GPUS)}")
+        raise BadInput(f"--gpu {config.gpu} is not one of {', '.join(GPUS)}")
 
 
 def resumed(first):

@@ -13,6 +13,7 @@ from torch import nn
 from lib import formats
 from lib.checkpoints import checkpoint_folder
 from lib.configs import config_from_hugging_face, read_adapter_config
+from lib.errors import BadInput
 from lib.identity import first_rows_sha256, weights_sha256
 from lib.lora import TARGETS, adapters, from_nf4, to_nf4
 from lib.naming import Named, check_finite, readable
@@ -53,7 +54,7 @@ def open_model(path: Path, config_class: type) -> tuple:
     if (path / "config.json").exists() and any(path.glob("model*.safetensors*")):
         return formats.read_hugging_face(path, config_class)
     looked_for = "config.json with safetensors, params.json, a checkpoint"
-    raise ValueError(f"{path}: no model here (looked for {looked_for})")
+    raise BadInput(f"{path}: no model here (looked for {looked_for})")
 
 
 @torch.no_grad()
@@ -68,11 +69,11 @@ def fill(model: nn.Module, tensors: Named, path: Path | None):
     for name, tensor in _quantized(model, tensors, path):
         shape = tuple(tensor.shape)
         if name not in missing:
-            raise ValueError(f"{path}: tensor {name} {shape} has no place in this model")
+            raise BadInput(f"{path}: tensor {name} {shape} has no place in this model")
         target = missing.pop(name)
         wanted = tuple(target.shape)
         if wanted != shape:
-            raise ValueError(f"{path}: tensor {name} should be {wanted} and is {shape}")
+            raise BadInput(f"{path}: tensor {name} should be {wanted} and is {shape}")
         first, local = local_rows(target)
         here = tensor[first : first + len(local)]
         if here.is_floating_point():  # the codes of NF4 are none
@@ -80,7 +81,7 @@ def fill(model: nn.Module, tensors: Named, path: Path | None):
         local.copy_(here)
     if missing:
         name, target = next(iter(missing.items()))
-        raise ValueError(f"{path}: tensor {name} {tuple(target.shape)} is missing")
+        raise BadInput(f"{path}: tensor {name} {tuple(target.shape)} is missing")
 
 
 def _quantized(model: nn.Module, tensors: Named, path: Path) -> Named:
@@ -148,10 +149,10 @@ def find_base(settings: dict, path: Path, config_class: type) -> Path:
     where = f"{path}: its base model {base}"
     if not base.exists():
         said = "base_model_name_or_path in its adapter_config.json says where it is"
-        raise ValueError(f"{where} is not there; {said}")
+        raise BadInput(f"{where} is not there; {said}")
     known = settings.get("base_sha256")
     if known and not is_known(base, known, config_class):
-        raise ValueError(f"{where} holds other weights than those it was trained on")
+        raise BadInput(f"{where} holds other weights than those it was trained on")
     return checkpoint_folder(base)
 
 
@@ -163,12 +164,12 @@ def read_adapter(path: str | Path, config_class: type) -> Adapter:
     path = checkpoint_folder(Path(path))
     with readable(path):
         if not (path / "adapter_config.json").exists():
-            raise ValueError(f"{path}: no adapter here (looked for adapter_config.json)")
+            raise BadInput(f"{path}: no adapter here (looked for adapter_config.json)")
         settings = read_adapter_config(path / "adapter_config.json")
         named = formats.read_checkpoint(path) if (path / ".metadata").exists() else read_peft(path)
         tensors = dict(named)
         if not tensors:
-            raise ValueError(f"{path}: an adapter without a tensor")
+            raise BadInput(f"{path}: an adapter without a tensor")
         for name, tensor in tensors.items():
             check_finite(tensor, name, path)
         return Adapter(find_base(settings, path, config_class), settings, tensors)
@@ -179,7 +180,7 @@ def whole_adapter(path: str | Path, config_class: type) -> Adapter:
     adapter = read_adapter(path, config_class)
     if read_config(path, config_class) != read_config(adapter.base, config_class):
         more = "differs from its base in more than an adapter can say"
-        raise ValueError(f"{path} {more}; use --export")
+        raise BadInput(f"{path} {more}; use --export")
     return adapter
 
 
@@ -192,7 +193,7 @@ def _read_adapted(path: Path, config_class: type) -> tuple:
         own = config_from_hugging_face(config_class, path)
         window = dict(max_seq_len=config.max_seq_len, rope_scale=config.rope_scale)
         if replace(own, **window) != config:
-            raise ValueError(f"{path}: config.json is of another model than the base, {base}")
+            raise BadInput(f"{path}: config.json is of another model than the base, {base}")
         config = own
     in_nf4 = settings.get("quantize") == "nf4"
 
@@ -207,10 +208,10 @@ def _read_adapted(path: Path, config_class: type) -> tuple:
                 same_rank = a.size(0) == b.size(1) == settings["r"]
                 if (b.size(0), a.size(1)) != tensor.shape or not same_rank:
                     adapter = f"{module}'s adapter {tuple(a.shape)}"
-                    raise ValueError(f"{path}: {adapter} does not fit {tuple(tensor.shape)}")
+                    raise BadInput(f"{path}: {adapter} does not fit {tuple(tensor.shape)}")
                 tensor = tensor.float() + settings["lora_alpha"] / settings["r"] * (b @ a)
             yield name, tensor
         if learned:
-            raise ValueError(f"{path}: tensor {next(iter(learned))} has no place in this model")
+            raise BadInput(f"{path}: tensor {next(iter(learned))} has no place in this model")
 
     return config, merged()

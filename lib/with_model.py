@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lib.errors import BadInput
 from lib.peft import save_adapter
 from lib.runs import find_template
 from lib.templates import TEMPLATES
@@ -19,11 +20,11 @@ def fitting_tokenizer(path: str, named: str, shape) -> Tokenizer:
     if not folder and (Path(path) / "adapter_config.json").exists():
         folder = find_tokenizer(read_adapter(path, type(shape)).base)
     if not folder:
-        raise ValueError(f"{path} brings no tokenizer; name one with --tokenizer")
+        raise BadInput(f"{path} brings no tokenizer; name one with --tokenizer")
     tokenizer = Tokenizer(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         problem = f"has {tokenizer.vocab_size} tokens, more than the model's {shape.vocab_size}"
-        raise ValueError(f"tokenizer {tokenizer.name} {problem}")
+        raise BadInput(f"tokenizer {tokenizer.name} {problem}")
     return tokenizer
 
 
@@ -37,7 +38,7 @@ def chosen_template(named: str, path: str) -> str:
         unknown = f"{path} names no template"
         if template:
             unknown = f"--template {template} is unknown"
-        raise ValueError(f"{unknown}; name one of {', '.join(TEMPLATES)} with --template")
+        raise BadInput(f"{unknown}; name one of {', '.join(TEMPLATES)} with --template")
     return template
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from lib.errors import BadInput
 from lib.processes import end_with_parent
 
 
@@ -122,7 +123,7 @@ def from_first_rank(find: Callable[[], str]) -> str:
     answer = [found, problem]
     dist.broadcast_object_list(answer, src=0)
     if answer[1]:
-        raise ValueError(answer[1])
+        raise BadInput(answer[1])
     return answer[0]
 
 
@@ -137,7 +138,7 @@ def on_all(action: Callable, group: dist.ProcessGroup | None = None) -> list:
     dist.all_gather_object(everybodys, (value, problem), group=group)
     for _, problem in everybodys:
         if problem:
-            raise ValueError(problem)
+            raise BadInput(problem)
     return [value for value, _ in everybodys]
 
 

@@ -38,6 +38,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from lib.cli import run_command  # noqa: E402
+from lib.errors import BadInput
 from lib.files import write_whole  # noqa: E402
 from lib.records import parse_json  # noqa: E402
 from lib.refusals import refusal_score, refusal_signs  # noqa: E402
@@ -138,7 +139,7 @@ def read_rows(paths) -> list[dict]:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if not {"completion", "final_label", "prompt"} <= set(reader.fieldnames or ()):
-                raise ValueError(f"{path} has no columns completion and final_label beside prompt")
+                raise BadInput(f"{path} has no columns completion and final_label beside prompt")
             rows += reader
     return rows
 
@@ -162,7 +163,7 @@ def read_ordinary(paths) -> list[str]:
             row = parse_json(row, f"{path}:{number}") if path.suffix == ".jsonl" else row
             answer = row.get("output", row.get("answer")) if isinstance(row, dict) else None
             if not isinstance(answer, str):
-                raise ValueError(f"{path}:{number} has no text in output or answer")
+                raise BadInput(f"{path}:{number} has no text in output or answer")
             texts.append(answer)
     return texts
 
@@ -262,7 +263,7 @@ class Config:
 
 def main(config: Config):
     if config.out and Path(config.out).exists():
-        raise ValueError(f"--out {config.out} exists; choose another name or delete it")
+        raise BadInput(f"--out {config.out} exists; choose another name or delete it")
     texts, y = read_labelled(config.train)
     ordinary = read_ordinary(config.ordinary)
     model = train(texts, y, ordinary)

@@ -14,7 +14,6 @@ import re
 import resource
 import sqlite3
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from lib.chat_formats import FORMATS, Turn, read_conversations
 from lib.chats import usable
 from lib.cleaning import Cleaner, Cleaning
 from lib.cli import run_command
+from lib.errors import BadInput
 from lib.meta import read_meta
 from lib.peft import Adapter, adapter_settings, save_adapter
 from lib.templates import render
@@ -66,8 +66,7 @@ def read(records: list, path: Path, format: str = "auto", removed: Path | None =
 
 def said_in_one_sentence(error: BaseException) -> bool:
     """Whether it ends with exit code 2, as bad input does."""
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, ValueError) and str(Path(last).parent) in LOCAL and "\n" not in str(error)
+    return isinstance(error, BadInput) and "\n" not in str(error)
 
 
 # ---- tokenizers ----

@@ -19,6 +19,7 @@ from conftest import TINY_RUN, checkpoints_of, random_model, run_ranks
 from data import Tokenizer
 from lib import formats, opening, peft, train_flags
 from lib.checkpoints import checkpoint_folder
+from lib.errors import BadInput
 from lib.weights import read_config
 from lib.world import join_world, local
 from model import ModelConfig, Transformer, load, save
@@ -423,7 +424,7 @@ def test_a_file_that_is_no_object_is_named(name, text, tmp_path):
     (tmp_path / "m" / name).write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match=name) as error:
         load(tmp_path / "m")
-    assert type(error.value) is ValueError and "\n" not in str(error.value)
+    assert type(error.value) is BadInput and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("header", [

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from conftest import ROOT, additions, assert_same_but_for_rounding, random_model
 from lib.cpu_attention import CompiledOnCPU
+from lib.errors import BadInput
 from lib.kernels import Documents, attend_within
 from model import (
     IGNORE,
@@ -338,7 +339,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(change, message, tmp_path):
     change(tmp_path / "m")
     with pytest.raises(ValueError, match=message) as error:
         load(tmp_path / "m")
-    assert type(error.value) is ValueError and "\n" not in str(error.value)
+    assert type(error.value) is BadInput and "\n" not in str(error.value)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -601,14 +601,17 @@ def test_bad_input_ends_with_exit_code_2_and_a_bug_with_its_traceback(tmp_path, 
     done = command("train.py", "--lerning_rate", "1", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "--learning_rate" in done.stderr
     from lib import cli
+    from lib.errors import BadInput
 
     @dataclasses.dataclass
     class Nothing:
         pass
 
     monkeypatch.setattr("sys.argv", ["train.py"])
-    with pytest.raises(json.JSONDecodeError):  # a ValueError, but not raised by one of our files
-        cli.run_command(lambda config: json.loads("{"), Nothing)
+    for bug in (lambda config: json.loads("{"), lambda config: list(zip([1], [], strict=True))):
+        with pytest.raises(ValueError) as raised:  # which is no BadInput
+            cli.run_command(bug, Nothing)
+        assert not isinstance(raised.value, BadInput)
 
 
 def test_the_work_of_a_token_is_the_published_one():
