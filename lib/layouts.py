@@ -1,7 +1,7 @@
 """Which stretches of the token files a sequence holds.
 
-A piece is (file, first token, number of inputs), a row a list of pieces, and a sequence a list of rows. A layout is a
-sequence of sequences: it has a length, and layout[index] gives the rows of one.
+A piece is (file, first token, number of inputs), a row a list of pieces, and a sequence a list of
+rows. A layout is a sequence of sequences: it has a length, and layout[index] gives the rows of one.
 """
 
 import math
@@ -18,8 +18,8 @@ Row = list[Piece]
 
 
 class Windows:
-    """Windows of a text that start every seq_len tokens, do not reach over the end of a file, and run over document
-    boundaries."""
+    """Windows of a text that start every seq_len tokens, do not reach over the end of a file, and
+    run over document boundaries."""
 
     rows_each = 1
 
@@ -38,7 +38,8 @@ class Windows:
     def __getitem__(self, index: int) -> list[Row]:
         for file, count in enumerate(self.counts):
             if index < count:
-                return [[(file, index * self.seq_len, self.seq_len)]]
+                begin = index * self.seq_len
+                return [[(file, begin, self.seq_len)]]
             index -= count
         raise IndexError(index)
 
@@ -47,9 +48,10 @@ class Windows:
 
 
 class Packed:
-    """Rows filled with whole documents, padded at the end; a document that is longer than a row is cut.
+    """Rows filled with whole documents, padded at the end; a document longer than a row is cut.
 
-    Rows are packed by best fit over the whole split, the longest pieces first; 20 bytes of memory a document.
+    Rows are packed by best fit over the whole split, the longest pieces first; 20 bytes of memory a
+    document.
     """
 
     rows_each = 1
@@ -62,20 +64,19 @@ class Packed:
             pieces.append(cut(file, bounds, data.seq_len))
         pieces = np.concatenate(pieces)
         row_of = pack(pieces[:, 2], data.seq_len)
-        self.table = pieces[np.argsort(row_of, kind="stable")]
-        self.first = np.concatenate(([0], np.cumsum(np.bincount(row_of))))
+        by_row = np.argsort(row_of, kind="stable")
+        self.table = pieces[by_row]
+        pieces_in_row = np.bincount(row_of)
+        self.first = np.concatenate(([0], np.cumsum(pieces_in_row)))
         self.num_targets = int(self.table[:, 2].sum())  # all but the first token of each document
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def __getitem__(self, index: int) -> list[Row]:
-        return [
-            [
-                tuple(piece)
-                for piece in self.table[self.first[index] : self.first[index + 1]].tolist()
-            ]
-        ]
+        begin, end = self.first[index], self.first[index + 1]
+        pieces = self.table[begin:end].tolist()
+        return [[tuple(piece) for piece in pieces]]
 
     def width(self, rows: list[Row]) -> int:
         return self.seq_len
@@ -103,57 +104,65 @@ class Pairs:
         before = int(self.ends[file - 1]) if file else 0
         first = 2 * (index - before)
         begin, middle, end = self.bounds[file][first : first + 3].tolist()
-        return [[(file, begin, middle - begin - 1)], [(file, middle, end - middle - 1)]]
+        chosen = (file, begin, middle - begin - 1)
+        rejected = (file, middle, end - middle - 1)
+        return [[chosen], [rejected]]
 
     def width(self, rows: list[Row]) -> int:
         longest = max(size for row in rows for _, _, size in row)
-        return min(self.seq_len, math.ceil(longest / ROUND) * ROUND)
+        rounded_up = math.ceil(longest / ROUND) * ROUND
+        return min(self.seq_len, rounded_up)
 
 
 def positions(bounds: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """In packed rows the place of each token in its document; bounds are those of the rows laid end to end."""
-    place = np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+    """In packed rows the place of each token in its document; bounds are those of the rows laid end
+    to end."""
+    starts = np.repeat(bounds[:-1], np.diff(bounds))
+    place = np.arange(bounds[-1]) - starts
     return place.reshape(shape)
 
 
 def cut(file: int, bounds: np.ndarray, seq_len: int) -> np.ndarray:
-    """The pieces (N, 3) of a file's documents; the last token of a document has no target and is no input."""
+    """The pieces (N, 3) of a file's documents; the last token of a document has no target and is no
+    input."""
     starts, inputs = bounds[:-1], np.diff(bounds) - 1
     per_document = -(-inputs // seq_len)
-    number = np.arange(per_document.sum()) - np.repeat(
-        np.cumsum(per_document) - per_document, per_document
-    )
+    before = np.cumsum(per_document) - per_document  # pieces of the documents before
+    number = np.arange(per_document.sum()) - np.repeat(before, per_document)  # in its document
     offset = number * seq_len
-    sizes = np.minimum(seq_len, np.repeat(inputs, per_document) - offset)
-    return np.stack(
-        (np.full_like(sizes, file), np.repeat(starts, per_document) + offset, sizes), 1
-    )
+    left = np.repeat(inputs, per_document) - offset
+    sizes = np.minimum(seq_len, left)
+    first_tokens = np.repeat(starts, per_document) + offset
+    return np.stack((np.full_like(sizes, file), first_tokens, sizes), 1)
 
 
 def pack(sizes: np.ndarray, room: int) -> np.ndarray:
-    """The row of each piece, when the longest goes first, always to the row that it fills best (best-fit decreasing).
+    """The row of each piece, when the longest goes first, always to the row that it fills best
+    (best-fit decreasing).
 
     >>> pack(np.array([2, 7, 3, 5, 3]), 10).tolist()
     [1, 0, 0, 1, 1]
     """
     rows = np.empty(len(sizes), np.int64)
-    room = min(
-        room, int(sizes.sum())
-    )  # in more there would be as many rows, and a longer table
+    room = min(room, int(sizes.sum()))  # in more there would be as many rows, and a longer table
     by_room = [[] for _ in range(room + 1)]  # the rows that have this much room left
     open_rows = 0  # bit r is set where by_room[r] is not empty
     count = 0
     for piece in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[piece])
-        if fitting := open_rows >> size:
-            left = size + (fitting & -fitting).bit_length() - 1
+        fitting = open_rows >> size
+        if fitting:
+            lowest_bit = (fitting & -fitting).bit_length() - 1
+            left = size + lowest_bit
             row = by_room[left].pop()
             if not by_room[left]:
                 open_rows ^= 1 << left
         else:
-            row, left, count = count, room, count + 1
+            row, left = count, room
+            count += 1
         rows[piece] = row
-        if left > size:
-            by_room[left - size].append(row)
-            open_rows |= 1 << (left - size)
+        left -= size
+        if left > 0:
+            by_room[left].append(row)
+            open_rows |= 1 << left
     return rows
