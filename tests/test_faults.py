@@ -19,9 +19,10 @@ import pytest
 import train
 from conftest import ROOT, TINY_RUN, command, flags, run_ranks
 from data import Dataset, Mixture, Tokenizer, mixture_weights
+from eval import PROTOCOLS, World, evaluate
 from eval import Config as EvalConfig
-from eval import World, curves
 from lib import files, opening, saving, shards, train_flags
+from lib.curves import draw_runs
 from lib.datasets import HASHES, changed_file
 from lib.runs import find_template, held, read_log
 from lib.shards import ShardWriter
@@ -180,7 +181,8 @@ def test_an_edited_run_json_is_one_sentence_where_a_template_or_curves_are_asked
     assert find_template(str(run / "step_00000001")) == "plain"
     edited("config", batch_size="many")
     with pytest.raises(ValueError, match="run/run.json: field config.batch_size: Expected int, got str"):
-        curves(EvalConfig(model=(str(run),), out=str(tmp_path / "c.json"), checkpoints="all"), World())
+        config = EvalConfig(model=(str(run),), out=str(tmp_path / "c.json"), checkpoints="all")
+        draw_runs(config, World(), evaluate, PROTOCOLS)
     (tmp_path / "run.json").write_text("[]")  # somebody else's, in the folder above a model's
     (tmp_path / "model").mkdir()
     assert find_template(str(tmp_path / "model")) == ""

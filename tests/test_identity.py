@@ -78,7 +78,7 @@ def test_a_lora_run_goes_on_with_its_base_alone_in_every_row(tiny_run, base):
         lambda: tiny_run("lora", init_from=str(base), **LORA),
         lambda: tiny_run(resume="lora"),
         lambda: load_model(str(run)),
-        lambda: sample.main(sample.Config(str(run), export_adapter="adapter")),
+        lambda: sample.main(sample.Config(model=str(run), export_adapter="adapter")),
     ):
         with pytest.raises(ValueError, match="base holds other weights than those it was trained on"):
             use()
@@ -197,11 +197,11 @@ def test_a_run_of_other_code_is_not_scored_sampled_exported_or_trained_further(
         run = str(tiny_run(steps=2))
     data, step = str(tiny_data), f"{run}/step_00000002"
     for use in (
-        lambda **flags: sample.main(sample.Config(run, max_new_tokens=2, **flags)),
-        lambda **flags: sample.main(sample.Config(step, max_new_tokens=2, **flags)),
+        lambda **flags: sample.main(sample.Config(model=run, max_new_tokens=2, **flags)),
+        lambda **flags: sample.main(sample.Config(model=step, max_new_tokens=2, **flags)),
         lambda **flags: eval.main(eval.Config((run,), "perplexity", data, **flags)),
         lambda **flags: tiny_run("more", init_from=run, steps=1, **flags),
-        lambda **flags: sample.main(sample.Config(run, export=str(tmp_path / "export"), **flags)),
+        lambda **flags: sample.main(sample.Config(model=run, export=str(tmp_path / "export"), **flags)),
     ):
         with pytest.raises(ValueError, match="step_00000002 was trained by other code .*--anyway"):
             use()
@@ -218,8 +218,8 @@ def test_an_adapter_of_other_code_is_not_exported(tiny_run, base, monkeypatch, c
         changed.setattr(FeedForward, "forward", squared_relu)
         run = str(tiny_run("lora", init_from=str(base), **LORA))
     with pytest.raises(ValueError, match="step_00000004 was trained by other code"):
-        sample.main(sample.Config(run, export_adapter="adapter"))
-    sample.main(sample.Config(run, export_adapter="adapter", anyway=True))
+        sample.main(sample.Config(model=run, export_adapter="adapter"))
+    sample.main(sample.Config(model=run, export_adapter="adapter", anyway=True))
     assert "going on" in capsys.readouterr().err
 
 
@@ -375,14 +375,14 @@ def test_random_numbers_are_drawn_when_they_are_needed_and_stay_those_of_the_see
 def test_absurd_numbers_of_samples_and_tokens_are_refused_before_anything_is_read(flag):
     for number in (2**31, 2**70):
         with pytest.raises(ValueError, match=f"--{flag} {number} must be at most 1"):
-            sample.main(sample.Config("nowhere", **{flag: number}))
+            sample.main(sample.Config(model="nowhere", **{flag: number}))
 
 
 @pytest.mark.parametrize("flag", ["temperature", "top_p", "min_p", "repetition_penalty"])
 def test_sampling_takes_no_number_that_is_not_finite(flag):
     for number in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"--{flag} {number}"):
-            Sampling(**{"temperature": 1.0} | {flag: number})
+            Sampling(**{"temperature": 1.0} | {flag: number}).check()
 
 
 # ---- where it runs ----
