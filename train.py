@@ -331,7 +331,7 @@ def train(run: Run, stop: Stop) -> bool:
     """Take a run from the step where it is to its last. False if it has more steps to go."""
     config, report, step = run.config, run.report, run.step
     batches = run.feed(step)
-    with undisturbed(run.checkpoints, report):
+    with undisturbed(run.checkpoints, report):  # no garbage collection; an error finishes a save
         while step < run.last:
             stop.ask_others()
             lr = learning_rate(step, config)

@@ -113,7 +113,7 @@ def from_nf4(codes: Tensor, scales: Tensor, constants: Tensor, dtype: torch.dtyp
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     constants = constants.view(torch.float32).squeeze(1)
-    of_scales = QuantState(
+    group_state = QuantState(
         absmax=constants[:-1],
         code=_scale_values(codes.device),
         blocksize=NF4_GROUP,
@@ -126,7 +126,7 @@ def from_nf4(codes: Tensor, scales: Tensor, constants: Tensor, dtype: torch.dtyp
         quant_type="nf4",
         dtype=dtype,
         offset=constants[-1],
-        state2=of_scales,
+        state2=group_state,
     )
     return dequantize_4bit(codes.view(-1, 1), state)
 

@@ -26,9 +26,9 @@ def peak_memory(trial, device: torch.device) -> int:
     with no_stderr(), torch.profiler.profile(profile_memory=True) as recorded:
         trial.step()
     events = recorded.profiler.kineto_results.events()
-    of_memory = [event for event in events if event.name() == "[memory]"]
-    of_memory.sort(key=lambda event: event.start_ns())
-    changes = [event.nbytes() for event in of_memory]
+    memory_events = [event for event in events if event.name() == "[memory]"]
+    memory_events.sort(key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in memory_events]
     return sum(local(tensor).nbytes for tensor in before) + int(np.cumsum(changes).max())
 
 

@@ -105,8 +105,8 @@ def averages_table(metrics: dict, published: tuple[tuple[str, str], ...]) -> lis
     for average in ("micro", "macro"):
         rows.append((average, percents(metrics, average)))
     for category in metrics.get("acc", {}).get("categories", ()):
-        of_category = {name: metric["categories"] for name, metric in metrics.items()}
-        rows.append((category, percents(of_category, category)))
+        categories = {name: metric["categories"] for name, metric in metrics.items()}
+        rows.append((category, percents(categories, category)))
     empty = [""] * (len(metrics) - 1)
     for model, value in published:
         shown = f"{value}%".replace(" /", "% /")  # of two scores both are percentages
