@@ -344,9 +344,6 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
     return result
 
 
-# ---- command line ----
-
-
 def compare(paths: tuple[str, ...], draws: int = 4000) -> dict:
     """Second result less the first, see lib.statistics.paired_difference."""
     return paired_difference(paths, PROTOCOLS, draws)

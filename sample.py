@@ -200,9 +200,6 @@ class Chat(Conversation):
         generate(self.model, [ids], max_new_tokens, sampling, ends, add, self.decoder)
 
 
-# ---- command line ----
-
-
 def load_model(
     path: str, tokenizer: str = "", dtype: str = "auto", anyway: bool = False
 ) -> tuple[Transformer, Tokenizer]:
@@ -223,9 +220,7 @@ def load_model(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Sampling):
-    """Continue text with a trained model."""
-
+class Core:
     model: str
     """a run or checkpoint folder, a Hugging Face or Meta folder, or a llama2.c .bin"""
     prompt: tuple[str, ...] = ("",)
@@ -233,8 +228,6 @@ class Config(Sampling):
     tokenizer: str = ""              # where the model's folder holds none
     num: int = 1                     # samples of each prompt
     max_new_tokens: int = 200        # a sample may end earlier, at EOS
-    temperature: float = 0.8         # 0 is greedy
-    top_p: float = 0.95  # only the likeliest tokens whose probabilities sum to this; 1 is all
     stop: tuple[str, ...] = ()       # texts at which a sample ends
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     chat: bool = False               # talk on the terminal, with lines from it or from a pipe
@@ -244,6 +237,14 @@ class Config(Sampling):
     export: str = ""
     """instead write the model there as a Hugging Face folder, auto being fp32"""
     export_adapter: str = ""         # instead write the adapter of a LoRA run there, as PEFT does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Sampling, Core):
+    """Continue text with a trained model."""
+
+    temperature: float = 0.8  # 0 is greedy
+    top_p: float = 0.95  # only the likeliest tokens whose probabilities sum to this; 1 is all
 
 
 def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):

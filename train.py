@@ -55,7 +55,7 @@ class Core:
     # how long
     steps: int = 1350                   # optimizer steps; the schedule ends there
     batch_size: int = 8                 # sequences in an optimizer step, over all processes
-    micro_batch: int = 0                # of one process in a forward pass; 0: its whole share
+    micro_batch: int = 0                # sequences of a process in a forward pass; 0: its share
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon takes the blocks' matrices, AdamW keeps the rest"""
@@ -287,16 +287,14 @@ class Run:
         return self.data.feed(self.config, steps, self.device)
 
 
-def begin(config: Config, device: torch.device) -> Run:
-    """A run at its last checkpoint, or at its first weights.
+def begin(config: Config, record: dict | None, device: torch.device) -> Run:
+    """A run at its last checkpoint, or at its first weights; record is None for a new run.
 
     Raises ValueError where flags, data or code are not those with which it began.
     """
-    record = opening.find_record(config, ModelConfig)  # None for a new run
     data = Mixture(config.data, "train", config.seq_len, config.pack)
     val = Mixture(config.data, "val", config.seq_len, config.pack)
-    opening.check_data(config, record, data)
-    # lib imports no script, so it is handed what it needs of them
+    opening.check_data(config, data)
     settled = opening.settle(config, record, data, device, SIZES, Transformer, ModelConfig)
     config, shape, record = settled.config, settled.shape, settled.record
     model = build(shape, config, device)
@@ -380,8 +378,10 @@ def main(config: Config):
     if config.plan:
         print(plan(config))
         return
-    with opening.entered(config) as device, Stop() as stop:
-        finished = train(begin(config, device), stop)
+    with opening.entered(config) as device:
+        record = opening.find_record(config, ModelConfig)
+        with Stop() as stop:
+            finished = train(begin(config, record, device), stop)
         first = dist.get_rank() == 0
     if first and finished and config.sample:
         opening.show_sample(config)

@@ -79,6 +79,7 @@ def parse_choices(row: dict) -> Iterator[Parsed]:
     if not all(map(str.strip, texts_of(row, "choices"))):
         raise BadInput("a choice is empty")
     subject = str(row.get("subject", "choices"))
+    subject.encode()  # half of a character cannot be printed
     yield subject, text_of(row, "context"), row["choices"], [answer]
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_command(main, config_class, defaults=None):
     """Parse the flags and call main. Bad input ends with one sentence and exit code 2; a bug keeps its traceback.
 
-    Bad input is BadInput, or an OSError about a file. defaults turns a first reading of the flags
+    Bad input is BadInput, or an OSError of the system. defaults turns a first reading of the flags
     into those that count where a flag is not typed.
     """
     import tyro
@@ -26,9 +26,10 @@ def run_command(main, config_class, defaults=None):
     except (BadInput, OSError) as error:
         text = str(error)
         if isinstance(error, OSError):
-            if error.filename is None:
+            if error.errno is None:
                 raise
-            text = f"{error.filename}: {error.strerror}"
+            if error.filename is not None:
+                text = f"{error.filename}: {error.strerror}"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

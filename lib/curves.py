@@ -62,7 +62,7 @@ def setting_of(folder: Path, flags: dict, codes: list) -> tuple[str, list[Path]]
 
     The probes of the codes that runs were made by are collected in codes.
     """
-    checkpoints = folder.glob("step_????????")
+    checkpoints = folder.glob("step_" + 8 * "[0-9]")
     steps = sorted(path for path in checkpoints if (path / ".metadata").exists())
     if not steps:
         raise BadInput(f"--model {folder}: this run has no checkpoints")

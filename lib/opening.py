@@ -24,6 +24,8 @@ from lib.cli import ROOT
 from lib.datasets import changed_file
 from lib.errors import BadInput
 from lib.lora import adapters, init_adapters
+from lib.meta import read_meta
+from lib.order import mixture_weights
 from lib.planning import flops_of_a_step, in_steps
 from lib.run_record import choose_run, describe_data, describe_run
 from lib.runs import held
@@ -64,6 +66,10 @@ def find_record(config, config_class: type) -> dict | None:
     if dist.get_rank() == 0 and is_default:
         prepare_default(config.data[0])
     dist.barrier()
+    folders, shares = mixture_weights(config.data)
+    metas = [read_meta(folder) for folder in folders]
+    if record and record["dataset"] != describe_data(metas, shares):
+        raise BadInput(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
     return record
 
 
@@ -75,10 +81,8 @@ def prepare_default(folder: str):
         raise BadInput(f"--data {folder} could not be prepared")
 
 
-def check_data(config, record: dict | None, data):
-    """Raise ValueError where the data are not as they were made, or not those that a run began with."""
-    if record and record["dataset"] != describe_data(data):
-        raise BadInput(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
+def check_data(config, data):
+    """Raise ValueError where the data are not as they were made, or do not go with the flags."""
     check_files([(Path(part.folder), part.meta) for part in data.parts])
     for name in ("neftune", "label_smoothing", "z_loss"):
         if data.kind == "preference" and getattr(config, name):

@@ -169,9 +169,10 @@ class Report:
     @contextlib.contextmanager
     def paused(self):
         """Evaluating and saving do not count in the speed."""
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), self.clock
         yield
-        self.clock += time.perf_counter() - started
+        if self.clock == clock:  # rolling back sets it anew
+            self.clock += time.perf_counter() - started
 
     def _start_wandb(self):
         try:

@@ -63,7 +63,7 @@ def describe_run(config, shape, probed: list[float], data, device: torch.device)
         "probe": probed,
         "init_from": first,
         "init_sha256": known,
-        "dataset": describe_data(data),
+        "dataset": describe_data([part.meta for part in data.parts], data.weights),
         "command": " ".join(sys.argv),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -83,12 +83,12 @@ def describe_adapter(config, config_class: type) -> dict:
     return settings | {"base_sha256": known, "quantize": config.quantize}
 
 
-def describe_data(data) -> list[dict]:
-    """What makes up a data.Mixture; sample.py finds the template of a chat here."""
+def describe_data(metas: list[dict], shares: list[float]) -> list[dict]:
+    """What makes up the data; sample.py finds the template of a chat here."""
     names = ("tokenizer", "splits", "template")
     return [
-        {"share": share} | {name: part.meta[name] for name in names if name in part.meta}
-        for share, part in zip(data.weights, data.parts)
+        {"share": share} | {name: meta[name] for name in names if name in meta}
+        for share, meta in zip(shares, metas)
     ]
 
 

@@ -193,7 +193,8 @@ def _fetch(url: str, part: Path) -> tuple[int | None, str]:
         with urllib.request.build_opener(Remember).open(request, timeout=60) as response:
             answers.append(response.headers)
             have = have if response.status == 206 else 0
-            if length := response.headers["Content-Length"]:
+            length = response.headers["Content-Length"] or ""
+            if length.isdecimal():
                 size = have + int(length)
             bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, file=sys.stderr)
             with open(part, "ab" if have else "wb") as file, bar:

@@ -74,6 +74,8 @@ def read_bbh(path: Path) -> list[dict]:
         fields = example if isinstance(example, dict) else {}
         if not all(isinstance(fields.get(name), str) for name in ("input", "target")):
             raise BadInput(f"{path}: example {number} must have the texts input and target")
+        with named(f"{path}: example {number}"):
+            (fields["input"] + fields["target"]).encode()  # half of a character has no UTF-8
     return examples
 
 

@@ -4,6 +4,7 @@ when a run is continued.
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def check_flags(config, num_processes: int):
     if config.shard_over and num_processes % config.shard_over:
         raise BadInput(f"--shard_over {config.shard_over} must divide the {num_processes} processes")
     mode = config.checkpointing
-    if mode not in ("none", "selective", "full") and not (mode.isdecimal() and int(mode)):
+    if mode not in ("none", "selective", "full") and not re.fullmatch("0*[1-9][0-9]{0,5}", mode):
         raise BadInput(f"--checkpointing {mode} is not none, selective, full or a number of blocks")
     unknown = [name for name in config.lora_targets.split(",") if name not in TARGETS]
     if unknown:
