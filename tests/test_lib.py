@@ -1,10 +1,15 @@
 """The library beside the scripts: folders that appear whole, locks, records that are checked."""
 
+import dataclasses
+import errno
+import json
 import os
 from typing import TypedDict
 
 import pytest
 
+from lib.cli import run_command
+from lib.errors import BadInput
 from lib.files import lock, new_folder, write_whole
 from lib.records import read_json, read_record
 
@@ -54,3 +59,40 @@ def test_a_record_that_is_not_what_it_should_be_names_the_field(text, sentence, 
     with pytest.raises(ValueError, match=sentence):
         read_json(tmp_path / "a.json", "width")
         read_record(tmp_path / "a.json", Sizes)
+
+
+# ---- what ends a command ----
+
+
+def test_a_closed_pipe_or_a_full_disk_for_the_output_is_one_sentence(monkeypatch, capsys):
+    @dataclasses.dataclass
+    class Nothing:
+        pass
+
+    def full(config):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(full, Nothing)
+    assert ended.value.code == 2 and "No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["9" * 5000, "0", "-1", "2.5", "often"])
+def test_a_way_of_checkpointing_that_there_is_not_is_refused(mode):
+    from lib import train_flags
+    from train import Config
+
+    with pytest.raises(BadInput, match="is not none, selective, full or a number of blocks"):
+        train_flags.check_flags(Config(checkpointing=mode), 1)
+
+
+def test_half_of_a_character_in_a_question_is_named(tmp_path):
+    from lib.choices import parse_choices
+    from lib.tasks import read_bbh
+
+    (tmp_path / "bbh.json").write_text(json.dumps({"examples": [{"input": "q \ud800", "target": "a"}]}))
+    with pytest.raises(BadInput, match="example 0"):
+        read_bbh(tmp_path / "bbh.json")
+    with pytest.raises(UnicodeEncodeError):
+        list(parse_choices({"subject": "\ud800", "context": "c", "choices": ["a", "b"], "answer": 0}))

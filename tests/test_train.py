@@ -628,3 +628,10 @@ def test_compiling_is_chosen_where_it_pays(monkeypatch):
     ] == [False, True, True, False]
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not should_compile("auto", cpu, 1e16)
+
+
+def test_a_run_on_other_data_says_so_before_what_else_is_wrong_with_them(tiny_run, tmp_path):
+    tiny_run(steps=1)
+    other = byte_data(tmp_path, 3)  # too few tokens for a sequence, too
+    with pytest.raises(ValueError, match="is another dataset than when run began"):
+        tiny_run(steps=1, data=str(other), seq_len=32)
