@@ -34,7 +34,7 @@ import torch.distributed as dist
 import train
 from data import Batch
 from lib import forecast, gpus, planning, train_flags, world
-from lib.bench_flags import check
+from lib.bench_flags import check_flags
 from lib.peak_memory import capacity, peak_memory
 from lib.peers import HuggingFace
 from lib.plots import draw_speeds
@@ -377,7 +377,7 @@ def describe(config: Config, shape: ModelConfig, device: torch.device) -> dict:
 
 
 def main(config: Config):
-    check(config, SIZES)
+    check_flags(config, SIZES)
     device = world.join_world()
     try:
         results = run(config, device)

@@ -25,7 +25,7 @@ from lib.conversation import Conversation
 from lib.growing import Rows
 from lib.probe import check_code
 from lib.sampling import Sampling, UniformNumbers, check_flags, next_tokens
-from lib.stream import TextStream, show, talk
+from lib.stream import TextStreams, show, talk
 from lib.templates import render_prompt
 from lib.with_model import chosen_template, export_adapter, fitting_tokenizer
 from model import KVCache, ModelConfig, Transformer, load, save
@@ -141,30 +141,18 @@ def complete(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop: tuple[str, ...] = (),
-    on_text: Callable[[int, str], None] = lambda row, text: None,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """The texts that follow the prompts, up to EOS, BOS or a stop string.
 
     on_text(row, text) gets them as they come.
     """
     rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    streams = [TextStream(tokenizer, ids, stop) for ids in rows]
-    texts = [""] * len(rows)
-
-    def hand_out(row: int, text: str):
-        texts[row] += text
-        on_text(row, text)
-
-    def add(row: int, token: int) -> bool:
-        hand_out(row, streams[row].add(token))
-        return streams[row].finished
-
+    texts = TextStreams(tokenizer, rows, stop, on_text)
     # a model trained on documents that only begin with BOS ends one by beginning the next
     ends = (tokenizer.eos_id, tokenizer.bos_id)
-    generate(model, rows, max_new_tokens, sampling, ends, add)
-    for row, stream in enumerate(streams):
-        hand_out(row, stream.end())
-    return texts
+    generate(model, rows, max_new_tokens, sampling, ends, texts.add)
+    return texts.end()
 
 
 class Chat(Conversation):

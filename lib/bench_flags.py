@@ -7,7 +7,7 @@ from lib.errors import BadInput
 from lib.results import check_out
 
 
-def check(config, sizes: dict):
+def check_flags(config, sizes: dict):
     """Raise ValueError for a flag of bench.py that is out of range or does not go with another.
 
     sizes is model.SIZES.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lib.kernels import LOSS_CHUNK
+from lib.optimizers import matrices
 
 LOGIT_BYTES = {  # by size of a number and whether the loss is compiled: of a logit, at its own peak
     (2, False): 6,  # bf16, and an fp32 copy
@@ -171,10 +172,7 @@ def _moments(model: nn.Module, config, whole: Tally, sharers: int) -> int:
     shard = whole.trained // sharers
     moments = 8 * shard
     if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
-        matrices = 0
-        for p in model.blocks.parameters():
-            matrices += p.numel() if p.requires_grad and p.dim() >= 2 else 0
-        moments -= 4 * matrices // sharers
+        moments -= 4 * sum(p.numel() for p in matrices(model.blocks)) // sharers
     return moments
 
 

@@ -66,10 +66,11 @@ def find_record(config, config_class: type) -> dict | None:
     if dist.get_rank() == 0 and is_default:
         prepare_default(config.data[0])
     dist.barrier()
-    folders, shares = mixture_weights(config.data)
-    metas = [read_meta(folder) for folder in folders]
-    if record and record["dataset"] != describe_data(metas, shares):
-        raise BadInput(f"--data {' '.join(config.data)} is another dataset than when {config.out} began")
+    if record:  # before the data are opened, which may find something else wrong with other data
+        folders, shares = mixture_weights(config.data)
+        if record["dataset"] != describe_data([read_meta(folder) for folder in folders], shares):
+            data = " ".join(config.data)
+            raise BadInput(f"--data {data} is another dataset than when {config.out} began")
     return record
 
 

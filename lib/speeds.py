@@ -7,15 +7,15 @@ LINE = (
 )
 
 
-def percent(share: float | None) -> str:
+def in_percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
 def line_of(row: dict) -> str:
     """What bench.Bench measured, below TITLES."""
     values = dict(row)
-    values["mfu"] = percent(row["mfu"])
-    values["product"] = percent(row["share_of_product"])
-    values["forecast"] = percent(row["peak_over_forecast"])
+    values["mfu"] = in_percent(row["mfu"])
+    values["product"] = in_percent(row["share_of_product"])
+    values["forecast"] = in_percent(row["peak_over_forecast"])
     values["gib"] = row["peak_bytes"] / 2**30
     return LINE.format(**values)

@@ -1,6 +1,7 @@
 """Text as it comes: tokens to text that is certain, and a conversation on the terminal."""
 
 import sys
+from collections.abc import Callable
 
 
 class TextStream:
@@ -55,21 +56,38 @@ class TextStream:
 
 
 class TextStreams:
-    """The texts of the rows of a batch, from tokens as they come."""
+    """The texts of the rows of a batch, from tokens as they come.
 
-    def __init__(self, tokenizer, prompts: list[list[int]], stop: tuple[str, ...]):
+    on_text(row, text) gets each piece.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        prompts: list[list[int]],
+        stop: tuple[str, ...],
+        on_text: Callable[[int, str], None] | None = None,
+    ):
         self.streams = [TextStream(tokenizer, ids, stop) for ids in prompts]
         self.texts = [""] * len(prompts)
+        self.on_text = on_text
 
     def add(self, row: int, token: int) -> bool:
         """Add a token to a row; whether a stop string has come, which ends it."""
         stream = self.streams[row]
-        self.texts[row] += stream.add(token)
+        self._hand_out(row, stream.add(token))
         return stream.finished
 
     def end(self) -> list[str]:
         """The texts, once no more tokens come."""
-        return [text + stream.end() for text, stream in zip(self.texts, self.streams)]
+        for row, stream in enumerate(self.streams):
+            self._hand_out(row, stream.end())
+        return self.texts
+
+    def _hand_out(self, row: int, text: str):
+        self.texts[row] += text
+        if self.on_text:
+            self.on_text(row, text)
 
 
 def talk(chat, max_new_tokens: int, sampling):

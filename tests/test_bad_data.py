@@ -24,7 +24,7 @@ import torch
 import data
 import eval
 import sample
-from conftest import ROOT, prepare, prepare_chats
+from conftest import prepare, prepare_chats
 from data import Config, Mixture, Tokenizer
 from lib import cleaning_steps, documents, sources
 from lib.chat_formats import FORMATS, Turn, read_conversations
@@ -37,8 +37,6 @@ from lib.peft import Adapter, adapter_settings, save_adapter
 from lib.templates import render
 from lib.tokenizer_training import train_tokenizer
 from model import ModelConfig, Transformer, load, save
-
-LOCAL = {str(ROOT), str(ROOT / "lib")}
 
 
 @pytest.fixture(autouse=True)

@@ -96,3 +96,25 @@ def test_half_of_a_character_in_a_question_is_named(tmp_path):
         read_bbh(tmp_path / "bbh.json")
     with pytest.raises(UnicodeEncodeError):
         list(parse_choices({"subject": "\ud800", "context": "c", "choices": ["a", "b"], "answer": 0}))
+
+
+def test_a_pause_in_which_a_run_goes_back_is_not_counted_twice():
+    from lib.report import Report
+
+    report = Report.__new__(Report)
+    report.clock = 0.0
+    with report.paused():
+        report.clock = 123.0  # as rolling back sets it
+    assert report.clock == 123.0
+    with report.paused():
+        pass
+    assert report.clock > 123.0
+
+
+def test_a_copy_of_a_checkpoint_is_no_step_of_a_curve(tmp_path):
+    from lib.curves import setting_of
+
+    for name in ("step_00000012", "step_original"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").touch()
+    assert setting_of(tmp_path, {}, [])[1] == [tmp_path / "step_00000012"]
