@@ -96,6 +96,7 @@ class Config:
     batch_tokens: int = 0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     anyway: bool = False      # also measure a run whose model.py computed something else
+    trust_variant: bool = False  # run the code that a variant's folder brings; read it first
 
 
 # ---- the questions of MMLU ----

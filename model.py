@@ -52,6 +52,9 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    def build(self) -> "Transformer":
+        return Transformer(self)  # of a variant's config the variant, see lib/variants.py
+
 
 SIZES = {
     # LLaMA-2
@@ -123,12 +126,7 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        max_len: int,
-        device=None,
-        dtype: torch.dtype = torch.float32,
+        self, config: ModelConfig, batch: int, max_len: int, device=None, dtype=torch.float32
     ):
         # (layers, B, G, S, K)
         shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
@@ -181,10 +179,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`causal_attention` written out, for train.py --attention plain: softmax(Q Kᵀ / √K) V."""
+    k, v = (heads.repeat_interleave(q.size(1) // k.size(1), 1) for heads in (k, v))
+    scores = q @ k.mT / q.size(-1) ** 0.5                     # (B, H, T, S)
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], -math.inf, device=q.device).triu(1)
+    return (scores + mask).softmax(-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Causal self-attention, H query heads sharing G key/value heads."""
 
     attend = staticmethod(causal_attention)  # train.py may install one that suits a CPU better
+    attend_within = staticmethod(attend_within)
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -195,15 +203,16 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, kv_dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(
-        self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None
-    ) -> Tensor:
+    def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
         k = self.key(x).unflatten(-1, (-1, self.head_dim))    # (B, T, G, K)
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
-        q, k = rotate(q, rope), rotate(k, rope)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None):
+        q, k, v = self.heads(x, rope)
         if documents is not None:                             # packed rows
-            return self.out(attend_within(q, k, v, documents).flatten(2))
+            return self.out(self.attend_within(q, k, v, documents).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = None
         if cache is not None:
@@ -236,9 +245,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None):
         x = x + self.attention(self.attention_norm(x), rope, cache, documents)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -276,11 +283,14 @@ class Transformer(nn.Module):
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
-                local_rows(weight)[1].fill_(1)
+                local_rows(weight)[1].fill_(not name.endswith("bias"))
             elif name.endswith(("attention.out.weight", "feed_forward.down.weight")):
                 fill_normal(weight, 0.02 / (2 * len(self.blocks)) ** 0.5, f"{seed} {name}")
             else:
                 fill_normal(weight, 0.02, f"{seed} {name}")
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.embedding(tokens)  # positions enter by rotation, in every attention
 
     def hidden(
         self, tokens: Tensor, cache: KVCache | None = None, documents: Documents | None = None
@@ -300,7 +310,7 @@ class Transformer(nn.Module):
         else:
             positions = torch.arange(num_tokens, device=tokens.device)
         rope = rope_table(self.config, positions)
-        x = self.embedding(tokens)                            # (B, T, D)
+        x = self.embed(tokens, positions)                     # (B, T, D)
         for block in self.blocks:
             x = block(x, rope, cache, documents)
         if cache is not None:
@@ -323,9 +333,7 @@ class Transformer(nn.Module):
         """Nats of all targets together; train.py divides by the targets of the whole step."""
         return self.unembedding(self.hidden(tokens, None, documents), targets)
 
-    def log_probs(
-        self, tokens: Tensor, targets: Tensor, documents: Documents | None = None
-    ) -> Tensor:
+    def log_probs(self, tokens: Tensor, targets: Tensor, documents: Documents | None = None):
         """The log-probability of each target (B, T), 0 where there is none."""
         return self.unembedding(self.hidden(tokens, None, documents), targets, each=True)
 
@@ -345,9 +353,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     return model
 
 
-def save(
-    model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes: int = 5_000_000_000
-):
+def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes=5_000_000_000):
     """Write a Hugging Face folder, for `load`, transformers and vLLM.
 
     Written beside the folder and renamed when complete. Raises ValueError if it holds something.
@@ -360,7 +366,7 @@ def save(
 def empty(config: ModelConfig, device, dtype: torch.dtype = torch.float32) -> Transformer:
     """A model whose weights are yet to be set."""
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = config.build().to(dtype)
     model.to_empty(device=device)
     if config.tie_embeddings:  # which now have memory of their own each
         model.unembedding.weight = model.embedding.weight

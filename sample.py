@@ -197,7 +197,7 @@ def load_model(
     GPU, else fp32. Raises ValueError when either is missing or they do not fit, and without anyway
     for a run of code that computes something else.
     """
-    check_code(Transformer, ModelConfig, path, anyway)
+    check_code(ModelConfig, path, anyway)
     device, bf16 = "cpu", dtype == "bf16"
     if torch.cuda.is_available():
         device = "cuda"
@@ -221,7 +221,8 @@ class Core:
     chat: bool = False               # talk on the terminal, with lines from it or from a pipe
     template: str = ""               # of a chat; where the model's run does not name it
     system: str = ""                 # an instruction before a chat
-    anyway: bool = False  # also take a run whose model.py computed something else
+    anyway: bool = False             # also take a run whose model.py computed something else
+    trust_variant: bool = False      # run the code that a variant's folder brings; read it first
     export: str = ""
     """instead write the model there as a Hugging Face folder, auto being fp32"""
     export_adapter: str = ""         # instead write the adapter of a LoRA run there, as PEFT does
@@ -260,7 +261,7 @@ def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):
 def main(config: Config):
     check_flags(config)
     if config.export_adapter:
-        check_code(Transformer, ModelConfig, config.model, config.anyway)
+        check_code(ModelConfig, config.model, config.anyway)
         export_adapter(config.model, config.export_adapter, config.tokenizer, ModelConfig)
         return
     dtype = config.dtype

@@ -36,7 +36,7 @@ from lib.report import Report
 from lib.run_record import prepare_folder
 from lib.saving import Checkpoints, undisturbed
 from lib.shapes import planned_config
-from model import SIZES, ModelConfig, Transformer
+from model import SIZES, ModelConfig, Transformer, plain_attention
 
 
 @dataclass
@@ -80,6 +80,8 @@ class Core:
 class Config(train_flags.Flags, Core):
     """Train a LLaMA-2. The defaults suit the laptop size; larger models want a lower rate."""
 
+    config_class = ModelConfig  # of the model's shape; a variant may bring another
+
 
 def learning_rate(step: int, config: Config) -> float:
     """Of a step, counted from 0: up from zero, then down to final_lr as --schedule says."""
@@ -102,7 +104,7 @@ def empty_model(shape: ModelConfig, config: Config) -> Transformer:
     """The model that a run trains, on the meta device: names and shapes without memory."""
     dtype = world.arithmetic(config)
     with torch.device("meta"):
-        return lora.prepare(Transformer(shape), config, dtype)  # unchanged without LoRA's flags
+        return lora.prepare(shape.build(), config, dtype)  # unchanged without LoRA's flags
 
 
 def build(
@@ -135,7 +137,7 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
         world.arithmetic(config), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     unit = functools.partial(fully_shard, mp_policy=policy, mesh=mesh)
-    kernels.install(model, config, config.compile == "on", mesh.device_type)
+    kernels.install(model, config, mesh.device_type, plain_attention)
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointing.wrap(block.forward, config.checkpointing, layer)
         if config.compile == "on":
@@ -295,11 +297,11 @@ def begin(config: Config, record: dict | None, device: torch.device) -> Run:
     data = Mixture(config.data, "train", config.seq_len, config.pack)
     val = Mixture(config.data, "val", config.seq_len, config.pack)
     opening.check_data(config, data)
-    settled = opening.settle(config, record, data, device, SIZES, Transformer, ModelConfig)
+    settled = opening.settle(config, record, data, device, SIZES)
     config, shape, record = settled.config, settled.shape, settled.record
     model = build(shape, config, device)
     optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
-    prepare_folder(config, record, data)
+    prepare_folder(config, shape, record, data)
     checkpoints = Checkpoints(config, model, optimizers, guard, settled.probe, record)
     start = checkpoints.restore()  # weights, moments, guard; -1: there is no checkpoint yet
     step = max(0, start)
@@ -367,7 +369,7 @@ def train(run: Run, stop: Stop) -> bool:
 def plan(config: Config) -> str:
     """What a run would need on --gpus of --gpu; nothing is run."""
     train_flags.check_flags(config, config.gpus)
-    model = empty_model(planned_config(config, SIZES, ModelConfig), config)
+    model = empty_model(planned_config(config, SIZES), config)
     data = None
     if config.epochs:
         data = Mixture(config.data, "train", config.seq_len, config.pack)
@@ -379,7 +381,7 @@ def main(config: Config):
         print(plan(config))
         return
     with opening.entered(config) as device:
-        record = opening.find_record(config, ModelConfig)
+        record = opening.find_record(config)
         with Stop() as stop:
             finished = train(begin(config, record, device), stop)
         first = dist.get_rank() == 0

@@ -15,12 +15,18 @@ def run_command(main, config_class, defaults=None):
     """Parse the flags and call main. Bad input ends with one sentence and exit code 2; a bug keeps its traceback.
 
     Bad input is BadInput, or an OSError of the system. defaults turns a first reading of the flags
-    into those that count where a flag is not typed.
+    into those that count where a flag is not typed. A script that trains or loads models has
+    --trust_variant and, where a variant brings some, its flags.
     """
     import tyro
 
-    parse = functools.partial(tyro.cli, config_class, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
     try:
+        if hasattr(config_class, "trust_variant"):
+            from lib.variant_flags import read_flags
+
+            config_class = read_flags(config_class)
+        settings = dict(config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+        parse = functools.partial(tyro.cli, config_class, **settings)
         config = parse()
         main(parse(default=defaults(config)) if defaults else config)
     except (BadInput, OSError) as error:

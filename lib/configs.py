@@ -6,9 +6,11 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
+from lib import variants
 from lib.errors import BadInput
 from lib.records import checked, read_json
 
+VARIANT = "plainllama-variant"  # the model_type of what is LLaMA no more
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
@@ -45,6 +47,7 @@ class HuggingFace(_Needed, total=False):
     attention_bias: bool | None
     mlp_bias: bool | None
     quantization_config: Any
+    variant: dict[str, Any]  # what a variant of this project adds to the shape
 
 
 class _MetaNeeded(TypedDict):
@@ -125,11 +128,14 @@ def config_from_hugging_face(config_class: type, path: Path):
         if not isinstance(values.get(name), (int, float)):
             raise BadInput(f"{path}: config.json has no number {name}")
     values = checked(values, HuggingFace, path / "config.json")
+    kind, own = "llama", values.get("variant")
+    if own is not None:
+        kind, config_class = VARIANT, variants.load_trusted(path, config_class)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     unfit = {
         "quantization_config": values.get("quantization_config"),
-        "model_type": values.get("model_type", "llama") != "llama",
+        "model_type": values.get("model_type", "llama") != kind,
         "hidden_act": values.get("hidden_act", "silu") != "silu",
         "attention_bias": values.get("attention_bias", False),
         "mlp_bias": values.get("mlp_bias", False),
@@ -155,16 +161,17 @@ def config_from_hugging_face(config_class: type, path: Path):
         tie_embeddings=values.get("tie_word_embeddings") or False,
     )
     try:
-        return config_class(**shape)
-    except ValueError as error:
+        return config_class(**shape, **(own or {}))
+    except (ValueError, TypeError) as error:
         raise BadInput(f"{path}: config.json does not fit together ({error})") from None
 
 
 def config_to_hugging_face(config) -> dict:
-    """config.json of a model.ModelConfig."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    """config.json of a model.ModelConfig. That of a variant is none that transformers takes."""
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if not variants.is_llama(type(config)):
+        kind = {"architectures": [], "model_type": VARIANT, "variant": variants.own_fields(config)}
+    return kind | {
         "hidden_act": "silu",
         "hidden_size": config.dim,
         "intermediate_size": config.ffn_dim,

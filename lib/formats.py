@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lib import variants
 from lib.checkpoints import check_hashes
 from lib.configs import config_from_hugging_face, config_to_hugging_face, read_params
 from lib.disk import writing
@@ -225,5 +226,7 @@ def save_hugging_face(model: nn.Module, folder: str | Path, tokenizer, max_shard
         if tokenizer is not None:
             config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
             tokenizer.save(aside)
+        variants.export(type(model.config), aside)
         with writing(aside / "config.json"):
             (aside / "config.json").write_text(json.dumps(config, indent=2))
+    variants.say_if_no_llama(type(model.config), folder)

@@ -2,9 +2,10 @@
 and log-probabilities of targets, whose logits exist for a few tokens at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from lib.cpu_attention import attend_on_cpu
+from lib.errors import BadInput
 
 IGNORE = -100      # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
@@ -22,6 +24,8 @@ class Flags:
     # regularization: in the gradient alone, the loss that is reported stays the plain one
     label_smoothing: float = 0.0  # share of each target that is spread over the whole vocabulary
     z_loss: float = 0.0           # weight of the squared logarithm of softmax's normalizer
+    # plain: attention as it is written, softmax(QKᵀ/√d)V, slower; fast: the same in one kernel
+    attention: Literal["fast", "plain"] = "fast"
 
 
 class Documents(NamedTuple):
@@ -47,19 +51,35 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tens
     if q.is_cuda and q.dtype != torch.float32:
         y = varlen_attn(q, k, v, bounds, bounds, row_len, row_len, **VARLEN_CAUSAL)
     else:
-        y = _attend_one_by_one(q, k, v, bounds)
+        y = _attend_one_by_one(_causal, q, k, v, bounds)
     return y.unflatten(0, (rows, row_len))
 
 
+def each_alone(attend: Callable) -> Callable:
+    """`attend_within` by another attention, such as a variant's, one document at a time."""
+
+    def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        rows = [heads.flatten(0, 1) for heads in (q, k, v)]
+        return _attend_one_by_one(attend, *rows, documents.bounds).view_as(q)
+
+    return attend_within
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 @torch.compiler.disable
-def _attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+def _attend_one_by_one(
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor
+) -> Tensor:
     """What varlen_attn does, without its kernel: bit by bit as if each document stood alone."""
     lengths = bounds.diff().tolist()
     q, k, v = (heads.transpose(0, 1).split(lengths, 1) for heads in (q, k, v))
     outs = []
     for document in zip(q, k, v):
         one_row = (heads[None] for heads in document)         # (1, H, tokens, K)
-        outs.append(F.scaled_dot_product_attention(*one_row, is_causal=True)[0])
+        outs.append(attend(*one_row, None)[0])
     return torch.cat(outs, 1).transpose(0, 1)
 
 
@@ -221,13 +241,24 @@ class CrossEntropy:
         return log_probs.new_zeros(targets.shape).index_put(places, log_probs)
 
 
-def install(model, config, compiled: bool, device_type: str):
-    """Put the kernels that suit a run into its model: loss, and compiled on a CPU attention."""
+def install(model, config, device_type: str, plain_attention: Callable):
+    """Put the kernels that suit a run into its model: loss, and compiled on a CPU attention.
+
+    Raises ValueError where --attention plain meets a variant with an attention of its own.
+    """
+    compiled = config.compile == "on"
     model.unembedding.cross_entropy = CrossEntropy(
         config.label_smoothing, config.z_loss, compiled
     )
     if compiled:
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
-    if compiled and device_type == "cpu":
-        for block in model.blocks:
-            block.attention.attend = attend_on_cpu
+    for block in model.blocks:
+        attention = block.attention
+        own = attention.attend.__name__ != "causal_attention"
+        if own and config.attention == "plain":
+            raise BadInput("--attention plain does not go with a variant's own attention")
+        if config.attention == "plain":
+            attention.attend = plain_attention
+            attention.attend_within = each_alone(plain_attention)
+        elif compiled and device_type == "cpu" and not own:
+            attention.attend = attend_on_cpu

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import BadInput
+from lib.variants import variant_of
 
 HF_NAMES = {  # this project's name of a module -> Hugging Face's
     "embedding": "model.embed_tokens",
@@ -55,6 +56,10 @@ def block_shapes(config) -> dict[str, tuple[int, ...]]:
 
 def shapes(config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of every weight of a model."""
+    if variant_of(type(config)):
+        with torch.device("meta"):
+            yield from ((name, tuple(weight.shape)) for name, weight in config.build().named_parameters())
+        return
     yield "embedding.weight", (config.vocab_size, config.dim)
     yield "norm.weight", (config.dim,)
     if not config.tie_embeddings:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lib import probe
+from lib import probe, variant_flags
 from lib.cli import ROOT
 from lib.datasets import changed_file
 from lib.errors import BadInput
@@ -55,18 +55,19 @@ def entered(config) -> Iterator[torch.device]:
         lock.close()
 
 
-def find_record(config, config_class: type) -> dict | None:
+def find_record(config) -> dict | None:
     """The record of the run that config continues, None for a new one; the default's data are made.
 
     Raises ValueError where the flags are not those of the run, or out of range.
     """
-    record = choose_run(config, config_class)
+    record = choose_run(config, variant_flags.chosen(config))
     check_flags(config, dist.get_world_size())
     is_default = config.data == type(config).data and not Path(config.data[0]).exists()
     if dist.get_rank() == 0 and is_default:
         prepare_default(config.data[0])
     dist.barrier()
     if record:  # before the data are opened, which may find something else wrong with other data
+        variant_flags.check_unchanged(record, Path(config.out))
         folders, shares = mixture_weights(config.data)
         if record["dataset"] != describe_data([read_meta(folder) for folder in folders], shares):
             data = " ".join(config.data)
@@ -112,20 +113,19 @@ class Settled(NamedTuple):
     probe: list[float]  # of this code, which the run's checkpoints carry
 
 
-def settle(
-    config, record: dict | None, data, device: torch.device, sizes: dict, kind: type, config_class: type
-) -> Settled:
-    """Decide what the flags leave open. kind is the model's class, and config_class its shape's.
+def settle(config, record: dict | None, data, device: torch.device, sizes: dict) -> Settled:
+    """Decide what the flags leave open.
 
     Raises ValueError where --init_from does not fit the other flags, the data or the code.
     """
+    config_class = variant_flags.chosen(config)
     if record:
         shape = config_class(**record["model"])
     else:
         shape = first_config(config, data.parts[0].meta, sizes, config_class)
         if config.init_from:
-            probe.check_code(kind, config_class, config.init_from, config.anyway)
-    probed = probe.probe(kind, shape)
+            probe.check_code(config_class, config.init_from, config.anyway)
+    probed = probe.probe(config_class.build, shape)
     dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
     typed = dataclasses.replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
     if record is None:

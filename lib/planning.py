@@ -10,7 +10,9 @@ from lib.errors import BadInput
 from lib.forecast import forecast
 from lib.gpus import GPUS
 from lib.meta import read_meta
+from lib.naming import shapes
 from lib.order import mixture_weights
+from lib.variants import variant_of
 
 GIB = 2**30
 RESERVE = 2.0  # GiB for CUDA, NCCL and gaps in the allocator
@@ -48,6 +50,8 @@ def in_steps(config, epoch: float):
 
 def count_parameters(shape) -> int:
     """Parameters of a model of this shape (a model.ModelConfig)."""
+    if variant_of(type(shape)):
+        return sum(math.prod(size) for _, size in shapes(shape))
     dim, kv_dim = shape.dim, shape.num_kv_heads * shape.head_dim
     attention = 2 * dim * dim + 2 * dim * kv_dim  # query and out; key and value
     feed_forward = 3 * dim * shape.ffn_dim

@@ -109,7 +109,7 @@ def write(folder: Path, found: list[float]):
     (folder / FILE).write_text(json.dumps(found))
 
 
-def check_code(transformer: Callable, config_class: type, path: str | Path, anyway: bool):
+def check_code(config_class: type, path: str | Path, anyway: bool):
     """Raise ValueError where path is a run or checkpoint that was trained by code that computes
     something else.
 
@@ -121,7 +121,7 @@ def check_code(transformer: Callable, config_class: type, path: str | Path, anyw
     if theirs is not None:
         with readable(folder):
             config = config_from_hugging_face(config_class, folder)
-        check(folder, theirs, probe(transformer, config), anyway)
+        check(folder, theirs, probe(type(config).build, config), anyway)
 
 
 def check(folder: Path, theirs: list[float], mine: list[float], anyway: bool):

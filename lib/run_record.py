@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lib import variant_flags, variants
 from lib.checkpoints import checkpoint_folder, has_checkpoint
 from lib.cli import git_commit
 from lib.errors import BadInput
@@ -70,6 +71,7 @@ def describe_run(config, shape, probed: list[float], data, device: torch.device)
         "device": device_name(device),
         "processes": dist.get_world_size(),
     }
+    record |= variant_flags.describe(config, type(shape))
     if config.lora_rank:
         record["adapter"] = describe_adapter(config, type(shape))
     return record
@@ -92,13 +94,14 @@ def describe_data(metas: list[dict], shares: list[float]) -> list[dict]:
     ]
 
 
-def prepare_folder(config, record: dict, data):
-    """Write a new run's record and tokenizer. Raises OSError on all processes where there is no room."""
+def prepare_folder(config, shape, record: dict, data):
+    """Write a new run's record, tokenizer and variant. Raises OSError on all processes where there is no room."""
 
     def write():
         folder, tokenizer = Path(config.out), Tokenizer(data.folders[0])
         begun = has_checkpoint(folder)
         if not begun:
+            variants.write(type(shape), folder)
             write_whole(folder / "run.json", json.dumps(record, indent=2))
         # a full disk would leave half of one that was whole
         if not begun or not (folder / tokenizer.file).exists():

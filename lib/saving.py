@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from lib import probe
+from lib import probe, variants
 from lib.checkpoint_index import Reader
 from lib.checkpoints import HASHES, has_checkpoint, hashes, remove, remove_old
 from lib.configs import config_to_hugging_face
@@ -140,6 +140,7 @@ class Checkpoints:
             remove(old)
         aside.mkdir()
         (aside / "config.json").write_text(json.dumps(config_to_hugging_face(self.model.config), indent=2))
+        variants.write(type(self.model.config), aside)
         probe.write(aside, self.probe)
         if self.adapter:
             (aside / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2))

@@ -1,13 +1,16 @@
 """The shape of a run's model, from its flags or from the model that it begins with."""
 
 import dataclasses
+from pathlib import Path
 
+from lib import variant_flags, variants
+from lib.checkpoints import checkpoint_folder
 from lib.errors import BadInput
 from lib.tokenizer import Tokenizer, find_tokenizer
 from lib.weights import read_config
 
 
-def model_config(config, sizes: dict, vocab_size: int | None = None):
+def model_config(config, sizes: dict, vocab_size: int | None = None, config_class: type | None = None):
     """The shape (a model.ModelConfig) that --size and the flags beside it describe. Raises ValueError."""
     if config.size not in sizes:
         raise BadInput(f"--size {config.size} is not one of {', '.join(sizes)}")
@@ -17,14 +20,24 @@ def model_config(config, sizes: dict, vocab_size: int | None = None):
         changes.setdefault("num_kv_heads", changes["num_heads"])
     if vocab_size:
         changes["vocab_size"] = vocab_size
-    return dataclasses.replace(sizes[config.size], max_seq_len=config.seq_len, **changes)
+    size = sizes[config.size]
+    changes |= {"max_seq_len": config.seq_len} | _flags_of_variant(config, config_class)
+    return (config_class or type(size))(**dataclasses.asdict(size) | changes)
 
 
-def planned_config(config, sizes: dict, config_class: type):
+def _flags_of_variant(config, config_class: type | None) -> dict:
+    """What the flags of a run say of the fields that its variant adds to a shape."""
+    variant = variants.variant_of(config_class)
+    names = variant.fields if variant else ()
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+def planned_config(config, sizes: dict):
     """The shape of a model that is planned, whose data need not be there yet."""
+    config_class = variant_flags.chosen(config)
     if config.init_from:
         return read_config(config.init_from, config_class)
-    return model_config(config, sizes)
+    return model_config(config, sizes, None, config_class)
 
 
 def first_config(config, meta: dict, sizes: dict, config_class: type):
@@ -32,13 +45,17 @@ def first_config(config, meta: dict, sizes: dict, config_class: type):
     if not config.init_from:
         if config.lora_rank:
             raise BadInput(f"--lora_rank {config.lora_rank} needs --init_from, the model to adapt")
-        return model_config(config, sizes, meta["vocab_size"])
+        return model_config(config, sizes, meta["vocab_size"], config_class)
     for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
         if getattr(config, name):
             raise BadInput(f"--{name} {getattr(config, name)} does not go with --init_from, which brings its shape")
     if config.size != type(config).size:
         raise BadInput(f"--size {config.size} does not go with --init_from, which brings its shape")
     shape = read_config(config.init_from, config_class)
+    if type(shape) is not config_class:
+        file = checkpoint_folder(Path(config.init_from)) / variants.FILE
+        raise BadInput(f"--init_from {config.init_from} is of a variant: add --variant {file}")
+    shape = dataclasses.replace(shape, **_flags_of_variant(config, config_class))
     theirs = find_tokenizer(config.init_from)
     if theirs and Tokenizer(theirs).sha256 != meta["tokenizer"]["sha256"]:
         hint = f"make it with --tokenizer {theirs}"

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import checkpointing, gpus, guard, kernels, lora, objectives, report, saving, world
+from lib import checkpointing, gpus, guard, kernels, lora, objectives, report, saving, variant_flags, world
 from lib.errors import BadInput
 from lib.gpus import GPUS
 from lib.lora import TARGETS
@@ -45,6 +45,7 @@ class Flags(
     objectives.Flags,
     kernels.Flags,
     lora.Flags,
+    variant_flags.Flags,
     Begin,
 ):
     """Those of every file of lib that a run works with."""
@@ -54,7 +55,8 @@ class Flags(
 # rounding not what they are. What is in --data is compared by its record, not by the name of its folder.
 MAY_CHANGE_ON_RESUME = set(
     """resume out data micro_batch stop_at log_every eval_every save_every keep sample wandb compile checkpointing
-    shard_over reshard_after_forward deterministic keep_every max_bad_steps reduce_each plan gpus gpu anyway""".split()
+    shard_over reshard_after_forward deterministic keep_every max_bad_steps reduce_each plan gpus gpu anyway
+    variant trust_variant attention""".split()
 )
 
 
@@ -106,8 +108,9 @@ def check_flags(config, num_processes: int):
 
 def resumed(first):
     """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
-    kind = type(first)
+    kind = variant_flags.extended(type(first), first.variant, first.resume)
     if not first.resume:
         return kind()
     saved = kind(**read_run(Path(first.resume), config=kind)["config"])
-    return dataclasses.replace(saved, resume=first.resume, out=first.resume, stop_at=0, anyway=False)
+    not_kept = dict(stop_at=0, anyway=False, trust_variant=False)
+    return dataclasses.replace(saved, resume=first.resume, out=first.resume, **not_kept)
