@@ -79,3 +79,60 @@ def draw_speeds(rows: list[dict], title: str, picture: io.BytesIO):
     axes.margins(x=0.12)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def draw_differences(arms: list, name: str, picture: io.BytesIO):
+    """The difference of each arm to the first, with its 95 % interval and a dot for every seed, as a .png.
+
+    arms are lib.ablation.Arm, of which the first is what the others are compared with.
+    """
+    plt = load_pyplot()
+    first, *others = arms
+    shown = [arm for arm in others if arm.difference][::-1]  # the first goes to the top
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.35 * len(shown)), layout="constrained")
+    for place, arm in enumerate(shown):
+        found = arm.difference
+        axes.plot([found.low, found.high], [place, place], color="C0", linewidth=2)
+        axes.plot(found.mean, place, "o", color="C0")
+        for seed in set(arm.seeds) & set(first.seeds):
+            one = arm.tried[arm.setting][seed].value - first.tried[first.setting][seed].value
+            axes.plot(one, place, "|", color="black", markersize=9)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [arm.name for arm in shown])
+    axes.set(xlabel=f"{name}, less that of {first.name}", ylim=(-0.6, max(0.6, len(shown) - 0.4)))
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def draw_arms(arms: list, name: str, picture: io.BytesIO):
+    """Training loss of each arm, and its difference to the first with the same seed and step, as a .png.
+
+    Bands are what the seeds fill. The difference is averaged over ten logged steps.
+    """
+    plt = load_pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    first = arms[0]
+    for arm in arms:
+        curves = {result.run.seed: result.curve for result in arm.results}
+        differences = {}
+        for result in first.results:
+            if mine := curves.get(result.run.seed):
+                steps = [step for step in result.curve if step in mine]
+                each = [mine[step] - result.curve[step] for step in steps]
+                width = min(10, len(each))
+                smooth = np.convolve(each, np.ones(width) / width, "valid") if each else []
+                differences[result.run.seed] = dict(zip(steps[width - 1 :], smooth))
+        for axes, lines in zip(panels, (curves, differences)):
+            steps = sorted(set.intersection(*map(set, lines.values()))) if lines else []
+            values = np.array([[line[step] for step in steps] for line in lines.values()])
+            if steps:
+                (drawn,) = axes.plot(steps, values.mean(0), linewidth=1, label=arm.name)
+                axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=drawn.get_color())
+    panels[0].set(xlabel="step", ylabel="training loss (nats)")
+    panels[1].set(xlabel="step", ylabel=f"training loss, less that of {first.name}")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

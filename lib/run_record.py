@@ -20,6 +20,7 @@ from lib.cli import git_commit
 from lib.errors import BadInput
 from lib.files import write_whole
 from lib.peft import adapter_settings
+from lib.planning import count_parameters
 from lib.runs import is_record, read_run
 from lib.tokenizer import Tokenizer
 from lib.train_flags import MAY_CHANGE_ON_RESUME
@@ -61,6 +62,7 @@ def describe_run(config, shape, probed: list[float], data, device: torch.device)
     record = {
         "config": dataclasses.asdict(config),
         "model": dataclasses.asdict(shape),
+        "parameters": count_parameters(shape),
         "probe": probed,
         "init_from": first,
         "init_sha256": known,
