@@ -119,6 +119,7 @@ def settle(config, record: dict | None, data, device: torch.device, sizes: dict)
     Raises ValueError where --init_from does not fit the other flags, the data or the code.
     """
     config_class = variant_flags.chosen(config)
+    variant_flags.check_loss(config, config_class)
     if record:
         shape = config_class(**record["model"])
     else:

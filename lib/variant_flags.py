@@ -85,6 +85,14 @@ def chosen(config) -> type:
     return found
 
 
+def check_loss(config, config_class: type):
+    """Raise ValueError for flags of the loss that a variant with a loss of its own does not heed."""
+    variant = variants.variant_of(config_class)
+    for name in ("label_smoothing", "z_loss"):
+        if variant and variant.own_loss and getattr(config, name):
+            raise BadInput(f"--{name} {getattr(config, name)} does not go with a variant that has its own loss")
+
+
 def describe(config, config_class: type) -> dict:
     """What run.json says of a variant; nothing of a plain model."""
     if variant := variants.variant_of(config_class):

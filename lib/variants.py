@@ -41,6 +41,7 @@ class Variant(NamedTuple):
     plain: type             # the ModelConfig of model.py
     model: ModuleType       # model.py with the file's classes in it
     is_llama: bool          # what it trains is a LLaMA, only of another shape
+    own_loss: bool          # it brings an Unembedding, which makes the loss
     fields: dict[str, Any]  # that it adds to ModelConfig, by name their types
 
 
@@ -142,7 +143,8 @@ def _assemble(source: str, path: Path, plain: type) -> type:
     names -= {field.name for field in dataclasses.fields(plain)}
     is_llama = getattr(file, "IS_LLAMA", False)
     fields = {name: hints[name] for name in names}
-    copy.ModelConfig.variant = Variant(source, digest, plain, copy, is_llama, fields)
+    own_loss = "Unembedding" in vars(file)
+    copy.ModelConfig.variant = Variant(source, digest, plain, copy, is_llama, own_loss, fields)
     return copy.ModelConfig
 
 

@@ -1,11 +1,14 @@
 """Each test's name finishes the sentence "plainllama promises that …"."""
 
+import atexit
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what a test trains is known on this machine only to the tests
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="plainllama_tests_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_addoption(parser):
