@@ -27,12 +27,26 @@ def find_runs(places: tuple[str, ...]) -> list[Path]:
     return folders
 
 
-def flags_of(record: dict) -> dict:
-    """The flags of a run that say what it computes; a variant counts by what is in its file."""
-    flags = {name: value for name, value in record["config"].items() if name not in INCIDENTAL}
-    if "variant" in record:
-        flags["variant"] = f"{flags['variant']}#{record['variant']['sha256'][:8]}"
+def flags_of(record: dict) -> dict[str, str]:
+    """The flags of a run that say what it computes, the variant first, by the hash of its file."""
+    flags = {"variant": record.get("variant", {}).get("sha256", "")}
+    for name, value in record["config"].items():
+        if name not in INCIDENTAL and name != "variant":
+            flags[name] = spelled(value)
     return flags
+
+
+def names_of_variants(records: list[dict]) -> dict[str, str]:
+    """What to call each variant, by its hash: its file's name, with some of the hash where two have the same."""
+    names = {"": "none"}
+    for record in records:
+        variant = record.get("variant")
+        if variant and variant["sha256"] not in names:
+            name = in_words("variant", variant["file"])
+            if name in names.values():
+                name += f"#{variant['sha256'][:8]}"
+            names[variant["sha256"]] = name
+    return names
 
 
 def told_apart(folders: list[Path]) -> list[Run]:
@@ -43,17 +57,13 @@ def told_apart(folders: list[Path]) -> list[Run]:
     records = [read_json(folder / "run.json") for folder in folders]
     flags = [flags_of(record) for record in records]
     names = list(dict.fromkeys(name for each in flags for name in each))
-    differing = [name for name in names if len({str(each.get(name, "")) for each in flags}) > 1]
-    variants = {each.get("variant", "") for each in flags}
-    ambiguous = len({in_words("variant", text.partition("#")[0]) for text in variants}) < len(variants)
-    runs = []
+    differing = [name for name in names if len({each.get(name, "") for each in flags}) > 1]
+    variants, runs = names_of_variants(records), []
     for folder, record, each in zip(folders, records, flags):
         words = {True: [], False: []}
         for name in differing:
-            value = spelled(each.get(name, ""))
-            if name == "variant" and not ambiguous:
-                value = value.partition("#")[0]
-            words[name in TUNED].append(in_words(name, value))
+            value = each.get(name, "")
+            words[name in TUNED].append(variants[value] if name == "variant" else in_words(name, value))
         arm, setting = ", ".join(words[False]) or BASELINE, ", ".join(words[True])
         runs.append(Run(arm, setting, record["config"]["seed"], folder))
     places = {}

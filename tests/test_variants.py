@@ -316,14 +316,14 @@ def test_a_smoothed_loss_does_not_go_with_a_variants_own_loss(tiny_run):
 MISTAKES = {
     "class FeedForward(:\n    pass\n": r"mine.py:1: SyntaxError: ",
     "from model import FeedForwrd\n": r"mine.py:1: ImportError: cannot import name 'FeedForwrd'",
-    "import model\nclass FeedForwrd(model.FeedForward):\n    pass\n": r"mine.py: FeedForwrd is no part of model.py that",
+    "import model\nclass FeedForwrd(model.FeedForward):\n    pass\n": r"mine.py: FeedForwrd is no part of mo",
     "import model\nclass KVCache(model.KVCache):\n    pass\n": r"mine.py: KVCache is no part of model.py that",
     "x = 1\n": r"mine.py: nothing in it stands in for a part of model.py \(ModelConfig, ",
     "import model\nclass FeedForward(model.FeedForward):\n    def forward(self, x):\n        return self.up(x)\n":
         r"RuntimeError: The size of tensor a \(32\) must match",
     "import model\nclass FeedForward(model.FeedForward):\n    def forward(self, x):\n        return self.dwn(x)\n":
         r"mine.py:4: AttributeError: .* has no attribute 'dwn'",
-    "import model\nclass FeedForward(model.FeedForward):\n    def forward(self, x):\n        return 0 * x + x.mean(1, True)\n":
+    "import model\nclass FeedForward(model.FeedForward):\n    def forward(self, x):\n        return x.flip(1)\n":
         r"mine.py: a token sees those after it",
     "import model\nclass Attention(model.Attention):\n    def attend(self, q, k, v, mask):\n"
     "        return model.causal_attention(q, k[:, :, -q.size(2):], v[:, :, -q.size(2):], None)\n":
@@ -369,7 +369,8 @@ def test_code_in_somebody_elses_folder_runs_only_when_it_is_trusted(strangers, t
     env = {"XDG_CACHE_HOME": str(tmp_path / "another")}
     step = "run/step_00000002"
     for words in (
-        ("sample.py", "--model", step), ("sample.py", "--model", "run", "--export", "hf"), ("train.py", "--resume", "run"),
+        ("sample.py", "--model", step), ("sample.py", "--model", "run", "--export", "hf"),
+        ("train.py", "--resume", "run"),
     ):  # fmt: skip
         done = command(*words, cwd=tmp_path, env=env, check=False)
         problem = "is code that was not trained here: read it, then add --trust_variant"

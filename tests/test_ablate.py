@@ -1,0 +1,327 @@
+"""recipes/ablate.py: grids of runs, and the answer drawn from them."""
+
+import csv
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, TINY_RUN, command, flags
+from lib.ablation import Result, compare_arms
+from lib.ablation_report import in_a_sentence, verdict, write_report
+from lib.collected import find_runs, told_apart
+from lib.errors import BadInput
+from lib.grid import Run, arms_of, read_choices, runs_of, settings_of
+from lib.records import read_json
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import ablate
+
+RELU2 = str(ROOT / "variants" / "relu2.py")
+
+# ---- the grid ----
+
+
+def test_every_combination_is_an_arm_and_learning_rates_are_settings_of_each():
+    vary = read_choices(("variant=none,variants/relu2.py", "optimizer=adamw,muon", "learning_rate=1e-3,2e-3"), "vary")
+    arms, settings = arms_of(vary, {}), settings_of(vary)
+    assert list(arms) == [
+        "none, optimizer=adamw", "none, optimizer=muon", "relu2, optimizer=adamw", "relu2, optimizer=muon",
+    ]  # fmt: skip
+    assert list(settings) == ["learning_rate=1e-3", "learning_rate=2e-3"]
+    runs = runs_of(Path("out"), arms, settings, [0, 1])
+    assert len({run.folder for run in runs}) == len(runs) == 16
+    assert dict(runs[0].flags) == {
+        "optimizer": "adamw", "learning_rate": "1e-3", "seed": "0", "out": str(runs[0].folder),
+    }  # fmt: skip
+    assert dict(runs[-1].flags)["variant"] == "variants/relu2.py" and runs[-1].seed == 1
+
+
+def test_each_changes_one_flag_at_a_time(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    each = read_choices(("variant=variants/*.py", "optimizer=muon"), "each")
+    arms = arms_of({}, each)
+    assert list(arms)[0] == "baseline" and arms["baseline"] == {}
+    assert arms["optimizer=muon"] == {"optimizer": "muon"} and arms["relu2"] == {"variant": "variants/relu2.py"}
+    assert len(arms) == 2 + len(list((ROOT / "variants").glob("*.py")))
+
+
+@pytest.mark.parametrize("texts, problem", {
+    ("variant",): "is not FLAG=VALUE", ("variant=",): "is not FLAG=VALUE", ("dim=1,2", "dim=3"): "names dim twice",
+    ("dim=1,1",): "names a value twice", ("variant=nowhere/*.py",): "no file is called nowhere/",
+}.items())  # fmt: skip
+def test_choices_that_cannot_be_read_are_one_sentence(texts, problem):
+    with pytest.raises(BadInput, match=problem):
+        read_choices(texts, "vary")
+
+
+def test_arms_of_the_same_name_are_refused():
+    with pytest.raises(BadInput, match="same name"):
+        arms_of({"variant": ["a/relu2.py", "b/relu2.py"]}, {})
+    with pytest.raises(BadInput, match="two arms are called relu2"):
+        arms_of({"variant": ["none", "a/relu2.py"]}, {}) | arms_of({}, {"variant": ["a/relu2.py", "b/relu2.py"]})
+    with pytest.raises(BadInput, match="--each dim is in --vary too"):
+        arms_of({"dim": ["1", "2"]}, {"dim": ["3"]})
+
+
+# ---- the answer ----
+
+
+def results_of(arms: dict[str, dict[str, list[float]]]) -> list[Result]:
+    """Made-up results: the values of each seed, by arm and setting."""
+    results = []
+    for arm, settings in arms.items():
+        for setting, values in settings.items():
+            for seed, value in enumerate(values):
+                run = Run(arm, setting, seed, Path(f"out/{arm}/{setting}/{seed}"))
+                curve = {step: 5 - step / 10 + seed / 100 for step in range(1, 6)}
+                results.append(Result(run, value, 5, 500, 1234, 99.0, curve))
+    return results
+
+
+def test_each_arm_is_compared_at_its_own_best_setting():
+    results = results_of({
+        "none": {"lr=1": [2.0, 2.1, 2.2], "lr=2": [1.9, 2.0, 2.1]},
+        "mine": {"lr=1": [1.8, 1.91, 2.0], "lr=2": [9.0, math.nan, 9.0]},
+    })  # fmt: skip
+    first, mine = compare_arms(results, True, [0, 1, 2])
+    assert (first.setting, mine.setting) == ("lr=2", "lr=1")
+    assert mine.difference.mean == pytest.approx(-0.29 / 3)
+    assert mine.difference.spread == pytest.approx(0.01 / 3**0.5)  # of -0.1, -0.09, -0.1: pairs of one seed
+    assert verdict(mine, True) == "better" and verdict(mine, False) == "worse"
+    first, mine = compare_arms(results, False, [0, 1, 2])  # a score, of which more is better
+    assert first.setting == "lr=1" and mine.setting == "lr=1"  # one that failed with a seed is not the best
+
+
+def test_the_best_setting_may_be_chosen_on_fewer_seeds():
+    results = results_of({"none": {"a": [2.0, 9.0, 9.0], "b": [2.1]}, "mine": {"a": [2.1], "b": [2.0, 8.0, 8.0]}})
+    first, mine = compare_arms(results, True, [0])
+    assert (first.setting, mine.setting) == ("a", "b") and mine.seeds == [0, 1, 2]
+
+
+SENTENCES = {
+    (2.00, 1.50, 1.51, 1.49): "mine is better than none by 0.5000 val_loss",
+    (2.00, 2.50, 2.51, 2.49): "mine is worse than none by 0.5000 val_loss",
+    (2.00, 2.30, 1.71, 2.00): "3 seeds cannot tell mine from none",
+    (2.00, 2.00, 2.00, 2.00): "mine is the same as none: val_loss is equal with every seed",
+    (2.00, math.nan, math.nan, math.nan): "mine did not get through",
+    (2.00, 1.50, math.nan, math.nan): "One seed cannot tell: mine less none is -0.5000 val_loss",
+}
+
+
+@pytest.mark.parametrize("values", SENTENCES)
+def test_the_answer_is_a_sentence(values):
+    base, *mine = values
+    arms = compare_arms(results_of({"none": {"": [base] * 3}, "mine": {"": mine}}), True, [0, 1, 2])
+    assert in_a_sentence(arms, "val_loss", True).startswith(SENTENCES[values])
+
+
+def test_of_many_arms_the_answer_says_which_are_better_worse_or_unclear(tmp_path):
+    arms = compare_arms(results_of({
+        "none": {"": [2.0, 2.0, 2.0]}, "a": {"": [1.5, 1.51, 1.49]}, "b": {"": [1.4, 1.41, 1.39]},
+        "c": {"": [2.5, 2.51, 2.49]}, "d": {"": [2.3, 1.7, 2.0]}, "e": {"": [math.nan] * 3},
+        "f": {"": [2.0, 2.0, 2.0]},
+    }), True, [0, 1, 2])  # fmt: skip
+    said = "In val_loss, a, b are better than none; c is worse than none; f is the same as none; of d these seeds "
+    said += "cannot tell; e did not get through."
+    assert in_a_sentence(arms, "val_loss", True) == said
+    assert arms[1].p == pytest.approx(4 * arms[1].difference.p) or arms[1].p > arms[1].difference.p  # Holm
+    write_report(tmp_path, "a question <b>", "val_loss", True, arms, ["A note."])
+    report, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    for text in (said, "A note.", "| e | – | failed |"):
+        assert text in report
+    assert said in page and "a question &lt;b&gt;" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and page.count("data:image/png;base64,") == 2
+    rows = read_json(tmp_path / "results.json")["arms"]
+    assert [row["arm"] for row in rows] == ["none", "a", "b", "c", "d", "e", "f"] and rows[6]["mean"] == 0
+    lines = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert len(lines) == 21 and lines[3]["val_loss"] == "1.5"
+
+
+def test_the_note_says_how_many_settings_each_arm_had(tmp_path):
+    arms = compare_arms(results_of({"none": {"x": [2.0, 2.1]}, "a": {"x": [1.5, 1.6], "y": [1.0, 1.2]}}), True, [0, 1])
+    write_report(tmp_path, "q", "val_loss", True, arms, [])
+    report = (tmp_path / "report.md").read_text()
+    assert "The arms had different numbers of settings (none 1, a 2), which favours those with more" in report
+    assert "| a | 1.5500 | 1.1000 * |" in report
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+def test_the_page_opens_in_a_browser(tmp_path):
+    arms = compare_arms(results_of({"none": {"": [2.0, 2.1]}, "mine": {"": [1.5, 1.7]}}), True, [0, 1])
+    write_report(tmp_path, "q", "val_loss", True, arms, [])
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    words += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    words += ["--virtual-time-budget=2000", "--dump-dom", (tmp_path / "report.html").as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert "<td>mine</td>" in done.stdout and done.stdout.count("<img") == 2, done.stderr
+    shot = [word for word in words if word != "--dump-dom"]
+    subprocess.run([*shot[:-1], f"--screenshot={tmp_path / 'page.png'}", shot[-1]], capture_output=True, timeout=120)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+# ---- whole ----
+
+GRID = ("--vary", f"variant=none,{RELU2}", "dim=16,32", "learning_rate=1e-2,2e-2")
+TINY = TINY_RUN | {"num_heads": 2, "num_kv_heads": 2, "compile": "off"}
+ARM = flags({name: value for name, value in TINY.items() if name not in ("sample", "learning_rate", "dim")})
+
+
+def ablation(data: Path, out: str, *words: str) -> list[str]:
+    own = ["--data", str(data), "--out", out, "--seeds", "2", "--steps", "6"]
+    return ["recipes/ablate.py", *own, *words, "--", *ARM]
+
+
+def without_times(folder: Path, out: str) -> dict[str, str]:
+    """What a report says, but for speeds and the name of its folder."""
+    found = {}
+    for name in ("report.md", "results.csv", "results.json"):
+        lines = (folder / name).read_text().replace(out, "OUT").splitlines()
+        if name == "results.csv":
+            lines = [line.rsplit(",", 2)[0] for line in lines]
+        if name == "report.md":
+            cut = next(place for place, line in enumerate(lines) if "What each arm costs" in line)
+            lines = lines[:cut]
+        found[name] = "\n".join(lines)
+    return found
+
+
+def test_a_grid_that_was_killed_ends_with_the_report_of_one_that_was_not(tiny_data, tmp_path):
+    """2 × 2 arms, 2 learning rates, 1 seed, then the second seed typed later."""
+    seed = random.randrange(2**32)
+    print("random seed", seed)
+    words = ablation(tiny_data, "killed", *GRID, "--jobs", "2")
+    process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=tmp_path, stdout=subprocess.PIPE)
+    time.sleep(random.Random(seed).uniform(5, 20))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = command(*words, cwd=tmp_path)
+    command(*ablation(tiny_data, "whole", *GRID, "--jobs", "2"), cwd=tmp_path)
+    mine, theirs = without_times(tmp_path / "killed", "killed"), without_times(tmp_path / "whole", "whole")
+    assert mine == theirs
+    assert "wrote report.html" in again.stdout and "min left" in again.stdout
+    # all that is done is left alone
+    third = command(*words, cwd=tmp_path)
+    assert "to go" not in third.stdout
+    # other questions are not answered from these runs
+    other = [word if word != "6" else "7" for word in words]
+    done = command(*other, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "holds an ablation with steps 6, not 7" in done.stderr
+    # runs that exist already, wherever they are
+    command("recipes/ablate.py", "--compare", "whole", "--out", "compared", cwd=tmp_path)
+    rows = {row["arm"]: row for row in read_json(tmp_path / "compared" / "results.json")["arms"]}
+    whole = read_json(tmp_path / "whole" / "results.json")["arms"]
+    assert [row["values"] for row in rows.values()] == [row["values"] for row in whole]
+    table = command("recipes/ablate.py", "--history", "whole", cwd=tmp_path).stdout
+    assert table.count("| 6/6 |") == 16 and "learning_rate=0.02" in table
+
+
+def test_arms_that_are_equal_differ_by_exactly_zero_and_a_failed_run_is_named(tiny_data, tmp_path):
+    same = tmp_path / "same.py"
+    same.write_text("import model\n\n\nclass FeedForward(model.FeedForward):\n    pass\n")
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import model\n\n\nclass FeedForward(model.FeedForward):\n    def forward(self, x):\n"
+        "        assert x.size(-1) != 16 or x.size(0) != 4\n        return super().forward(x)\n"
+    )
+    words = ["--vary", f"variant=none,{same},{broken}", "--", *ARM, "--dim", "16"]
+    own = ["--data", str(tiny_data), "--out", "out", "--seeds", "2", "--steps", "4", "--jobs", "2"]
+    done = command("recipes/ablate.py", *own, *words, cwd=tmp_path)
+    same_row, broken_row = read_json(tmp_path / "out" / "results.json")["arms"][1:]
+    assert same_row["mean"] == same_row["low"] == same_row["high"] == 0 and same_row["p"] == 1
+    assert broken_row["values"] == {}
+    assert "same is the same as none; broken did not get through" in done.stdout and "FAILED" in done.stdout
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "out/broken_seed=0 failed: AssertionError" in report
+
+
+MISTAKES = {
+    ("--vary", "variant=none"): "one arm cannot be compared",
+    ("--vary", "variant=none,gone.py"): "gone.py: No such file",
+    ("--vary", "dim=16,33"): "",  # found by train.py itself, as the shape depends on the data
+    ("--vary", "optimizer=adamw,sgd"): "sgd",
+    ("--vary", "beta1=0.9,1.5"): "--beta1 1.5 must lie between 0 and 1",
+    ("--vary", "dmi=16,32"): "dmi",
+    ("--vary", "dim=16,32", "--minutes", "1"): "--steps, --tokens and --minutes do not go together",
+    ("--vary", "dim=16,32", "--seeds", "0"): "--seeds 0 must be at least 1",
+    ("--vary", "dim=16,32", "--metric", "mmul:data"): "mmul is no task of eval.py",
+}
+
+
+@pytest.mark.parametrize("words", [words for words, problem in MISTAKES.items() if problem])
+def test_a_mistake_ends_it_before_the_first_run(words, tiny_data, tmp_path, monkeypatch, capsys):
+    """In this process; typed, it is the same sentence and exit code 2."""
+    import tyro
+
+    monkeypatch.chdir(tmp_path)
+    own = ["--data", str(tiny_data), "--out", "out", "--steps", "4", *words]
+    config = tyro.cli(ablate.Config, args=own, use_underscores=True)
+    try:
+        ablate.main(config, [])
+    except (BadInput, OSError) as error:
+        said = f"{getattr(error, 'filename', '')}: {getattr(error, 'strerror', '')} {error}"
+    except SystemExit as error:
+        assert error.code == 2
+        said = capsys.readouterr().err
+    assert MISTAKES[words] in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_time_gives_a_slower_arm_fewer_steps(tiny_data, tmp_path, monkeypatch, capsys):
+    config = ablate.Config(data=(str(tiny_data),), out=str(tmp_path / "out"), minutes=0.01, seeds=2)
+    trainer = ablate.Trainer(config, [])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "timing.json").write_text(json.dumps({"a": 0.1, "b": 0.2}))
+    assert trainer.steps_of({"a": {}, "b": {}}, {}) == {"a": 6, "b": 3}
+    config.minutes, config.tokens = 0.0, 1000
+    assert trainer.steps_of({"a": {}, "b": {}}, {"a": 100, "b": 200}) == {"a": 10, "b": 5}
+
+
+@pytest.mark.slow
+def test_the_steps_of_each_arm_are_timed(tiny_data, tmp_path):
+    words = ["--data", str(tiny_data), "--out", "out", "--seeds", "1", "--minutes", "0.02"]
+    done = command("recipes/ablate.py", *words, "--vary", "dim=16,64", "--", *ARM, cwd=tmp_path)
+    assert done.stdout.count("s a step") == 2
+    seconds = read_json(tmp_path / "out" / "timing.json")
+    for row in csv.DictReader((tmp_path / "out" / "results.csv").open()):
+        assert int(row["steps"]) == int(1.2 / seconds[row["arm"]])
+
+
+def test_the_metric_may_be_a_task_of_eval_py(tiny_run, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"context": f"{i} and", "choices": [" this", " that one"], "answer": i % 2} for i in range(6)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in (0, 1):
+        tiny_run(f"runs/a{seed}", seed=seed, steps=2, eval_every=2)
+    for seed in (0, 1):
+        tiny_run(f"runs/b{seed}", seed=seed, steps=2, eval_every=2, optimizer="muon")
+    config = ablate.Config(compare=("runs",), out="out", metric=f"choices:{questions}")
+    ablate.main(config, [])
+    first, muon = read_json(tmp_path / "out" / "results.json")["arms"]
+    assert (first["arm"], muon["arm"]) == ("optimizer=adamw", "optimizer=muon")
+    assert all(0 <= value <= 1 for value in [*first["values"].values(), *muon["values"].values()])
+
+
+def test_runs_are_told_apart_by_the_flags_in_which_they_differ(tiny_run, tmp_path):
+    mine = tmp_path / "relu2.py"
+    mine.write_text(Path(RELU2).read_text() + "# mine\n")
+    for name, changes in (("a", {}), ("b", {"variant": RELU2}), ("c", {"variant": str(mine)}), ("d", {"dim": 16})):
+        tiny_run(f"runs/{name}", steps=1, stop_at=1, num_heads=2, num_kv_heads=2, **changes)
+    runs = {run.folder.name: run.arm for run in told_apart(find_runs(("runs",)))}
+    assert runs["a"] == "none, dim=32" and runs["d"] == "none, dim=16"
+    assert runs["b"] == "relu2, dim=32" and re.fullmatch("relu2#[0-9a-f]{8}, dim=32", runs["c"])
+    assert len(set(runs.values())) == 4
+    tiny_run("more/a", steps=1, stop_at=1, num_heads=2, num_kv_heads=2)
+    with pytest.raises(BadInput, match="runs/a and more/a are runs of the same flags and seed"):
+        told_apart(find_runs(("runs", "more")))
+    with pytest.raises(BadInput, match="no run here"):
+        find_runs(("nothing",))
