@@ -59,7 +59,7 @@ class Trainer:
         path = Path(config.out) / "timing.json"
         if not path.exists():
             write_whole(path, json.dumps(self.time(arms), indent=2))
-        return {arm: max(1, int(60 * config.minutes / seconds)) for arm, seconds in read_json(path, *arms).items()}
+        return {arm: max(1, int(60 * config.minutes / seconds + 1e-6)) for arm, seconds in read_json(path, *arms).items()}
 
     def time(self, arms: dict[str, Flags]) -> dict[str, float]:
         """Seconds of a step of each arm on this machine: the better of two short runs, all arms in turns."""

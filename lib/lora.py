@@ -183,9 +183,10 @@ def add_adapters(
     for block in model.blocks:
         for name, part in TARGETS.items():
             parent = getattr(block, part)
-            rank_here = rank if name in targets else 0
-            frozen = FrozenLinear(getattr(parent, name), rank_here, alpha, nf4)
-            setattr(parent, name, frozen)
+            if hasattr(parent, name):  # a variant may lack it
+                rank_here = rank if name in targets else 0
+                frozen = FrozenLinear(getattr(parent, name), rank_here, alpha, nf4)
+                setattr(parent, name, frozen)
     return model
 
 

@@ -106,8 +106,8 @@ def _mistakes(path: Path):
     """Turn whatever the code of a variant raises into one sentence that names the line."""
     try:
         yield
-    except BadInput:
-        raise
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         if isinstance(error, SyntaxError):

@@ -357,11 +357,12 @@ STRANGE = "import model\n\nopen('ran', 'w')\n\n\nclass FeedForward(model.FeedFor
 @pytest.fixture
 def strangers(tmp_path, tiny_run, monkeypatch) -> Path:
     """A run's folder as it comes from somebody else, with code that leaves a mark."""
+    monkeypatch.setattr(variants, "loaded", {})
     folder = tiny_run("run", variant=str(written(tmp_path, STRANGE)), steps=2)
     (tmp_path / "ran").unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
     monkeypatch.setattr(variants, "trusted", set())
-    monkeypatch.setattr(variants, "loaded", {})
+    variants.loaded.clear()
     return folder
 
 
