@@ -192,7 +192,7 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         """As tensors: tokens and documents on the device; targets on the host, where the loss finds
         what to leave out without waiting. Pinned memory lets the copies run beside the work."""
-        from lib.kernels import Documents
+        from lib.packed import Documents
         from lib.tensors import copied, pinned
 
         documents = None

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.errors import BadInput
-from lib.kernels import IGNORE, CrossEntropy, Documents, attend_within
+from lib.kernels import IGNORE, CrossEntropy
+from lib.packed import Documents, attend_within
 from lib.rows import fill_normal, local_rows
 
 

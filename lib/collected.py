@@ -1,10 +1,9 @@
 """Runs that exist already: found under folders, told apart by the flags in which they differ, listed."""
 
-import math
 from pathlib import Path
 
 from lib.errors import BadInput
-from lib.grid import BASELINE, TUNED, Run, in_words
+from lib.grid import BASELINE, TUNED, Flags, Run, in_words, named
 from lib.records import read_json
 from lib.runs import is_record, read_log
 from lib.tables import Row
@@ -19,17 +18,19 @@ INCIDENTAL = set(
 def find_runs(places: tuple[str, ...]) -> list[Path]:
     """The folders of runs at and below these places, in their order."""
     folders = []
-    for place in map(Path, places):
-        found = sorted(path.parent for path in place.rglob("run.json") if is_record(path))
+    for place in places:
+        records = sorted(Path(place).rglob("run.json"))
+        found = [path.parent for path in records if is_record(path)]
         if not found:
             raise BadInput(f"{place}: no run here (looked for run.json)")
         folders += [folder for folder in found if folder not in folders]
     return folders
 
 
-def flags_of(record: dict) -> dict[str, str]:
+def flags_of(record: dict) -> Flags:
     """The flags of a run that say what it computes, the variant first, by the hash of its file."""
-    flags = {"variant": record.get("variant", {}).get("sha256", "")}
+    variant = record.get("variant", {})
+    flags = {"variant": variant.get("sha256", "")}
     for name, value in record["config"].items():
         if name not in INCIDENTAL and name != "variant":
             flags[name] = spelled(value)
@@ -42,10 +43,10 @@ def names_of_variants(records: list[dict]) -> dict[str, str]:
     for record in records:
         variant = record.get("variant")
         if variant and variant["sha256"] not in names:
-            name = in_words("variant", variant["file"])
+            digest, name = variant["sha256"], in_words("variant", variant["file"])
             if name in names.values():
-                name += f"#{variant['sha256'][:8]}"
-            names[variant["sha256"]] = name
+                name += f"#{digest[:8]}"
+            names[digest] = name
     return names
 
 
@@ -55,45 +56,61 @@ def told_apart(folders: list[Path]) -> list[Run]:
     Raises ValueError where two runs have the same flags and seed.
     """
     records = [read_json(folder / "run.json") for folder in folders]
+    variants = names_of_variants(records)
     flags = [flags_of(record) for record in records]
-    names = list(dict.fromkeys(name for each in flags for name in each))
-    differing = [name for name in names if len({each.get(name, "") for each in flags}) > 1]
-    variants, runs = names_of_variants(records), []
+    differing = where_they_differ(flags)
+    runs = {}
     for folder, record, each in zip(folders, records, flags):
-        words = {True: [], False: []}
+        tuned = {name: each[name] for name in differing if name in TUNED and name in each}
+        words = []
         for name in differing:
-            value = each.get(name, "")
-            words[name in TUNED].append(variants[value] if name == "variant" else in_words(name, value))
-        arm, setting = ", ".join(words[False]) or BASELINE, ", ".join(words[True])
-        runs.append(Run(arm, setting, record["config"]["seed"], folder))
-    places = {}
-    for run in runs:
-        place = (run.arm, run.setting, run.seed)
-        if place in places:
-            raise BadInput(f"{places[place]} and {run.folder} are runs of the same flags and seed")
-        places[place] = run.folder
-    return runs
+            if name == "variant":
+                words.append(variants[each[name]])
+            elif name not in TUNED:
+                words.append(in_words(name, each.get(name, "")))
+        arm = ", ".join(words) or BASELINE
+        run = Run(arm, named(tuned), record["config"]["seed"], folder)
+        other = runs.setdefault((run.arm, run.setting, run.seed), run)
+        if other is not run:
+            raise BadInput(f"{other.folder} and {folder} are runs of the same flags and seed")
+    return list(runs.values())
+
+
+def where_they_differ(flags: list[Flags]) -> list[str]:
+    values = {}
+    for each in flags:
+        values |= dict.fromkeys(each)
+    for name in values:
+        values[name] = {each.get(name, "") for each in flags}
+    return [name for name, found in values.items() if len(found) > 1]
 
 
 def spelled(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    """A flag's value as it is typed."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return str(value)
 
 
 def history(places: tuple[str, ...], defaults: dict) -> list[Row]:
     """A line for every run: the flags that are not the defaults, commit, steps, losses, minutes of training."""
     rows = [("run", ["flags", "commit", "steps", "loss", "validation", "minutes"])]
+    shown = INCIDENTAL - {"seed"}
     for folder in find_runs(places):
         record, log = read_json(folder / "run.json"), read_log(folder / "log.jsonl")
         changed = []
         for name, value in record["config"].items():
-            if name not in INCIDENTAL - {"seed"} and spelled(value) != spelled(defaults.get(name, "")):
+            usual = spelled(defaults.get(name, ""))
+            if name not in shown and spelled(value) != usual:
                 changed.append(f"{name}={spelled(value)}")
-        losses = [row["loss"] for row in log if "loss" in row]
-        measured = [row["val_loss"] for row in log if "val_loss" in row]
-        steps = max((row["step"] for row in log), default=0)
-        done = f"{steps}/{record['config']['steps']}"
-        last = [f"{each[-1]:.4f}" if each else "–" for each in (losses, measured)]
-        rows.append((str(folder), [" ".join(changed), record.get("git_commit", ""), done, *last, minutes(log)]))
+        last = {}
+        for row in log:
+            last |= row
+        steps = f"{last.get('step', 0)}/{record['config']['steps']}"
+        cells = [" ".join(changed), record.get("git_commit", ""), steps]
+        for name in ("loss", "val_loss"):
+            cells.append(f"{last[name]:.4f}" if name in last else "–")
+        rows.append((str(folder), [*cells, minutes(log)]))
     return rows
 
 
@@ -101,7 +118,8 @@ def minutes(log: list[dict]) -> str:
     """How long the steps took that were logged, by their speeds; evaluating and saving are not in it."""
     seconds, before = 0.0, 0
     for row in log:
-        if row.get("tokens_per_s"):
-            seconds += (row["tokens"] - before) / row["tokens_per_s"]
+        speed = row.get("tokens_per_s")
+        if speed:
+            seconds += (row["tokens"] - before) / speed
             before = row["tokens"]
-    return f"{seconds / 60:.1f}" if seconds and math.isfinite(seconds) else "–"
+    return f"{seconds / 60:.1f}" if seconds else "–"

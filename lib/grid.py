@@ -30,74 +30,89 @@ def read_choices(texts: tuple[str, ...], flag: str) -> dict[str, list[str]]:
     """
     choices = {}
     for text in texts:
-        name, equals, values = text.partition("=")
-        if not equals or not values or not re.fullmatch(r"\w+", name):
+        name, _, values = text.partition("=")
+        if not values or not re.fullmatch(r"\w+", name):
             raise BadInput(f"--{flag} {text} is not FLAG=VALUE,VALUE")
         if name in choices:
             raise BadInput(f"--{flag} names {name} twice")
-        choices[name] = []
+        choices[name] = found = []
         for value in values.split(","):
-            found = sorted(map(str, Path().glob(value))) if "*" in value else [value]
-            if not found:
-                raise BadInput(f"--{flag} {text}: no file is called {value}")
-            choices[name] += found
-        if len(set(choices[name])) < len(choices[name]):
+            if "*" in value:
+                found += files_like(value)
+            else:
+                found.append(value)
+        if len(set(found)) < len(found):
             raise BadInput(f"--{flag} {text} names a value twice")
     return choices
+
+
+def files_like(pattern: str) -> list[str]:
+    paths = sorted(Path().glob(pattern))
+    if not paths:
+        raise BadInput(f"no file is called {pattern}")
+    return [str(path) for path in paths]
 
 
 def arms_of(vary: dict[str, list[str]], each: dict[str, list[str]]) -> dict[str, Flags]:
     """The flags of every arm by its name; the first is what the others are compared with.
 
-    Of vary every combination is an arm; of each every value alone, beside the first combination.
+    Of vary every combination is an arm; of each every value alone, beside the first combination. Raises ValueError
+    where two arms have the same name.
     """
-    names = [name for name in vary if name not in TUNED]
     arms = {}
-    for values in itertools.product(*(vary[name] for name in names)):
-        flags = dict(zip(names, values))
-        label = ", ".join(in_words(name, value) for name, value in flags.items())
-        arms[label or BASELINE] = flags
+    for flags in combinations(vary, tuned=False):
+        add_arm(arms, named(flags) or BASELINE, flags)
     first = next(iter(arms.values()))
     for name, values in each.items():
         if name in vary or name in TUNED:
             raise BadInput(f"--each {name} is in --vary too, or is tuned for every arm")
         for value in values:
-            label = in_words(name, value)
-            if label in arms:
-                raise BadInput(f"two arms are called {label}; rename a file")
-            arms[label] = first | {name: value}
-    if len(arms) < len(list(itertools.product(*(vary[name] for name in names)))) + sum(map(len, each.values())):
-        raise BadInput("two arms have the same name; rename a file")
+            add_arm(arms, in_words(name, value), first | {name: value})
     return arms
 
 
-def in_words(name: str, value: str) -> str:
-    """variants/relu2.py as relu2, other flags as optimizer=muon."""
-    if name == "variant":
-        return "none" if value in ("", "none") else Path(value).stem
-    return f"{name}={value}"
+def add_arm(arms: dict[str, Flags], label: str, flags: Flags):
+    if label in arms:
+        raise BadInput(f"two arms are called {label}; rename a file")
+    arms[label] = flags
+
+
+def combinations(vary: dict[str, list[str]], tuned: bool) -> list[Flags]:
+    """Every combination of the values of the flags that are tuned, or of the others."""
+    names = [name for name in vary if (name in TUNED) == tuned]
+    values = [vary[name] for name in names]
+    return [dict(zip(names, chosen)) for chosen in itertools.product(*values)]
 
 
 def settings_of(vary: dict[str, list[str]]) -> dict[str, Flags]:
     """What every arm is tried with, by its name; one nameless setting where nothing is tuned."""
-    names = [name for name in vary if name in TUNED]
-    settings = {}
-    for values in itertools.product(*(vary[name] for name in names)):
-        flags = dict(zip(names, values))
-        settings[", ".join(in_words(name, value) for name, value in flags.items())] = flags
-    return settings
+    return {named(flags): flags for flags in combinations(vary, tuned=True)}
+
+
+def named(flags: Flags) -> str:
+    words = [in_words(name, value) for name, value in flags.items()]
+    return ", ".join(words)
+
+
+def in_words(name: str, value: str) -> str:
+    """variants/relu2.py as relu2, other flags as optimizer=muon."""
+    if name != "variant":
+        return f"{name}={value}"
+    if value in ("", "none"):
+        return "none"
+    return Path(value).stem
 
 
 def runs_of(out: Path, arms: dict[str, Flags], settings: dict[str, Flags], seeds: list[int]) -> list[Run]:
     """Every run, seed by seed, so that all arms are as far when time is up."""
     runs = []
-    for seed in seeds:
-        for arm, changes in arms.items():
-            for setting, tuned in settings.items():
-                name = ", ".join(filter(None, (arm, setting, f"seed={seed}")))
-                folder = out / re.sub(r"[^\w.=+-]+", "_", name)
-                flags = changes | tuned | {"seed": str(seed), "out": str(folder)}
-                if flags.get("variant") == "none":
-                    del flags["variant"]
-                runs.append(Run(arm, setting, seed, folder, tuple(flags.items())))
+    for seed, arm, setting in itertools.product(seeds, arms, settings):
+        words = [word for word in (arm, setting, f"seed={seed}") if word]
+        name = re.sub(r"[^\w.=+-]+", "_", "_".join(words))
+        folder = out / name
+        flags = arms[arm] | settings[setting]
+        if flags.get("variant") == "none":
+            del flags["variant"]
+        flags |= {"seed": str(seed), "out": str(folder)}
+        runs.append(Run(arm, setting, seed, folder, tuple(flags.items())))
     return runs

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
@@ -20,15 +20,6 @@ from lib.side_by_side import Job, last_line, run_jobs
 TIMED_STEPS = 40  # of each arm, twice in turns, where its step is timed
 
 
-def words_of(flags: dict[str, str]) -> list[str]:
-    """What to type for these flags; a variant called none is no flag."""
-    words = []
-    for name, value in flags.items():
-        if (name, value) != ("variant", "none"):
-            words += [f"--{name}", value]
-    return words
-
-
 class Trainer:
     """Starts train.py for the runs of a grid.
 
@@ -42,57 +33,87 @@ class Trainer:
         self.failed: dict[Run, str] = {}  # and why
 
     def flags(self, run: Run, steps: int) -> list[str]:
-        own = ["--data", *self.config.data, "--steps", str(steps), "--sample", "", "--keep", "1"]
-        return [*own, *words_of(dict(run.flags)), *self.rest]
+        """The flags of train.py for a run, which are all its own but for what it keeps and says."""
+        words = ["--data", *self.config.data]
+        words += ["--steps", str(steps)]
+        words += ["--sample", "", "--keep", "1"]
+        for name, value in run.flags:
+            words += [f"--{name}", value]
+        return words + self.rest
 
     def job(self, run: Run, steps: int, *more: str) -> Job:
-        command = [sys.executable, str(ROOT / "train.py"), *self.flags(run, steps), *more]
+        script = str(ROOT / "train.py")
+        words = self.flags(run, steps)
+        command = [sys.executable, script, *words, *more]
         return Job(str(run.folder), command, run.folder.with_suffix(".txt"))
 
     def steps_of(self, arms: dict[str, Flags], tokens_of_a_step: dict[str, int]) -> dict[str, int]:
         """How many steps each arm makes: as many as --steps says, or as fit into --tokens or --minutes."""
         config = self.config
         if config.tokens:
-            return {arm: max(1, config.tokens // each) for arm, each in tokens_of_a_step.items()}
-        if not config.minutes:
+            amount, of_a_step = config.tokens, tokens_of_a_step
+        elif config.minutes:
+            amount, of_a_step = 60 * config.minutes, self.seconds_of_a_step(arms)
+        else:
             return dict.fromkeys(arms, config.steps or 400)
-        path = Path(config.out) / "timing.json"
+        steps = {}
+        for arm in arms:
+            fitting = amount / of_a_step[arm]
+            steps[arm] = max(1, int(fitting + 1e-6))
+        return steps
+
+    def seconds_of_a_step(self, arms: dict[str, Flags]) -> dict[str, float]:
+        """Of each arm on this machine, timed once."""
+        path = Path(self.config.out) / "timing.json"
         if not path.exists():
-            write_whole(path, json.dumps(self.time(arms), indent=2))
-        return {arm: max(1, int(60 * config.minutes / seconds + 1e-6)) for arm, seconds in read_json(path, *arms).items()}
+            timed = self.time(arms)
+            write_whole(path, json.dumps(timed, indent=2))
+        return read_json(path, *arms)
 
     def time(self, arms: dict[str, Flags]) -> dict[str, float]:
-        """Seconds of a step of each arm on this machine: the better of two short runs, all arms in turns."""
+        """Seconds of a step of each arm: the better of two short runs, all arms in turns."""
         seconds = {}
         for turn in range(2):
-            for run in runs_of(Path(self.config.out) / f"timing{turn}", arms, {"": {}}, [0]):
-                job = self.job(run, TIMED_STEPS, "--log_every", "5")
-                run_jobs([job], 1, self.gpus)
-                rows = [row for row in read_log(run.folder / "log.jsonl") if "tokens_per_s" in row]
-                if len(rows) < 3:
-                    raise BadInput(f"{run.arm} could not be timed: {last_line(job.log)}")
-                tokens = rows[0]["tokens"] / rows[0]["step"]
-                found = tokens / median(row["tokens_per_s"] for row in rows[1:])
+            folder = Path(self.config.out) / f"timing{turn}"
+            for run in runs_of(folder, arms, {"": {}}, [0]):
+                found = self.time_one(run)
                 seconds[run.arm] = min(found, seconds.get(run.arm, found))
         for arm, each in seconds.items():
             print(f"{arm}: {each:.4f} s a step", flush=True)
         return seconds
 
+    def time_one(self, run: Run) -> float:
+        job = self.job(run, TIMED_STEPS, "--log_every", "5")
+        run_jobs([job], 1, self.gpus)
+        log = read_log(run.folder / "log.jsonl")
+        rows = [row for row in log if "tokens_per_s" in row]
+        if len(rows) < 3:
+            raise BadInput(f"{run.arm} could not be timed: {last_line(job.log)}")
+        first, *others = rows  # the first steps warm up
+        speed = median(row["tokens_per_s"] for row in others)
+        return first["tokens"] / first["step"] / speed
+
     def train(self, runs: list[Run], steps: dict[str, int], total: int):
         """Train what is not done yet of these runs; what fails is told and kept in `failed`. total is of all runs."""
-        todo = {str(run.folder): run for run in runs if not ended(run.folder)}
+        todo = {}
+        for run in runs:
+            if not ended(run.folder):
+                todo[str(run.folder)] = run
         before, took = total - len(todo), []
 
         def finished(job: Job):
             took.append(time.monotonic() - job.began)
             outcome = ""
             if job.process.returncode:
-                self.failed[todo[job.name]] = last_line(job.log)
-                outcome = f"  FAILED: {last_line(job.log)}"
-            left = (len(todo) - len(took)) * sum(took) / len(took) / self.slots / 60
-            progress = f"{before + len(took)}/{total}  {job.name}  {took[-1]:.0f} s, {left:.0f} min left"
-            print(progress + outcome, flush=True)
+                why = last_line(job.log)
+                self.failed[todo[job.name]] = why
+                outcome = f"  FAILED: {why}"
+            waiting = len(todo) - len(took)
+            minutes = waiting * mean(took) / self.slots / 60
+            progress = f"{before + len(took)}/{total}  {job.name}"
+            print(f"{progress}  {took[-1]:.0f} s, {minutes:.0f} min left{outcome}", flush=True)
 
         if todo:
             print(f"{len(todo)} runs to go, {self.slots} at a time", flush=True)
-        run_jobs([self.job(run, steps[run.arm]) for run in todo.values()], self.slots, self.gpus, finished)
+        jobs = [self.job(run, steps[run.arm]) for run in todo.values()]
+        run_jobs(jobs, self.slots, self.gpus, finished)

@@ -1,19 +1,18 @@
-"""What is faster than the plain formula and not different: attention in packed rows, and the loss
-and log-probabilities of targets, whose logits exist for a few tokens at a time.
+"""What is faster than the plain formula and not different: the loss and log-probabilities of
+targets, whose logits exist for a few tokens at a time.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from lib.cpu_attention import attend_on_cpu
 from lib.errors import BadInput
+from lib.packed import each_alone
 
 IGNORE = -100      # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
@@ -26,61 +25,6 @@ class Flags:
     z_loss: float = 0.0           # weight of the squared logarithm of softmax's normalizer
     # plain: attention as it is written, softmax(QKᵀ/√d)V, slower; fast: the same in one kernel
     attention: Literal["fast", "plain"] = "fast"
-
-
-class Documents(NamedTuple):
-    """The documents in packed rows (B, T): no token attends to another document than its own."""
-
-    positions: Tensor  # (B, T): of a token in its document
-    bounds: Tensor     # (N + 1,) int32: rows laid end to end, n is bounds[n] … bounds[n + 1] - 1
-
-
-if "window_size" in signature(varlen_attn).parameters:
-    VARLEN_CAUSAL = {"window_size": (-1, 0)}  # PyTorch 2.13 and 2.11 say "causal" differently
-else:
-    VARLEN_CAUSAL = {"is_causal": True}
-
-
-def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Causal attention inside each document, of q (B, T, H, K) on k and v (B, T, G, K)."""
-    rows, row_len = q.shape[:2]
-    queries_per_key = q.size(2) // k.size(2)
-    k, v = (heads.repeat_interleave(queries_per_key, 2) for heads in (k, v))
-    q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))    # (B · T, H, K)
-    bounds = documents.bounds
-    if q.is_cuda and q.dtype != torch.float32:
-        y = varlen_attn(q, k, v, bounds, bounds, row_len, row_len, **VARLEN_CAUSAL)
-    else:
-        y = _attend_one_by_one(_causal, q, k, v, bounds)
-    return y.unflatten(0, (rows, row_len))
-
-
-def each_alone(attend: Callable) -> Callable:
-    """`attend_within` by another attention, such as a variant's, one document at a time."""
-
-    def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        rows = [heads.flatten(0, 1) for heads in (q, k, v)]
-        return _attend_one_by_one(attend, *rows, documents.bounds).view_as(q)
-
-    return attend_within
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-@torch.compiler.disable
-def _attend_one_by_one(
-    attend: Callable, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor
-) -> Tensor:
-    """What varlen_attn does, without its kernel: bit by bit as if each document stood alone."""
-    lengths = bounds.diff().tolist()
-    q, k, v = (heads.transpose(0, 1).split(lengths, 1) for heads in (q, k, v))
-    outs = []
-    for document in zip(q, k, v):
-        one_row = (heads[None] for heads in document)         # (1, H, tokens, K)
-        outs.append(attend(*one_row, None)[0])
-    return torch.cat(outs, 1).transpose(0, 1)
 
 
 def loss_and_gradient(

@@ -29,20 +29,39 @@ def paired(first: list[float], second: list[float]) -> Difference:
     The interval and the test are Student's (1908): differences of pairs are taken as normal, and their spread as
     unknown. With the same value in all pairs nothing is left to chance, so the interval is that value alone.
 
-    >>> paired([1.0, 2.0, 3.0], [1.5, 2.4, 3.6])[:3]
-    (0.5, 0.25158623..., 0.74841377...)
+    >>> found = paired([1.0, 2.0, 3.0], [1.5, 2.4, 3.6])
+    >>> round(found.mean, 6), round(found.low, 6), round(found.high, 6)
+    (0.5, 0.251586, 0.748414)
     """
     differences = np.subtract(second, first)
-    n, mean = len(differences), float(np.mean(differences))
+    n = len(differences)
+    mean = float(np.mean(differences))
     if n < 2:
-        return Difference(mean, *[math.nan] * 6)
+        unknown = [math.nan] * 6
+        return Difference(mean, *unknown)
     if np.ptp(differences) == 0:
-        return Difference(mean, mean, mean, 0.0 if mean else 1.0, 0.0, 0.0, 2.0 if mean else math.inf)
+        return without_spread(mean)
     spread = float(np.std(differences, ddof=1))
     error = spread / math.sqrt(n)
-    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Difference(mean, mean - half, mean + half, p, spread, detectable(spread, n), needed(mean, spread))
+    half = critical(n) * error
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1)
+    least = detectable(spread, n)
+    return Difference(
+        mean, mean - half, mean + half, float(p), spread, least, needed(mean, spread)
+    )
+
+
+def without_spread(mean: float) -> Difference:
+    """All pairs differ by the same."""
+    p, pairs = 1.0, math.inf
+    if mean:
+        p, pairs = 0.0, 2.0
+    return Difference(mean, mean, mean, p, 0.0, 0.0, pairs)
+
+
+def critical(n: int) -> float:
+    """How many standard errors a mean of n differences must be from 0."""
+    return float(stats.t.ppf(1 - LEVEL / 2, n - 1))
 
 
 def power(difference: float, spread: float, n: int) -> float:
@@ -51,8 +70,9 @@ def power(difference: float, spread: float, n: int) -> float:
     By the noncentral t distribution (Cohen 1988, chapter 2).
     """
     shift = abs(difference) / spread * math.sqrt(n)
-    bound = stats.t.ppf(1 - LEVEL / 2, n - 1)
-    above, below = stats.nct.sf(bound, n - 1, shift), stats.nct.cdf(-bound, n - 1, shift)
+    bound = critical(n)
+    above = stats.nct.sf(bound, n - 1, shift)
+    below = stats.nct.cdf(-bound, n - 1, shift)
     return float(above + np.nan_to_num(below))  # scipy gives nan where it is below 1e-16
 
 
@@ -63,7 +83,10 @@ def detectable(spread: float, n: int) -> float:
         high *= 2
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if power(middle, spread, n) < POWER else (low, middle)
+        if power(middle, spread, n) < POWER:
+            low = middle
+        else:
+            high = middle
     return high
 
 
@@ -74,7 +97,10 @@ def needed(difference: float, spread: float) -> float:
     low, high = 1, MOST_SEEDS  # power grows with the pairs
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if power(difference, spread, middle) < POWER else (low, middle)
+        if power(difference, spread, middle) < POWER:
+            low = middle
+        else:
+            high = middle
     return float(high)
 
 
@@ -86,9 +112,12 @@ def holm(ps: list[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    places = sorted((place for place, p in enumerate(ps) if not math.isnan(p)), key=ps.__getitem__)
+    tested = [place for place, p in enumerate(ps) if not math.isnan(p)]
+    tested.sort(key=ps.__getitem__)
     corrected, largest = list(ps), 0.0
-    for rank, place in enumerate(places):
-        largest = max(largest, min(1.0, (len(places) - rank) * ps[place]))
+    for rank, place in enumerate(tested):
+        remaining = len(tested) - rank
+        p = min(1.0, remaining * ps[place])
+        largest = max(largest, p)
         corrected[place] = largest
     return corrected

@@ -69,4 +69,4 @@ def _start(job: Job, slots: int, gpus: int):
 def last_line(path: Path) -> str:
     """The last line of what a job printed, which says why it failed."""
     lines = path.read_bytes().decode(errors="replace").replace("\r", "\n").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1].removeprefix("[rank0]: ") if lines else "it printed nothing"

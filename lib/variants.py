@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from lib.errors import BadInput
 from lib.files import sha256, write_whole
-from lib.kernels import each_alone
+from lib.packed import each_alone
 
 FILE = "variant.py"  # its copy in a run's folder, a checkpoint and an exported model
 HERE = Path(__file__).resolve().parent.parent / "variants"

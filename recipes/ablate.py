@@ -89,7 +89,7 @@ def main(config: Config, rest: list[str]):
         chosen = [run for run in later if run.setting == best[run.arm]]
         trainer.train(chosen, steps, total)
         runs += chosen
-    notes = [f"{run.folder} failed: {why}." for run, why in trainer.failed.items()]
+    notes = [f"{run.folder} failed ({why})." for run, why in trainer.failed.items()]
     if config.minutes:
         notes.append(f"Each run trained for {config.minutes:g} minutes, by the time of its arm's step.")
     answer(config, runs, sweep, notes)
@@ -171,8 +171,9 @@ def answer(config: Config, runs: list[Run], sweep: list[int], notes: list[str]):
     missing = [str(result.run.folder) for result in results if math.isnan(result.value)]
     if len(missing) == len(results):
         raise BadInput(f"no run has {config.metric} at its last step; {missing[0]} is the first of {len(missing)}")
-    if missing:
-        notes = [*notes, f"No {config.metric} at the end of {', '.join(missing)}."]
+    unsaid = [folder for folder in missing if not any(f"{folder} failed" in note for note in notes)]
+    if unsaid:
+        notes = [*notes, f"No {config.metric} at the end of {', '.join(unsaid)}."]
     question = shlex.join(["python", "recipes/ablate.py", *COMMAND[1:]])
     words = write_report(Path(config.out), question, config.metric, lower_is_better(config.metric), arms, notes)
     print(f"\n{words}\n\nwrote report.html, report.md, results.csv and results.json in {config.out}", flush=True)

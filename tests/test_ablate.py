@@ -1,5 +1,6 @@
 """recipes/ablate.py: grids of runs, and the answer drawn from them."""
 
+import contextlib
 import csv
 import json
 import math
@@ -171,77 +172,72 @@ def test_the_page_opens_in_a_browser(tmp_path):
 
 # ---- whole ----
 
-GRID = ("--vary", f"variant=none,{RELU2}", "dim=16,32", "learning_rate=1e-2,2e-2")
-TINY = TINY_RUN | {"num_heads": 2, "num_kv_heads": 2, "compile": "off"}
-ARM = flags({name: value for name, value in TINY.items() if name not in ("sample", "learning_rate", "dim")})
+TINY = TINY_RUN | {"dim": 16, "num_heads": 2, "num_kv_heads": 2, "compile": "off"}
+REST = ["--", *flags({name: value for name, value in TINY.items() if name not in ("sample", "learning_rate")})]
 
 
-def ablation(data: Path, out: str, *words: str) -> list[str]:
-    own = ["--data", str(data), "--out", out, "--seeds", "2", "--steps", "6"]
-    return ["recipes/ablate.py", *own, *words, "--", *ARM]
-
-
-def without_times(folder: Path, out: str) -> dict[str, str]:
+def without_times(folder: Path) -> dict[str, str]:
     """What a report says, but for speeds and the name of its folder."""
-    found = {}
-    for name in ("report.md", "results.csv", "results.json"):
-        lines = (folder / name).read_text().replace(out, "OUT").splitlines()
-        if name == "results.csv":
-            lines = [line.rsplit(",", 2)[0] for line in lines]
-        if name == "report.md":
-            cut = next(place for place, line in enumerate(lines) if "What each arm costs" in line)
-            lines = lines[:cut]
-        found[name] = "\n".join(lines)
+    found = {name: (folder / name).read_text().replace(folder.name, "OUT") for name in ("report.md", "results.json")}
+    found["report.md"] = found["report.md"].partition("What each arm costs")[0]
+    for row in csv.reader((folder / "results.csv").open()):
+        found[",".join(row[:3])] = row[3:7]
     return found
 
 
 def test_a_grid_that_was_killed_ends_with_the_report_of_one_that_was_not(tiny_data, tmp_path):
-    """2 × 2 arms, 2 learning rates, 1 seed, then the second seed typed later."""
+    """Two variants, two learning rates, two seeds. One variant changes nothing, and makes a difference of exactly 0."""
+    same = tmp_path / "same.py"
+    same.write_text("import model\n\n\nclass FeedForward(model.FeedForward):\n    pass\n")
+
+    def grid(out: str, steps: int = 6) -> list[str]:
+        own = ["--data", str(tiny_data), "--seeds", "2", "--steps", str(steps), "--out", out, "--jobs", "2"]
+        return ["recipes/ablate.py", *own, "--vary", f"variant=none,{same}", "learning_rate=1e-2,2e-2", *REST]
+
     seed = random.randrange(2**32)
     print("random seed", seed)
-    words = ablation(tiny_data, "killed", *GRID, "--jobs", "2")
-    process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=tmp_path, stdout=subprocess.PIPE)
+    script, *words = grid("broken_off")
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
     time.sleep(random.Random(seed).uniform(5, 20))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    again = command(*words, cwd=tmp_path)
-    command(*ablation(tiny_data, "whole", *GRID, "--jobs", "2"), cwd=tmp_path)
-    mine, theirs = without_times(tmp_path / "killed", "killed"), without_times(tmp_path / "whole", "whole")
-    assert mine == theirs
-    assert "wrote report.html" in again.stdout and "min left" in again.stdout
-    # all that is done is left alone
-    third = command(*words, cwd=tmp_path)
-    assert "to go" not in third.stdout
-    # other questions are not answered from these runs
-    other = [word if word != "6" else "7" for word in words]
-    done = command(*other, cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "holds an ablation with steps 6, not 7" in done.stderr
-    # runs that exist already, wherever they are
-    command("recipes/ablate.py", "--compare", "whole", "--out", "compared", cwd=tmp_path)
-    rows = {row["arm"]: row for row in read_json(tmp_path / "compared" / "results.json")["arms"]}
-    whole = read_json(tmp_path / "whole" / "results.json")["arms"]
-    assert [row["values"] for row in rows.values()] == [row["values"] for row in whole]
-    table = command("recipes/ablate.py", "--history", "whole", cwd=tmp_path).stdout
-    assert table.count("| 6/6 |") == 16 and "learning_rate=0.02" in table
+    again = command(*grid("broken_off"), cwd=tmp_path)
+    assert "wrote report.html" in again.stdout and "same is the same as none" in again.stdout
+    command(*grid("in_one_go"), cwd=tmp_path)
+    mine, theirs = without_times(tmp_path / "broken_off"), without_times(tmp_path / "in_one_go")
+    assert mine == theirs and len(mine) == 2 + 1 + 8
+    none, equal = read_json(tmp_path / "in_one_go" / "results.json")["arms"]
+    assert none["values"] == equal["values"] and len(none["values"]) == 2
+    assert equal["mean"] == equal["low"] == equal["high"] == 0 and equal["p"] == 1
+    # what is done is left alone, and other questions are not answered from it
+    assert "to go" not in command(*grid("in_one_go"), cwd=tmp_path).stdout
+    done = command(*grid("in_one_go", 7), cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "--out in_one_go holds an ablation with steps 6, not 7" in done.stderr
+    # the same from the runs alone
+    compare("in_one_go", tmp_path / "compared")
+    compared = read_json(tmp_path / "compared" / "results.json")["arms"]
+    assert [row["values"] for row in compared] == [none["values"], equal["values"]]
+    table = command("recipes/ablate.py", "--history", "in_one_go", cwd=tmp_path).stdout
+    assert table.count("| 6/6 |") == 8 and "learning_rate=0.02" in table and "variant=" in table
 
 
-def test_arms_that_are_equal_differ_by_exactly_zero_and_a_failed_run_is_named(tiny_data, tmp_path):
-    same = tmp_path / "same.py"
-    same.write_text("import model\n\n\nclass FeedForward(model.FeedForward):\n    pass\n")
+def compare(folder: str, out: Path):
+    with contextlib.chdir(out.parent):
+        ablate.main(ablate.Config(compare=(folder,), out=str(out)), [])
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_compared(tiny_data, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text(
         "import model\n\n\nclass FeedForward(model.FeedForward):\n    def forward(self, x):\n"
         "        assert x.size(-1) != 16 or x.size(0) != 4\n        return super().forward(x)\n"
     )
-    words = ["--vary", f"variant=none,{same},{broken}", "--", *ARM, "--dim", "16"]
-    own = ["--data", str(tiny_data), "--out", "out", "--seeds", "2", "--steps", "4", "--jobs", "2"]
-    done = command("recipes/ablate.py", *own, *words, cwd=tmp_path)
-    same_row, broken_row = read_json(tmp_path / "out" / "results.json")["arms"][1:]
-    assert same_row["mean"] == same_row["low"] == same_row["high"] == 0 and same_row["p"] == 1
-    assert broken_row["values"] == {}
-    assert "same is the same as none; broken did not get through" in done.stdout and "FAILED" in done.stdout
+    words = ["--data", str(tiny_data), "--seeds", "1", "--steps", "2", "--jobs", "2", "--out", "out"]
+    done = command("recipes/ablate.py", *words, "--vary", f"variant=none,{broken}", *REST, cwd=tmp_path)
+    assert "broken did not get through" in done.stdout and "FAILED: AssertionError" in done.stdout
+    assert [len(row["values"]) for row in read_json(tmp_path / "out" / "results.json")["arms"]] == [1, 0]
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "out/broken_seed=0 failed: AssertionError" in report
+    assert "out/broken_seed=0 failed (AssertionError)" in report and "No val_bits" not in report
 
 
 MISTAKES = {
@@ -281,7 +277,7 @@ def test_equal_time_gives_a_slower_arm_fewer_steps(tiny_data, tmp_path, monkeypa
     trainer = ablate.Trainer(config, [])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "timing.json").write_text(json.dumps({"a": 0.1, "b": 0.2}))
-    assert trainer.steps_of({"a": {}, "b": {}}, {}) == {"a": 6, "b": 3}
+    assert trainer.steps_of({"a": {}, "b": {}}, {}) == {"a": 6, "b": 3}  # 0.6 seconds
     config.minutes, config.tokens = 0.0, 1000
     assert trainer.steps_of({"a": {}, "b": {}}, {"a": 100, "b": 200}) == {"a": 10, "b": 5}
 
@@ -289,7 +285,7 @@ def test_equal_time_gives_a_slower_arm_fewer_steps(tiny_data, tmp_path, monkeypa
 @pytest.mark.slow
 def test_the_steps_of_each_arm_are_timed(tiny_data, tmp_path):
     words = ["--data", str(tiny_data), "--out", "out", "--seeds", "1", "--minutes", "0.02"]
-    done = command("recipes/ablate.py", *words, "--vary", "dim=16,64", "--", *ARM, cwd=tmp_path)
+    done = command("recipes/ablate.py", *words, "--vary", "dim=16,64", *REST, cwd=tmp_path)
     assert done.stdout.count("s a step") == 2
     seconds = read_json(tmp_path / "out" / "timing.json")
     for row in csv.DictReader((tmp_path / "out" / "results.csv").open()):
@@ -300,10 +296,8 @@ def test_the_metric_may_be_a_task_of_eval_py(tiny_run, tmp_path):
     questions = tmp_path / "questions.jsonl"
     rows = [{"context": f"{i} and", "choices": [" this", " that one"], "answer": i % 2} for i in range(6)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for seed in (0, 1):
-        tiny_run(f"runs/a{seed}", seed=seed, steps=2, eval_every=2)
-    for seed in (0, 1):
-        tiny_run(f"runs/b{seed}", seed=seed, steps=2, eval_every=2, optimizer="muon")
+    tiny_run("runs/a", steps=2, eval_every=2)
+    tiny_run("runs/b", steps=2, eval_every=2, optimizer="muon")
     config = ablate.Config(compare=("runs",), out="out", metric=f"choices:{questions}")
     ablate.main(config, [])
     first, muon = read_json(tmp_path / "out" / "results.json")["arms"]

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint.metadata as dcp_metadata
 from conftest import ROOT, additions, assert_same_but_for_rounding, random_model
 from lib.cpu_attention import CompiledOnCPU
 from lib.errors import BadInput
-from lib.kernels import Documents, attend_within
+from lib.packed import Documents, attend_within
 from model import (
     IGNORE,
     SIZES,

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 SCRIPTS = ("model", "data", "train", "sample", "eval", "bench")
 BOOK = {  # file: lines, columns of its widest line, syntax nodes a code line, lines of its longest function
-    "model.py": (370, 100, 12.0, 45),
+    "model.py": (385, 100, 12.0, 45),
     "data.py": (385, 100, 10.5, 45),
     "train.py": (395, 100, 10.5, 45),
     "sample.py": (300, 100, 10.5, 45),
@@ -119,7 +119,7 @@ def test_the_model_can_be_copied_alone_into_a_notebook(tmp_path):
     import sys
 
     (tmp_path / "lib").mkdir()
-    waiting, copied = ["kernels", "rows", "errors", "__init__"], set()
+    waiting, copied = ["kernels", "packed", "rows", "errors", "__init__"], set()
     while waiting:
         name = waiting.pop()
         copied.add(name)

@@ -22,7 +22,7 @@ import train
 from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags, forecast_of
 from data import Batch, Mixture
 from lib.checkpointing import KERNELS
-from lib.kernels import Documents, attend_within
+from lib.packed import Documents, attend_within
 from lib.rows import local_rows
 from lib.world import join_world
 from model import SIZES, ModelConfig, load
