@@ -33,6 +33,7 @@ from lib.errors import BadInput
 from lib.files import write_whole
 from lib.grid import Flags, Run, arms_of, read_choices, runs_of, settings_of
 from lib.grid_runner import Trainer
+from lib.opening import prepare_default
 from lib.records import read_json
 from lib.side_by_side import Job, last_line, run_jobs
 from lib.tables import headline, markdown
@@ -77,6 +78,8 @@ def main(config: Config, rest: list[str]):
     trainer = Trainer(config, rest)
     tokens = check(config, trainer, arms, settings)
     remember(config, rest)
+    if config.data == Config.data and not Path(config.data[0]).exists():
+        prepare_default(config.data[0])
     steps = trainer.steps_of(arms, tokens)
     seeds = list(range(config.seeds))
     sweep = seeds[: config.sweep_seeds] or seeds

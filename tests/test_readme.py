@@ -73,7 +73,10 @@ CHANGES = {
     "bash recipes/mini.sh": None,  # a test of its own
     "torchrun --nproc_per_node 8 train.py --data data/mine --size 7B --seq_len 4096 --batch_size 512 "
     "--micro_batch 2 --learning_rate 3e-4 --steps 10000 --out out/7B": ({"8": "2"}, SHAPE + SHORT),
-    "python train.py --steps 400 --out out/relu2": ({}, SHAPE + SHORT),
+    "python recipes/ablate.py --vary variant=none,variants/relu2.py --seeds 3 --steps 400 --out out/relu2": (
+        {"3": "1", "400": "2"},
+        ["--", *SHAPE, *TUNED],
+    ),
     "python data.py --source tinyshakespeare --out data/shakespeare --tokenizer bytes --val_fraction 0.1": (
         {"tinyshakespeare": SHAKESPEARE},
         [],
@@ -102,7 +105,8 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
     shared("mmlu/data"), shared("text/tinyshakespeare")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "lib", tmp_path / "lib")
+    for name in ("lib", "variants", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "texts").mkdir()
     text = "".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
     for i in range(60):
@@ -119,7 +123,7 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
         changes, added = CHANGES[line]
         words = [changes.get(word, word) for word in shlex.split(line.split("&& ")[-1])]
         for flag in added[::2]:  # a small setting takes the place of the README's
-            if flag in words:
+            if flag in words and added[0] != "--":
                 del words[words.index(flag) : words.index(flag) + 2]
         start = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else [sys.executable]
         done = subprocess.run([*start, *words[1:], *added], cwd=tmp_path, capture_output=True, text=True)
