@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -185,11 +186,52 @@ def flags(options: dict) -> list[str]:
 
 
 def command(*words: str, cwd=None, env: dict | None = None, check: bool = True) -> subprocess.CompletedProcess:
-    """Run one of the project's scripts in a process of its own."""
-    words = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(words, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True)
+    """Run one of the project's scripts in a process of its own.
+
+    It is forked from one that has imported what takes seconds; with an env of its own it starts from nothing, since
+    some variables count when a library is loaded.
+    """
+    words = [str(ROOT / words[0]), *words[1:]]
+    if env is not None:
+        env = os.environ | env
+        done = subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+    else:
+        done = forked(words, cwd or os.getcwd())
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def forked(words: list[str], cwd) -> subprocess.CompletedProcess:
+    """Run a script as __main__ in a process that starts at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = forkserver().Process(target=_script, args=(words, cwd, outputs, dict(os.environ)))
+        process.start()
+        process.join()
+        texts = [path.read_bytes().decode() for path in outputs]
+    return subprocess.CompletedProcess(words, process.exitcode, *texts)
+
+
+def _script(words: list[str], cwd, outputs: list[Path], env: dict):
+    for number, path in zip((1, 2), outputs):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = words
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def forkserver():
+    """Processes of this context have imported the project."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "eval"])
+    return context
 
 
 @pytest.fixture
@@ -205,8 +247,7 @@ def one_thread():
 
 def start_ranks(world: int, function, *args) -> list[multiprocessing.Process]:
     """Begin function(*args) in `world` processes that find each other as under torchrun, but start in a second."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context = forkserver()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     processes = [context.Process(target=_rank, args=(rank, world, port, function, args)) for rank in range(world)]

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, SHARED, command
+from conftest import ROOT, SHARED, command, forked
 
 SHAPE = "--dim 32 --num_layers 2 --num_heads 4 --num_kv_heads 4 --ffn_dim 64".split()
 SHORT = "--seq_len 32 --steps 4 --batch_size 4 --eval_tokens 64 --dtype fp32".split()
@@ -125,11 +125,14 @@ def test_every_command_of_the_readme_works(tmp_path, shared):
         for flag in added[::2]:  # a small setting takes the place of the README's
             if flag in words and added[0] != "--":
                 del words[words.index(flag) : words.index(flag) + 2]
-        start = [sys.executable, "-m", "torch.distributed.run"] if words[0] == "torchrun" else [sys.executable]
-        done = subprocess.run([*start, *words[1:], *added], cwd=tmp_path, capture_output=True, text=True)
+        if words[0] == "torchrun":
+            start = [sys.executable, "-m", "torch.distributed.run", *words[1:], *added]
+            done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True)
+        else:
+            done = forked([*words[1:], *added], tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "out/stdlib/loss.png").exists() and (tmp_path / "out/mmlu.jsonl").exists()
-    again = subprocess.run([sys.executable, "train.py", *SHAPE, *SHORT], cwd=tmp_path, capture_output=True, text=True)
+    again = forked(["train.py", *SHAPE, *SHORT], tmp_path)
     assert "out/stdlib is finished" in again.stdout and "def " in again.stdout
 
 
