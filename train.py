@@ -141,8 +141,7 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
     for layer, block in enumerate(model.blocks):
         block.forward = checkpointing.wrap(block.forward, config.checkpointing, layer)
         if config.compile == "on":
-            # the loop over documents that stands in for the GPU's kernel cannot be compiled
-            whole = not config.pack or mesh.device_type == "cuda"
+            whole = kernels.in_one_graph(block, config, mesh.device_type)
             block.forward = torch.compile(block.forward, fullgraph=whole)
         unit(block, reshard_after_forward=config.reshard_after_forward)
     if not model.config.tie_embeddings:

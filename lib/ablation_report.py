@@ -26,7 +26,7 @@ def write_report(out: Path, question: str, metric: str, lower: bool, arms: list[
         Part("code", question),
         Part("answer", answer),
         Part("table", table_of(arms)),
-        Part("text", " ".join([explained, *notes])),
+        Part("text", " ".join([how_many_settings(arms), explained, *notes])),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("differences", draw_differences), ("curves", draw_arms)):
@@ -35,7 +35,6 @@ def write_report(out: Path, question: str, metric: str, lower: bool, arms: list[
         parts.append(Part("picture", picture.getvalue(), name))
     parts += [
         Part("heading", "Every setting"),
-        Part("text", how_many_settings(arms)),
         Part("table", settings_table(arms)),
         Part("heading", "What each arm costs"),
         Part("table", costs_table(arms)),
@@ -136,9 +135,9 @@ def how_many_settings(arms: list[Arm]) -> str:
     if counts == {1}:
         return "Each arm had one setting."
     if len(counts) == 1:
-        return f"Each arm had {counts.pop()} settings and is compared at its best, here with a *."
+        return f"Each arm had {counts.pop()} settings and is compared at its best (* below)."
     each = ", ".join(f"{arm.name} {len(arm.tried)}" for arm in arms)
-    return f"The arms had different numbers of settings ({each}), which favours those with more; * is the best."
+    return f"The arms had different numbers of settings ({each}), which favours those with more (* below is the best)."
 
 
 def settings_table(arms: list[Arm]) -> list[Row]:

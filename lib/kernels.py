@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib.cpu_attention import attend_on_cpu
 from lib.errors import BadInput
-from lib.packed import each_alone
+from lib.packed import attend_within, each_alone
 
 IGNORE = -100      # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
@@ -185,6 +185,12 @@ class CrossEntropy:
         return log_probs.new_zeros(targets.shape).index_put(places, log_probs)
 
 
+def in_one_graph(block, config, device_type: str) -> bool:
+    """Whether a block can be compiled as a whole, unlike the loop over documents that stands in for the GPU's kernel."""
+    fast = getattr(block.attention, "attend_within", None) is attend_within
+    return not config.pack or (device_type == "cuda" and config.dtype == "bf16" and fast)
+
+
 def install(model, config, device_type: str, plain_attention: Callable):
     """Put the kernels that suit a run into its model: loss, and compiled on a CPU attention.
 
@@ -198,7 +204,8 @@ def install(model, config, device_type: str, plain_attention: Callable):
         model.norm.forward = torch.compile(model.norm.forward, fullgraph=True)
     for block in model.blocks:
         attention = block.attention
-        own = attention.attend.__name__ != "causal_attention"
+        attend = getattr(attention, "attend", None)  # a variant may do without
+        own = getattr(attend, "__name__", "") != "causal_attention"
         if own and config.attention == "plain":
             raise BadInput("--attention plain does not go with a variant's own attention")
         if config.attention == "plain":

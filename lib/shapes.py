@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from lib import variant_flags, variants
+from lib import variants
 from lib.checkpoints import checkpoint_folder
 from lib.errors import BadInput
 from lib.tokenizer import Tokenizer, find_tokenizer
@@ -34,7 +34,9 @@ def _flags_of_variant(config, config_class: type | None) -> dict:
 
 def planned_config(config, sizes: dict):
     """The shape of a model that is planned, whose data need not be there yet."""
-    config_class = variant_flags.chosen(config)
+    config_class = config.config_class
+    if config.variant:
+        config_class = variants.load(Path(config.variant), config_class)
     if config.init_from:
         return read_config(config.init_from, config_class)
     return model_config(config, sizes, None, config_class)

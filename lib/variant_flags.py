@@ -76,6 +76,8 @@ def chosen(config) -> type:
             mine = f"--variant {config.variant}" if config.variant else "no --variant"
             what = f"holds a run of another variant than {mine}"
             raise BadInput(f"--out {folder} {what}; go on with --resume, or choose another --out")
+        if typed:
+            variants.remember(sha256(kept))
     if begun and kept.exists():
         return variants.load_trusted(folder, config_class)
     if begun or not config.variant:

@@ -134,9 +134,10 @@ def _assemble(source: str, path: Path, plain: type) -> type:
         del sys.modules["model"]
         if before:
             sys.modules["model"] = before
-    attention = copy.Attention
+    original = copy.Attention
     _stand_in(file, copy, path)
-    if copy.Attention.attend is not attention.attend and copy.Attention.attend_within is attention.attend_within:
+    own = getattr(copy.Attention, "attend", original.attend)
+    if own is not original.attend and copy.Attention.attend_within is original.attend_within:
         copy.Attention.attend_within = property(_within)
     hints = get_type_hints(copy.ModelConfig)
     names = {field.name for field in dataclasses.fields(copy.ModelConfig)}
@@ -224,3 +225,8 @@ def _try(config_class: type):
         raise BadInput("a token sees those after it")
     if not (steps - whole).abs().max() <= 1e-3 * scale:
         raise BadInput("read in pieces, with the cache, a text has other logits than read at once")
+    if is_llama(config_class):
+        plain = variant_of(config_class).plain(**dataclasses.asdict(shape)).build()
+        plain.load_state_dict(model.state_dict())
+        if not (plain(ids) - whole).abs().max() <= 1e-3 * scale:
+            raise BadInput("it says IS_LLAMA, and LLaMA has other logits")

@@ -113,6 +113,9 @@ def check(config: Config, trainer: Trainer, arms: dict[str, Flags], settings: di
     task, _, data = config.metric.partition(":")
     if data and task not in PROTOCOLS:
         raise BadInput(f"--metric {config.metric}: {task} is no task of eval.py ({', '.join(PROTOCOLS)})")
+    for word in trainer.rest:
+        if word.partition("=")[0] in ("--data", "--steps", "--seed", "--out", "--resume"):
+            raise BadInput(f"{word} is ablate.py's own, or set for each run; it cannot follow --")
     tokens = {}
     for run in runs_of(Path(config.out), arms, settings, [0]):
         kind = extended(TrainConfig, dict(run.flags).get("variant", ""), "")

@@ -330,6 +330,7 @@ MISTAKES = {
     "        return model.causal_attention(q, k[:, :, -q.size(2):], v[:, :, -q.size(2):], None)\n":
         r"mine.py: read in pieces, with the cache, a text has other logits",
     "import model\nclass ModelConfig(model.ModelConfig):\n    window: int = 3\n": r"lacks @dataclass\(frozen=True\)",
+    "IS_LLAMA = True\ndef rotate(x, rope):\n    return x\n": r"mine.py: it says IS_LLAMA, and LLaMA has other logits",
 }  # fmt: skip
 
 
