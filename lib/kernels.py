@@ -186,7 +186,7 @@ class CrossEntropy:
 
 
 def in_one_graph(block, config, device_type: str) -> bool:
-    """Whether a block can be compiled as a whole, unlike the loop over documents that stands in for the GPU's kernel."""
+    """Whether a block can be compiled as a whole, as the loop in place of the GPU's kernel cannot."""
     fast = getattr(block.attention, "attend_within", None) is attend_within
     return not config.pack or (device_type == "cuda" and config.dtype == "bf16" and fast)
 
