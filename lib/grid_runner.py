@@ -93,6 +93,15 @@ class Trainer:
         speed = median(row["tokens_per_s"] for row in others)
         return first["tokens"] / first["step"] / speed
 
+    def check_metric(self, folder: Path):
+        """Raise ValueError where a run does not log what --metric names, after the first run and not the last."""
+        metric, task, _ = self.config.metric.partition(":")
+        fields = {}
+        for row in read_log(folder / "log.jsonl"):
+            fields |= row
+        if not task and metric not in fields:
+            raise BadInput(f"--metric {metric} is not in {folder / 'log.jsonl'}, which has {', '.join(sorted(fields))}")
+
     def train(self, runs: list[Run], steps: dict[str, int], total: int):
         """Train what is not done yet of these runs; what fails is told and kept in `failed`. total is of all runs."""
         todo = {}
@@ -108,6 +117,8 @@ class Trainer:
                 why = last_line(job.log)
                 self.failed[todo[job.name]] = why
                 outcome = f"  FAILED: {why}"
+            else:
+                self.check_metric(todo[job.name].folder)
             waiting = len(todo) - len(took)
             minutes = waiting * mean(took) / self.slots / 60
             progress = f"{before + len(took)}/{total}  {job.name}"

@@ -232,12 +232,16 @@ def test_a_run_that_fails_is_named_and_the_others_are_compared(tiny_data, tmp_pa
         "import model\n\n\nclass FeedForward(model.FeedForward):\n    def forward(self, x):\n"
         "        assert x.size(-1) != 16 or x.size(0) != 4\n        return super().forward(x)\n"
     )
+    config = ablate.Config(metric="nonsense")
     words = ["--data", str(tiny_data), "--seeds", "1", "--steps", "2", "--jobs", "2", "--out", "out"]
     done = command("recipes/ablate.py", *words, "--vary", f"variant=none,{broken}", *REST, cwd=tmp_path)
     assert "broken did not get through" in done.stdout and "FAILED: AssertionError" in done.stdout
     assert [len(row["values"]) for row in read_json(tmp_path / "out" / "results.json")["arms"]] == [1, 0]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "out/broken_seed=0 failed (AssertionError)" in report and "No val_bits" not in report
+    # what no run logs is noticed after the first
+    with pytest.raises(BadInput, match="--metric nonsense is not in .*log.jsonl, which has epochs, grad_norm, loss"):
+        ablate.Trainer(config, []).check_metric(tmp_path / "out" / "none_seed=0")
 
 
 MISTAKES = {
