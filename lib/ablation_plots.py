@@ -10,7 +10,7 @@ import numpy as np
 from lib.plots import load_pyplot
 
 Curves = dict[int, dict[int, float]]  # of each seed, at each step
-SMOOTHED = 10  # logged steps that a difference of curves is averaged over
+SMOOTHED = 10  # logged steps at most that a difference of curves is averaged over
 
 
 def draw_differences(arms: list, name: str, picture: io.BytesIO):
@@ -36,7 +36,7 @@ def draw_differences(arms: list, name: str, picture: io.BytesIO):
     top = max(0.6, len(names) - 0.4)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(-0.6, top)
-    axes.set_xlabel(f"{name}, less that of {first.name}")
+    axes.set_xlabel(f"{name}, minus that of {first.name}")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
@@ -57,7 +57,7 @@ def draw_arms(arms: list, name: str, picture: io.BytesIO):
         draw_band(left, curves, arm.name)
         draw_band(right, less(curves, first), arm.name)
     left.set_ylabel("training loss (nats)")
-    right.set_ylabel(f"training loss, less that of {arms[0].name}")
+    right.set_ylabel(f"training loss, minus that of {arms[0].name}")
     beside = (1.02, 0.5)
     right.legend(loc="center left", bbox_to_anchor=beside, fontsize=8)
     for axes in panels:
@@ -78,8 +78,8 @@ def less(curves: Curves, first: Curves) -> Curves:
         mine, theirs = curves[seed], first[seed]
         steps = sorted(mine.keys() & theirs.keys())
         each = [mine[step] - theirs[step] for step in steps]
-        width = min(SMOOTHED, len(each))
-        if width:
+        width = max(1, min(SMOOTHED, len(each) // 4))
+        if each:
             smooth = np.convolve(each, np.ones(width) / width, "valid")
             differences[seed] = dict(zip(steps[width - 1 :], smooth))
     return differences

@@ -15,29 +15,42 @@ from lib.tables import Row
 NOTES = """The difference is to the first arm, run by run of the same seed, which draws the first weights and the order
 of the data. Its interval and p are those of the paired t test; p is corrected for the number of arms (Holm).
 "Found from" is the smallest true difference that so many seeds would find in four of five such experiments, "seeds
-needed" how many would find one as large as was seen; both are estimates from the spread of few differences."""
+needed" how many would find one as large as was seen; both are rough, since they rest on the spread of few differences.
+"""
+CAPTIONS = {
+    "differences": "A dot is the mean difference, its line the 95 % interval, a tick one seed.",
+    "curves": "Lines are means, bands what the seeds fill. On the right the noise that arms share is gone.",
+}
+SPEEDS = "Speeds are of one run each, the slowest to the fastest; other work on the machine is in them."
 
 
 def write_report(out: Path, question: str, metric: str, lower: bool, arms: list[Arm], notes: list[str]) -> str:
     """Write report.md, report.html, their pictures and numbers. Returns the answer."""
-    answer, title = in_a_sentence(arms, metric, lower), f"Ablation, {metric}"
-    explained = NOTES.replace("\n", " ")
+    measured, title = metric, f"Ablation, {metric}"
+    steps = steps_of(arms)
+    if len(set(steps.values())) == 1:
+        measured += f" after {max(steps.values()):,} steps"
+    answer = in_a_sentence(arms, measured, lower)
+    direction = f"Of {metric}, {'lower' if lower else 'higher'} is better."
+    explained = [direction, how_many_settings(arms), NOTES.replace("\n", " ").strip()]
     parts = [
         Part("code", question),
         Part("answer", answer),
         Part("table", table_of(arms)),
-        Part("text", " ".join([how_many_settings(arms), explained, *notes])),
+        Part("text", " ".join([*explained, *at_the_edge(arms), *unequal_steps(arms), *notes])),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("differences", draw_differences), ("curves", draw_arms)):
         draw(arms, metric, picture := io.BytesIO())
         write_whole(out / f"{name}.png", picture.getvalue())
         parts.append(Part("picture", picture.getvalue(), name))
+        parts.append(Part("text", CAPTIONS[name]))
+    if several_settings(arms):
+        parts += [Part("heading", "Every setting"), Part("table", settings_table(arms))]
     parts += [
-        Part("heading", "Every setting"),
-        Part("table", settings_table(arms)),
         Part("heading", "What each arm costs"),
         Part("table", costs_table(arms)),
+        Part("text", SPEEDS),
     ]
     write_whole(out / "results.csv", as_csv(metric, arms))
     write_whole(out / "results.json", as_json(metric, arms))
@@ -54,14 +67,14 @@ def in_a_sentence(arms: list[Arm], metric: str, lower: bool) -> str:
         return about_one(first, others[0], metric, lower)
     names = {kind: [] for kind in ("better", "worse", "equal", "unclear", "failed")}
     for arm in others:
-        names[verdict(arm, lower)].append(arm.name)
+        names[verdict(arm, lower)].append(f"“{arm.name}”" if ", " in arm.name else arm.name)
     words = []
     for kind, told in (("better", "better than"), ("worse", "worse than"), ("equal", "the same as")):
         if names[kind]:
             verb = "is" if len(names[kind]) == 1 else "are"
             words.append(f"{', '.join(names[kind])} {verb} {told} {first.name}")
     if names["unclear"]:
-        words.append(f"of {', '.join(names['unclear'])} these seeds cannot tell")
+        words.append(f"{seeds_of(others)} cannot tell {', '.join(names['unclear'])} from {first.name}")
     if names["failed"]:
         words.append(f"{', '.join(names['failed'])} did not get through")
     return f"In {metric}, {'; '.join(words)}."
@@ -84,13 +97,13 @@ def about_one(first: Arm, arm: Arm, metric: str, lower: bool) -> str:
     if found is None:
         return f"{arm.name} did not get through, so there is nothing to compare with {first.name}."
     if math.isnan(found.low):
-        return f"One seed cannot tell: {arm.name} less {first.name} is {found.mean:+.4f} {metric}."
+        return f"1 seed cannot tell: {arm.name} minus {first.name} is {found.mean:+.4f} {metric}."
     if told == "equal":
         return f"{arm.name} is the same as {first.name}: {metric} is equal with every seed, to the last digit."
-    seeds = f"{len(arm.seeds)} seeds"
+    seeds = seeds_of([arm])
     interval = f"95 % interval {between(found)}, p = {arm.p:.2g}, {seeds}"
     if told == "unclear":
-        least = f"a true difference from {found.detectable:.4f} on would probably have been found"
+        least = f"a true difference of {found.detectable:.4f} or more would probably have been found"
         what = f"{seeds} cannot tell {arm.name} from {first.name}"
         return f"{what}: {found.mean:+.4f} {metric} ({interval}); {least}."
     return f"{arm.name} is {told} than {first.name} by {abs(found.mean):.4f} {metric} ({interval})."
@@ -104,22 +117,63 @@ def number(value: float, digits: int = 4, sign: str = "") -> str:
 
 def between(found: Difference) -> str:
     low, high = number(found.low, sign="+"), number(found.high, sign="+")
+    if low == high == "–":
+        return low
     return f"{low} to {high}"
 
 
+def seeds_of(arms: list[Arm]) -> str:
+    count = max(len(arm.seeds) for arm in arms)
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def several_settings(arms: list[Arm]) -> bool:
+    return any(len(arm.tried) > 1 for arm in arms)
+
+
+def at_the_edge(arms: list[Arm]) -> list[str]:
+    """A note on arms whose best setting is the first or last of those tried, as more might be gained beyond it."""
+    names = []
+    for arm in arms:
+        tried = list(arm.tried)
+        if len(tried) > 2 and arm.setting in (tried[0], tried[-1]):
+            names.append(arm.name)
+    if not names:
+        return []
+    return [f"At the edge of the settings tried, so a wider range may do better: {', '.join(names)}."]
+
+
+def steps_of(arms: list[Arm]) -> dict[str, int]:
+    return {arm.name: arm.results[0].steps for arm in arms if arm.results}
+
+
+def unequal_steps(arms: list[Arm]) -> list[str]:
+    """A note where arms made different numbers of steps."""
+    steps = steps_of(arms)
+    if len(set(steps.values())) < 2:
+        return []
+    each = ", ".join(f"{name} {count:,}" for name, count in steps.items())
+    return [f"Steps differ: {each}."]
+
+
 def table_of(arms: list[Arm]) -> list[Row]:
-    columns = ["best setting", "mean", "each seed", "difference", "95 % interval", "p", "found from", "seeds needed"]
+    columns = ["mean", "each seed", "difference", "95 % interval", "p", "found from", "seeds needed"]
+    settings = several_settings(arms)
+    if settings:
+        columns.append("best setting")
     rows = [("arm", columns)]
     for arm in arms:
         values, found = arm.values, arm.difference
-        cells = [arm.setting or "–", "failed", "–"]
+        cells = ["failed", "–"]
         if values:
-            cells[1:] = number(mean(values)), " ".join(map(number, values))
+            cells = [number(mean(values)), " ".join(map(number, values))]
         if found is None:
             cells += ["–"] * 5
         else:
             cells += [number(found.mean, sign="+"), between(found), number(arm.p, 3)]
             cells += [number(found.detectable), how_many(found.needed)]
+        if settings:
+            cells.append(arm.setting)
         rows.append((arm.name, cells))
     return rows
 
@@ -173,8 +227,8 @@ def costs_table(arms: list[Arm]) -> list[Row]:
     for arm in arms:
         cells = ["–"] * 4
         if results := arm.results:
-            one, speed = results[0], mean(result.speed for result in results)
+            one, speeds = results[0], [result.speed for result in results]
             cells = [f"{count:,}" for count in (one.parameters, one.steps, one.tokens)]
-            cells.append(f"{speed:,.0f}")
+            cells.append(f"{min(speeds):,.0f} to {max(speeds):,.0f}")
         rows.append((arm.name, cells))
     return rows

@@ -66,8 +66,11 @@ def told_apart(folders: list[Path]) -> list[Run]:
         for name in differing:
             if name == "variant":
                 words.append(variants[each[name]])
-            elif name not in TUNED:
-                words.append(in_words(name, each.get(name, "")))
+            elif name not in TUNED and each.get(name):
+                value = each[name]
+                if value == "0" and name in record["model"]:  # that of the size
+                    value = str(record["model"][name])
+                words.append(in_words(name, value))
         arm = ", ".join(words) or BASELINE
         run = Run(arm, named(tuned), record["config"]["seed"], folder)
         other = runs.setdefault((run.arm, run.setting, run.seed), run)
@@ -94,7 +97,7 @@ def spelled(value) -> str:
 
 def history(places: tuple[str, ...], defaults: dict) -> list[Row]:
     """A line for every run: the flags that are not the defaults, commit, steps, losses, minutes of training."""
-    rows = [("run", ["flags", "commit", "steps", "loss", "validation", "minutes"])]
+    rows = [("run", ["flags", "commit", "steps", "loss", "val_loss", "minutes"])]
     shown = INCIDENTAL - {"seed"}
     for folder in find_runs(places):
         record, log = read_json(folder / "run.json"), read_log(folder / "log.jsonl")

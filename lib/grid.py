@@ -35,6 +35,8 @@ def read_choices(texts: tuple[str, ...], flag: str) -> dict[str, list[str]]:
             raise BadInput(f"--{flag} {text} is not FLAG=VALUE,VALUE")
         if name in choices:
             raise BadInput(f"--{flag} names {name} twice")
+        if name == "seed":
+            raise BadInput(f"--{flag} {text}: every arm has the same seeds, as many as --seeds says")
         choices[name] = found = []
         for value in values.split(","):
             if "*" in value:
@@ -64,8 +66,10 @@ def arms_of(vary: dict[str, list[str]], each: dict[str, list[str]]) -> dict[str,
         add_arm(arms, named(flags) or BASELINE, flags)
     first = next(iter(arms.values()))
     for name, values in each.items():
-        if name in vary or name in TUNED:
-            raise BadInput(f"--each {name} is in --vary too, or is tuned for every arm")
+        if name in TUNED:
+            raise BadInput(f"--each {name}: it belongs in --vary, which tries it with every arm")
+        if name in vary:
+            raise BadInput(f"--each {name} is in --vary too")
         for value in values:
             add_arm(arms, in_words(name, value), first | {name: value})
     return arms

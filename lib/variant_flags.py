@@ -1,9 +1,13 @@
 """The flags by which a run names its variant, and the variant of a run that goes on; see lib/variants.py."""
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from lib import variants
 from lib.checkpoints import has_checkpoint
@@ -27,12 +31,12 @@ def read_flags(kind: type) -> type:
         variants.trusted.add("*")
     if not hasattr(kind, "config_class"):
         return kind
-    return extended(kind, _typed("--variant"), _typed("--resume"))
+    return extended(kind, typed("--variant", sys.argv), typed("--resume", sys.argv))
 
 
-def _typed(flag: str) -> str:
-    """The value of a flag on the command line; empty where it is not there."""
-    for word, following in zip(sys.argv, [*sys.argv[1:], ""]):
+def typed(flag: str, words: list[str]) -> str:
+    """The value of a flag on a command line; empty where it is not there."""
+    for word, following in zip(words, [*words[1:], ""]):
         if word == flag:
             return following
         if word.startswith(f"{flag}="):
@@ -55,10 +59,20 @@ def extended(kind: type, variant: str, resume: str) -> type:
         if field.name in chosen.variant.fields:
             if hasattr(kind, field.name):
                 raise BadInput(f"{variant or resume}: --{field.name} is a flag of train.py already")
+            told = tyro.conf.arg(help=comment_on(field.name, chosen.variant.source))
+            flag = Annotated[chosen.variant.fields[field.name], told]
             default = dataclasses.field(default=field.default)
-            fields.append((field.name, chosen.variant.fields[field.name], default))
+            fields.append((field.name, flag, default))
     own = {"config_class": chosen, "__doc__": kind.__doc__}
-    return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), namespace=own)
+    found = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), namespace=own)
+    found.__module__ = kind.__module__  # where tyro reads what is said of the other flags
+    return found
+
+
+def comment_on(name: str, source: str) -> str:
+    """What is written behind the field of a class."""
+    found = re.search(rf"^ +{name}: .*?# *(.*)$", source, re.M)
+    return found[1] if found else ""
 
 
 def chosen(config) -> type:

@@ -68,7 +68,7 @@ def load(path: Path, config_class: type) -> type:
     plain = variant.plain if variant else config_class
     if (source, plain) not in loaded:
         found = _assemble(source, path, plain)
-        with _mistakes(path):
+        with _mistakes(path, " (tried: width 32, 2 layers, 4 query and 2 key/value heads, feed-forward 48)"):
             _try(found)
         loaded[source, plain] = found
     return loaded[source, plain]
@@ -102,7 +102,7 @@ def remember(digest: str):
 
 
 @contextlib.contextmanager
-def _mistakes(path: Path):
+def _mistakes(path: Path, tried: str = ""):
     """Turn whatever the code of a variant raises into one sentence that names the line."""
     try:
         yield
@@ -114,7 +114,7 @@ def _mistakes(path: Path):
             lines.append(error.lineno)
         place = f"{path}:{lines[-1]}" if lines else str(path)
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise BadInput(f"{place}: {type(error).__name__}: {reason}") from None
+        raise BadInput(f"{place}: {type(error).__name__}: {reason}{tried}") from None
 
 
 def _assemble(source: str, path: Path, plain: type) -> type:

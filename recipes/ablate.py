@@ -28,7 +28,7 @@ from eval import PROTOCOLS
 from lib.ablation import Result, compare_arms, read_result
 from lib.ablation_report import write_report
 from lib.cli import ROOT, run_command
-from lib.collected import find_runs, history, told_apart
+from lib.collected import find_runs, history, spelled, told_apart
 from lib.errors import BadInput
 from lib.files import write_whole
 from lib.grid import Flags, Run, arms_of, read_choices, runs_of, settings_of
@@ -38,7 +38,7 @@ from lib.records import read_json
 from lib.side_by_side import Job, last_line, run_jobs
 from lib.tables import headline, markdown
 from lib.train_flags import check_flags
-from lib.variant_flags import extended
+from lib.variant_flags import extended, typed
 from train import Config as TrainConfig
 
 COMMAND = list(sys.argv)  # as it was typed
@@ -103,7 +103,8 @@ def check(config: Config, trainer: Trainer, arms: dict[str, Flags], settings: di
     not know, the program ends. Returns the tokens of a step of each arm.
     """
     if len(arms) < 2:
-        raise BadInput("one arm cannot be compared; give a flag in --vary or --each a second value")
+        hint = "learning rates are tried with every arm and make none"
+        raise BadInput(f"one arm cannot be compared; give a flag in --vary or --each a second value ({hint})")
     if sum(map(bool, (config.steps, config.tokens, config.minutes))) > 1:
         raise BadInput("--steps, --tokens and --minutes do not go together")
     for name in ("seeds", "sweep_seeds", "steps", "tokens", "minutes", "jobs"):
@@ -113,12 +114,18 @@ def check(config: Config, trainer: Trainer, arms: dict[str, Flags], settings: di
     task, _, data = config.metric.partition(":")
     if data and task not in PROTOCOLS:
         raise BadInput(f"--metric {config.metric}: {task} is no task of eval.py ({', '.join(PROTOCOLS)})")
+    if data and not Path(data).exists():
+        raise BadInput(f"--metric {config.metric}: there is no {data}")
     for word in trainer.rest:
         if word.partition("=")[0] in ("--data", "--steps", "--seed", "--out", "--resume"):
             raise BadInput(f"{word} is ablate.py's own, or set for each run; it cannot follow --")
     tokens = {}
     for run in runs_of(Path(config.out), arms, settings, [0]):
-        kind = extended(TrainConfig, dict(run.flags).get("variant", ""), "")
+        flags = dict(run.flags)
+        kind = extended(TrainConfig, flags.get("variant") or typed("--variant", trainer.rest), "")
+        for name in flags:
+            if not hasattr(kind, name):
+                raise BadInput(f"{run.arm}: train.py has no flag --{name} with this variant")
         how = dict(config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
         flags = tyro.cli(kind, args=trainer.flags(run, config.steps or 1), **how)
         check_flags(flags, 1)
@@ -136,8 +143,9 @@ def remember(config: Config, rest: list[str]):
         before = read_json(path, *asked)
         for name in asked:
             if before[name] != asked[name]:
-                is_now = f"holds an ablation with {name} {before[name]}, not {asked[name]}"
-                raise BadInput(f"--out {config.out} {is_now}; choose another")
+                what = "after --" if name == "rest" else f"with --{name}"
+                then, now = spelled(before[name]) or "nothing", spelled(asked[name]) or "nothing"
+                raise BadInput(f"--out {config.out} holds an ablation {what} {then}, not {now}; choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(asked, indent=2))
 
@@ -173,6 +181,10 @@ def compared(config: Config, runs: list[Run], sweep: list[int]) -> list:
 def answer(config: Config, runs: list[Run], sweep: list[int], notes: list[str]):
     """Write the report, and print its first sentence."""
     arms = compared(config, runs, sweep)
+    question = shlex.join(["python", "recipes/ablate.py", *COMMAND[1:]])
+    report = Path(config.out) / "report.md"
+    if config.compare and report.exists() and f"`{question}`" not in report.read_text():
+        raise BadInput(f"--out {config.out} holds the report of another command; choose another")
     results = [result for arm in arms for tried in arm.tried.values() for result in tried.values()]
     missing = [str(result.run.folder) for result in results if math.isnan(result.value)]
     if len(missing) == len(results):
@@ -180,7 +192,6 @@ def answer(config: Config, runs: list[Run], sweep: list[int], notes: list[str]):
     unsaid = [folder for folder in missing if not any(f"{folder} failed" in note for note in notes)]
     if unsaid:
         notes = [*notes, f"No {config.metric} at the end of {', '.join(unsaid)}."]
-    question = shlex.join(["python", "recipes/ablate.py", *COMMAND[1:]])
     words = write_report(Path(config.out), question, config.metric, lower_is_better(config.metric), arms, notes)
     print(f"\n{words}\n\nwrote report.html, report.md, results.csv and results.json in {config.out}", flush=True)
 

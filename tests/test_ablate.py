@@ -115,7 +115,7 @@ SENTENCES = {
     (2.00, 2.30, 1.71, 2.00): "3 seeds cannot tell mine from none",
     (2.00, 2.00, 2.00, 2.00): "mine is the same as none: val_loss is equal with every seed",
     (2.00, math.nan, math.nan, math.nan): "mine did not get through",
-    (2.00, 1.50, math.nan, math.nan): "One seed cannot tell: mine less none is -0.5000 val_loss",
+    (2.00, 1.50, math.nan, math.nan): "1 seed cannot tell: mine minus none is -0.5000 val_loss",
 }
 
 
@@ -132,13 +132,14 @@ def test_of_many_arms_the_answer_says_which_are_better_worse_or_unclear(tmp_path
         "c": {"": [2.5, 2.51, 2.49]}, "d": {"": [2.3, 1.7, 2.0]}, "e": {"": [math.nan] * 3},
         "f": {"": [2.0, 2.0, 2.0]},
     }), True, [0, 1, 2])  # fmt: skip
-    said = "In val_loss, a, b are better than none; c is worse than none; f is the same as none; of d these seeds "
-    said += "cannot tell; e did not get through."
+    said = "In val_loss, a, b are better than none; c is worse than none; f is the same as none; 3 seeds cannot tell d "
+    said += "from none; e did not get through."
     assert in_a_sentence(arms, "val_loss", True) == said
     assert arms[1].p == pytest.approx(4 * arms[1].difference.p) or arms[1].p > arms[1].difference.p  # Holm
     write_report(tmp_path, "a question <b>", "val_loss", True, arms, ["A note."])
     report, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
-    for text in (said, "A note.", "| e | – | failed |"):
+    said = said.replace("val_loss", "val_loss after 5 steps")
+    for text in (said, "A note.", "| e | failed | – |", "Of val_loss, lower is better."):
         assert text in report
     assert said in page and "a question &lt;b&gt;" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page) and page.count("data:image/png;base64,") == 2
@@ -154,6 +155,29 @@ def test_the_note_says_how_many_settings_each_arm_had(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "The arms had different numbers of settings (none 1, a 2), which favours those with more" in report
     assert "| a | 1.5500 | 1.1000 * |" in report
+
+
+def test_the_report_warns_of_a_best_setting_at_the_edge_and_of_unequal_steps(tmp_path):
+    rates = {"x": [2.0, 2.1], "y": [1.9, 2.0], "z": [2.2, 2.3]}
+    results = results_of({"none": rates, "mine": {"x": [1.5, 1.6], "y": [1.8, 2.0], "z": [1.9, 2.0]}})
+    arms = compare_arms(results, True, [0, 1])
+    for result in arms[1].results:
+        result.steps = 7
+    write_report(tmp_path, "q", "val_loss", True, arms, [])
+    report = (tmp_path / "report.md").read_text()
+    assert "At the edge of the settings tried, so a wider range may do better: mine." in report
+    assert "Steps differ: none 5, mine 7." in report
+
+
+def test_a_comparison_writes_over_no_other_report(tiny_run, tmp_path):
+    tiny_run("runs/a", steps=1, stop_at=1)
+    tiny_run("runs/b", steps=1, stop_at=1, optimizer="muon")
+    compare("runs", tmp_path / "out")
+    report = tmp_path / "out" / "report.md"
+    compare("runs", tmp_path / "out")
+    report.write_text(report.read_text().replace("recipes/ablate.py", "recipes/other.py"))
+    with pytest.raises(BadInput, match="out holds the report of another command"):
+        compare("runs", tmp_path / "out")
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
@@ -212,7 +236,7 @@ def test_a_grid_that_was_killed_ends_with_the_report_of_one_that_was_not(tiny_da
     # what is done is left alone, and other questions are not answered from it
     assert "to go" not in command(*grid("in_one_go"), cwd=tmp_path).stdout
     done = command(*grid("in_one_go", 7), cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "--out in_one_go holds an ablation with steps 6, not 7" in done.stderr
+    assert done.returncode == 2 and "--out in_one_go holds an ablation with --steps 6, not 7" in done.stderr
     # the same from the runs alone
     compare("in_one_go", tmp_path / "compared")
     compared = read_json(tmp_path / "compared" / "results.json")["arms"]
@@ -247,23 +271,29 @@ def test_a_run_that_fails_is_named_and_the_others_are_compared(tiny_data, tmp_pa
 MISTAKES = {
     ("--vary", "variant=none"): "one arm cannot be compared",
     ("--vary", "variant=none,gone.py"): "gone.py: No such file",
-    ("--vary", "dim=16,33"): "",  # found by train.py itself, as the shape depends on the data
     ("--vary", "optimizer=adamw,sgd"): "sgd",
     ("--vary", "beta1=0.9,1.5"): "--beta1 1.5 must lie between 0 and 1",
-    ("--vary", "dmi=16,32"): "dmi",
+    ("--vary", "dmi=16,32"): "dmi=16: train.py has no flag --dmi with this variant",
+    ("--vary", "variant=none,WINDOW", "window=8,16"): "none, window=8: train.py has no flag --window with this variant",
+    ("--vary", "learning_rate=1e-3,2e-3"): "learning rates are tried with every arm and make none",
+    ("--vary", "dim=16,32", "--each", "learning_rate=1,2"): "it belongs in --vary, which tries it with every arm",
+    ("--vary", "seed=1,2"): "every arm has the same seeds",
+    ("--vary", "dim=16,32", "--metric", "arc:nowhere"): "there is no nowhere",
     ("--vary", "dim=16,32", "--minutes", "1"): "--steps, --tokens and --minutes do not go together",
     ("--vary", "dim=16,32", "--seeds", "0"): "--seeds 0 must be at least 1",
     ("--vary", "dim=16,32", "--metric", "mmul:data"): "mmul is no task of eval.py",
 }
 
 
-@pytest.mark.parametrize("words", [words for words, problem in MISTAKES.items() if problem])
+@pytest.mark.parametrize("words", MISTAKES)
 def test_a_mistake_ends_it_before_the_first_run(words, tiny_data, tmp_path, monkeypatch, capsys):
     """In this process; typed, it is the same sentence and exit code 2."""
     import tyro
 
     monkeypatch.chdir(tmp_path)
-    own = ["--data", str(tiny_data), "--out", "out", "--steps", "4", *words]
+    window = str(ROOT / "variants" / "sliding_window.py")
+    own = ["--data", str(tiny_data), "--out", "out", "--steps", "4"]
+    own += [word.replace("WINDOW", window) for word in words]
     config = tyro.cli(ablate.Config, args=own, use_underscores=True)
     try:
         ablate.main(config, [])
@@ -315,7 +345,7 @@ def test_runs_are_told_apart_by_the_flags_in_which_they_differ(tiny_run, tmp_pat
     for name, changes in (("a", {}), ("b", {"variant": RELU2}), ("c", {"variant": str(mine)}), ("d", {"dim": 16})):
         tiny_run(f"runs/{name}", steps=1, stop_at=1, num_heads=2, num_kv_heads=2, **changes)
     runs = {run.folder.name: run.arm for run in told_apart(find_runs(("runs",)))}
-    assert runs["a"] == "none, dim=32" and runs["d"] == "none, dim=16"
+    assert runs["a"] == "none, dim=32" and runs["d"] == "none, dim=16"  # a flag that is 0 by the shape it means
     assert runs["b"] == "relu2, dim=32" and re.fullmatch("relu2#[0-9a-f]{8}, dim=32", runs["c"])
     assert len(set(runs.values())) == 4
     tiny_run("more/a", steps=1, stop_at=1, num_heads=2, num_kv_heads=2)
