@@ -31,6 +31,7 @@ class Trainer:
         self.gpus = torch.cuda.device_count()
         self.slots = config.jobs or self.gpus or 1
         self.failed: dict[Run, str] = {}  # and why
+        self.done = 0  # runs that are behind us
 
     def flags(self, run: Run, steps: int) -> list[str]:
         """The flags of train.py for a run, which are all its own but for what it keeps and says."""
@@ -108,7 +109,7 @@ class Trainer:
         for run in runs:
             if not ended(run.folder):
                 todo[str(run.folder)] = run
-        before, took = total - len(todo), []
+        before, took = self.done + len(runs) - len(todo), []
 
         def finished(job: Job):
             took.append(time.monotonic() - job.began)
@@ -119,12 +120,12 @@ class Trainer:
                 outcome = f"  FAILED: {why}"
             else:
                 self.check_metric(todo[job.name].folder)
-            waiting = len(todo) - len(took)
-            minutes = waiting * mean(took) / self.slots / 60
-            progress = f"{before + len(took)}/{total}  {job.name}"
-            print(f"{progress}  {took[-1]:.0f} s, {minutes:.0f} min left{outcome}", flush=True)
+            number = before + len(took)
+            minutes = (total - number) * mean(took) / self.slots / 60
+            print(f"{number}/{total}  {job.name}  {took[-1]:.0f} s, {minutes:.0f} min left{outcome}", flush=True)
 
         if todo:
             print(f"{len(todo)} runs to go, {self.slots} at a time", flush=True)
         jobs = [self.job(run, steps[run.arm]) for run in todo.values()]
         run_jobs(jobs, self.slots, self.gpus, finished)
+        self.done += len(runs)
