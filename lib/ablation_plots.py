@@ -78,7 +78,8 @@ def less(curves: Curves, first: Curves) -> Curves:
         mine, theirs = curves[seed], first[seed]
         steps = sorted(mine.keys() & theirs.keys())
         each = [mine[step] - theirs[step] for step in steps]
-        width = max(1, min(SMOOTHED, len(each) // 4))
+        width = min(SMOOTHED, len(each) // 4)
+        width = max(1, width)
         if each:
             smooth = np.convolve(each, np.ones(width) / width, "valid")
             differences[seed] = dict(zip(steps[width - 1 :], smooth))
