@@ -199,10 +199,7 @@ def chosen_protocol(config: Config) -> Protocol:
 
 
 class Reader:
-    """A model that scores the choices of questions, or writes answers.
-
-    The prefix that all rows of a batch begin with is read once, and kept for the next batch.
-    """
+    """A model that scores choices or writes answers; a batch's common prefix is read once."""
 
     def __init__(self, model: Transformer):
         self.model = model

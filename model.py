@@ -127,7 +127,12 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, max_len: int, device=None, dtype=torch.float32
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        device=None,
+        dtype: torch.dtype = torch.float32,
     ):
         # (layers, B, G, S, K)
         shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
@@ -210,7 +215,9 @@ class Attention(nn.Module):
         v = self.value(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
         return rotate(q, rope), rotate(k, rope), v
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None):
+    def forward(
+        self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None
+    ) -> Tensor:
         q, k, v = self.heads(x, rope)
         if documents is not None:                             # packed rows
             return self.out(self.attend_within(q, k, v, documents).flatten(2))
@@ -246,7 +253,9 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None):
+    def forward(
+        self, x: Tensor, rope: Rope, cache: KVCache | None, documents: Documents | None
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cache, documents)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -334,7 +343,9 @@ class Transformer(nn.Module):
         """Nats of all targets together; train.py divides by the targets of the whole step."""
         return self.unembedding(self.hidden(tokens, None, documents), targets)
 
-    def log_probs(self, tokens: Tensor, targets: Tensor, documents: Documents | None = None):
+    def log_probs(
+        self, tokens: Tensor, targets: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         """The log-probability of each target (B, T), 0 where there is none."""
         return self.unembedding(self.hidden(tokens, None, documents), targets, each=True)
 
@@ -342,10 +353,9 @@ class Transformer(nn.Module):
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """The model at path, its weights converted to dtype one tensor at a time.
 
-    path is a Hugging Face folder, Meta's (params.json, consolidated.*.pth), a llama2.c .bin, or a
-    run or checkpoint of train.py; Meta's names no context window, and LLaMA-2's 4,096 is taken.
-    Raises ValueError naming the tensor, the expected and the found shape where a file does not fit
-    its config, and for files that cannot be read at all. No file can run code.
+    path is a Hugging Face folder, Meta's (of which LLaMA-2's window of 4,096 is taken), a llama2.c
+    .bin, or a run or checkpoint of train.py. Raises ValueError for files that cannot be read or do
+    not fit their config, and for the code of somebody else's variant. No other file can run code.
     """
     from lib import weights
 
@@ -354,11 +364,10 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     return model
 
 
-def save(model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes=5_000_000_000):
-    """Write a Hugging Face folder, for `load`, transformers and vLLM.
-
-    Written beside the folder and renamed when complete. Raises ValueError if it holds something.
-    """
+def save(
+    model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes: int = 5_000_000_000
+):
+    """Write a Hugging Face folder, complete or not at all; ValueError if it holds something."""
     from lib import formats
 
     formats.save_hugging_face(model, folder, tokenizer, max_shard_bytes)

@@ -156,10 +156,7 @@ def complete(
 
 
 class Chat(Conversation):
-    """A conversation with a model; a decoder holds what has been read of it.
-
-    Only what differs from the last prompt is read.
-    """
+    """A conversation with a model, which reads only what differs from the last prompt."""
 
     turn = Turn
 

@@ -51,6 +51,10 @@ def draw_arms(arms: list, name: str, picture: io.BytesIO):
     size = (12, 4.5)
     figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained")
     left, right = panels
+    if len(arms) > 10:
+        many = plt.get_cmap("tab20").colors
+        left.set_prop_cycle(color=many)
+        right.set_prop_cycle(color=many)
     first = curves_of(arms[0])
     for arm in arms:
         curves = curves_of(arm)

@@ -15,8 +15,8 @@ from lib.tables import Row
 NOTES = """The difference is to the first arm, run by run of the same seed, which draws the first weights and the order
 of the data. Its interval and p are those of the paired t test; p is corrected for the number of arms (Holm).
 "Found from" is the smallest true difference that so many seeds would find in four of five such experiments, "seeds
-needed" how many would find one as large as was seen; both are rough, since they rest on the spread of few differences.
-"""
+needed" how many would find one as large as was seen; both are of a single comparison, without that correction, and
+rough, since they rest on the spread of few differences."""
 CAPTIONS = {
     "differences": "A dot is the mean difference, its line the 95 % interval, a tick one seed.",
     "curves": "Lines are means, bands what the seeds fill. On the right the noise that arms share is gone.",

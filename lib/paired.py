@@ -33,30 +33,30 @@ def paired(first: list[float], second: list[float]) -> Difference:
     >>> round(found.mean, 6), round(found.low, 6), round(found.high, 6)
     (0.5, 0.251586, 0.748414)
     """
+    tested = t_test(first, second)
+    mean, _, _, _, spread = tested
+    if math.isnan(spread):
+        return Difference(*tested, math.nan, math.nan)
+    if spread == 0:
+        return Difference(*tested, 0.0, 2.0 if mean else math.inf)
+    least = detectable(spread, len(first))
+    return Difference(*tested, least, needed(mean, spread))
+
+
+def t_test(first: list[float], second: list[float]) -> tuple[float, float, float, float, float]:
+    """Mean of the differences, its 95 % interval, p, and their standard deviation."""
     differences = np.subtract(second, first)
     n = len(differences)
     mean = float(np.mean(differences))
     if n < 2:
-        unknown = [math.nan] * 6
-        return Difference(mean, *unknown)
+        return mean, math.nan, math.nan, math.nan, math.nan
     if np.ptp(differences) == 0:
-        return without_spread(mean)
+        return mean, mean, mean, float(mean == 0), 0.0
     spread = float(np.std(differences, ddof=1))
     error = spread / math.sqrt(n)
     half = critical(n) * error
-    p = 2 * stats.t.sf(abs(mean) / error, n - 1)
-    least = detectable(spread, n)
-    return Difference(
-        mean, mean - half, mean + half, float(p), spread, least, needed(mean, spread)
-    )
-
-
-def without_spread(mean: float) -> Difference:
-    """All pairs differ by the same."""
-    p, pairs = 1.0, math.inf
-    if mean:
-        p, pairs = 0.0, 2.0
-    return Difference(mean, mean, mean, p, 0.0, 0.0, pairs)
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return mean, mean - half, mean + half, p, spread
 
 
 def critical(n: int) -> float:
