@@ -47,7 +47,7 @@ class HuggingFace(_Needed, total=False):
     attention_bias: bool | None
     mlp_bias: bool | None
     quantization_config: Any
-    variant: dict[str, Any]  # what a variant of this project adds to the shape
+    variant: Any  # of a variant of this project: what it adds to the shape
 
 
 class _MetaNeeded(TypedDict):
@@ -128,9 +128,10 @@ def config_from_hugging_face(config_class: type, path: Path):
         if not isinstance(values.get(name), (int, float)):
             raise BadInput(f"{path}: config.json has no number {name}")
     values = checked(values, HuggingFace, path / "config.json")
-    kind, own = "llama", values.get("variant")
-    if own is not None:
-        kind, config_class = VARIANT, variants.load_trusted(path, config_class)
+    kind, own = "llama", {}
+    if values.get("model_type") == VARIANT:
+        kind, own = VARIANT, checked(values.get("variant", {}), dict[str, Any], path / "config.json")
+        config_class = variants.load_trusted(path, config_class)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     unfit = {
@@ -161,7 +162,7 @@ def config_from_hugging_face(config_class: type, path: Path):
         tie_embeddings=values.get("tie_word_embeddings") or False,
     )
     try:
-        return config_class(**shape, **(own or {}))
+        return config_class(**shape, **own)
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path}: config.json does not fit together ({error})") from None
 

@@ -103,8 +103,9 @@ def prepare_folder(config, shape, record: dict, data):
         folder, tokenizer = Path(config.out), Tokenizer(data.folders[0])
         begun = has_checkpoint(folder)
         if not begun:
-            variants.write(type(shape), folder)
             write_whole(folder / "run.json", json.dumps(record, indent=2))
+            (folder / variants.FILE).unlink(missing_ok=True)  # of a start that failed
+            variants.write(type(shape), folder)
         # a full disk would leave half of one that was whole
         if not begun or not (folder / tokenizer.file).exists():
             tokenizer.save(folder)

@@ -225,6 +225,18 @@ def test_a_run_goes_on_with_its_copy_whatever_became_of_the_file(tmp_path, tiny_
         tiny_run("plain", steps=2, variant=str(path))
 
 
+def test_what_a_failed_start_left_is_no_part_of_the_next_run(tiny_run, tmp_path):
+    relu2 = str(ROOT / "variants" / "relu2.py")
+    with pytest.raises(BadInput, match="--sample has"):  # after run.json was written
+        tiny_run("run", variant=relu2, steps=2, sample="x" * 99)
+    assert (tmp_path / "run" / "variant.py").exists()
+    shutil.rmtree(tmp_path / "run" / "step_00000000")
+    (tmp_path / "run" / "last").unlink()
+    tiny_run("run", steps=2, stop_at=1)
+    tiny_run(resume="run", out="run")
+    assert not (tmp_path / "run" / "variant.py").exists()
+
+
 def test_a_changed_copy_is_refused(tiny_run):
     folder = tiny_run("run", variant=str(ROOT / "variants" / "relu2.py"), steps=4, stop_at=2)
     shutil.copy(ROOT / "variants" / "gelu.py", folder / "variant.py")  # known code, but not this run's
