@@ -22,7 +22,7 @@ from lib.errors import BadInput
 from lib.packed import Documents
 from lib.records import read_json
 from lib.weights import read_config
-from model import ModelConfig, causal_attention, load, plain_attention, save
+from model import FeedForward, ModelConfig, causal_attention, load, plain_attention, save
 from sample import Decoder, load_model
 
 SHIPPED = sorted((ROOT / "variants").glob("*.py"))
@@ -204,15 +204,17 @@ def test_a_variant_that_changes_nothing_computes_the_same_bits(tmp_path, tiny_ru
 
 def test_a_plain_model_beside_a_variant_stays_plain():
     variants.load(ROOT / "variants" / "relu2.py", ModelConfig)
-    assert type(ModelConfig(**SHAPE).build()) is model.Transformer
-    assert type(model.Transformer(ModelConfig(**SHAPE)).blocks[0].feed_forward) is model.FeedForward
+    plain = ModelConfig(**SHAPE).build()
+    assert type(plain) is model.Transformer and type(plain.blocks[0].feed_forward) is FeedForward
+    assert type(model.Transformer(ModelConfig(**SHAPE)).blocks[0].feed_forward) is FeedForward
     assert sys.modules["model"] is model
 
 
 def test_a_run_goes_on_with_its_copy_whatever_became_of_the_file(tmp_path, tiny_run):
     path = written(tmp_path, (ROOT / "variants" / "relu2.py").read_text())
     whole = tiny_run("whole", variant=str(path), steps=6)
-    tiny_run("half", variant=str(path), steps=6, stop_at=3)
+    tiny_run("half", variant=str(path), steps=6, stop_at=2)
+    tiny_run("half", variant=str(path), steps=6, stop_at=3)  # typed again
     path.write_text(UNCHANGED)
     with pytest.raises(BadInput, match="another variant than --variant .*mine.py; go on with --resume"):
         tiny_run("half", variant=str(path), steps=6)
