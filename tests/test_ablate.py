@@ -23,6 +23,7 @@ from lib.collected import find_runs, told_apart
 from lib.errors import BadInput
 from lib.grid import Run, arms_of, read_choices, runs_of, settings_of
 from lib.records import read_json
+from lib.side_by_side import Job, last_line, run_jobs
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import ablate
@@ -304,6 +305,18 @@ def test_a_mistake_ends_it_before_the_first_run(words, tiny_data, tmp_path, monk
         said = capsys.readouterr().err
     assert MISTAKES[words] in said
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_that_run_side_by_side_share_the_gpus_or_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+        words = [sys.executable, "-c", f"import os; print(os.environ.get('{name}'))"]
+        jobs = [Job(str(number), words, tmp_path / f"{name}{number}.txt") for number in range(4)]
+        ended = []
+        run_jobs(jobs, 2, 2 if name.startswith("CUDA") else 0, ended.append)
+        printed = {last_line(job.log) for job in jobs}
+        assert printed == ({"0", "1"} if name.startswith("CUDA") else {str(max(1, os.cpu_count() // 2))})
+        assert len(ended) == 4 and all(job.process.returncode == 0 for job in ended)
 
 
 def test_equal_time_gives_a_slower_arm_fewer_steps(tiny_data, tmp_path, monkeypatch, capsys):
