@@ -1,6 +1,7 @@
 """Trains the runs of an ablation: what is not done yet, some at a time, with as many steps as time or tokens allow."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -79,6 +80,7 @@ class Trainer:
             for run in runs_of(folder, arms, {"": {}}, [0]):
                 found = self.time_one(run)
                 seconds[run.arm] = min(found, seconds.get(run.arm, found))
+            shutil.rmtree(folder)  # they are no runs to compare
         for arm, each in seconds.items():
             print(f"{arm}: {each:.4f} s a step", flush=True)
         return seconds

@@ -335,6 +335,7 @@ def test_the_steps_of_each_arm_are_timed(tiny_data, tmp_path):
     done = command("recipes/ablate.py", *words, "--vary", "dim=16,64", *REST, cwd=tmp_path)
     assert done.stdout.count("s a step") == 2
     seconds = read_json(tmp_path / "out" / "timing.json")
+    assert len(find_runs((str(tmp_path / "out"),))) == 2  # those that were timed are gone
     for row in csv.DictReader((tmp_path / "out" / "results.csv").open()):
         assert int(row["steps"]) == int(1.2 / seconds[row["arm"]])
 
