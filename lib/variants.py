@@ -136,8 +136,9 @@ def _assemble(source: str, path: Path, plain: type) -> type:
             sys.modules["model"] = before
     original = copy.Attention
     _stand_in(file, copy, path)
-    own = getattr(copy.Attention, "attend", original.attend)
-    if own is not original.attend and copy.Attention.attend_within is original.attend_within:
+    # a class that is no Attention of model.py may have neither, and reads packed rows by itself
+    attend, within = (getattr(copy.Attention, name, None) for name in ("attend", "attend_within"))
+    if attend is not original.attend and within is original.attend_within:
         copy.Attention.attend_within = property(_within)
     hints = get_type_hints(copy.ModelConfig)
     names = {field.name for field in dataclasses.fields(copy.ModelConfig)}

@@ -202,6 +202,15 @@ def test_a_variant_that_changes_nothing_computes_the_same_bits(tmp_path, tiny_ru
     assert not (plain / "variant.py").exists() and "variant" not in read_json(plain / "run.json")
 
 
+def test_an_attention_may_be_written_from_nothing(tmp_path, tiny_run):
+    text = "from torch import nn\n\n\nclass Attention(nn.Module):\n    def __init__(self, config, layer):\n"
+    text += "        super().__init__()\n        self.out = nn.Linear(config.dim, config.dim, bias=False)\n\n"
+    text += "    def attend(self, x):\n        return self.out(x)\n\n"
+    text += "    def forward(self, x, rope, cache, documents):\n        return self.attend(x)\n"
+    folder = tiny_run("run", variant=str(written(tmp_path, text)), steps=2)
+    assert not any("query" in name for name in weights_of(folder))
+
+
 def test_a_plain_model_beside_a_variant_stays_plain():
     variants.load(ROOT / "variants" / "relu2.py", ModelConfig)
     plain = ModelConfig(**SHAPE).build()
