@@ -319,6 +319,27 @@ def test_jobs_that_run_side_by_side_share_the_gpus_or_the_cores(tmp_path, monkey
         assert len(ended) == 4 and all(job.process.returncode == 0 for job in ended)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends them")
+def test_jobs_end_with_the_process_that_started_them_even_when_it_is_killed(tmp_path):
+    child = tmp_path / "pid"
+    work = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    words = "import sys; from pathlib import Path; from lib.side_by_side import Job, run_jobs; "
+    words += f"run_jobs([Job('a', [sys.executable, '-c', {work!r}], Path({str(tmp_path / 'log')!r}))], 1, 0)"
+    parent = subprocess.Popen([sys.executable, "-c", words], cwd=ROOT)
+    while not (child.exists() and child.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    status = Path(f"/proc/{child.read_text()}/stat")
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    for _ in range(200):  # ten seconds; a process that nobody waits for is a zombie, Z
+        if not status.exists() or status.read_text().rpartition(") ")[2][0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(int(child.read_text()), signal.SIGKILL)
+    raise AssertionError("the job went on alone")
+
+
 def test_equal_time_gives_a_slower_arm_fewer_steps(tiny_data, tmp_path, monkeypatch, capsys):
     config = ablate.Config(data=(str(tiny_data),), out=str(tmp_path / "out"), minutes=0.01, seeds=2)
     trainer = ablate.Trainer(config, [])
