@@ -17,7 +17,8 @@ from lib.errors import BadInput
 from lib.meta import counted_as, read_meta
 from lib.shards import EncodedTask
 from lib.sources import CHAT_SUFFIXES, CORPORA
-from lib.templates import TEMPLATES, bracketed, encode_conversation
+from lib.template_forms import form_of, spelled
+from lib.templates import bracketed, encode_conversation
 from lib.tokenizer import Tokenizer
 
 
@@ -25,8 +26,9 @@ from lib.tokenizer import Tokenizer
 class Flags:
     # conversations and preference pairs, from .json and .jsonl
     template: str = ""
-    """llama2-chat, vicuna, alpaca (Stanford's own), chatml, plain or alpaca-lf (as most later copies of Alpaca have it,
-    with a line end before the answer) makes a set to fine-tune on"""
+    """llama2-chat, vicuna, alpaca (Stanford's own), alpaca-lf (as most later copies have it, with a
+    line end before the answer), chatml, plain, llama3, chatml-tokens (as SmolLM2's and Qwen's) or a
+    file .toml with fields such as question = "Q: {system}{question}" makes a set to fine-tune on"""
     max_len: int = 2048                 # tokens; what is longer is split between exchanges
     format: str = "auto"
     """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, pairs (ShareGPT's chosen, rejected)"""
@@ -56,10 +58,10 @@ class Chats:
     documents_are = "BOS, turns, EOS"
 
     def __init__(self, config: Flags):
-        known = (("template", config.template, TEMPLATES), ("format", config.format, ["auto", *FORMATS]))
-        for flag, value, names in known:
-            if value not in names:
-                raise BadInput(f"--{flag} {value} is not one of {', '.join(names)}")
+        self.template = spelled(config.template)
+        if config.format not in ("auto", *FORMATS):
+            known = ", ".join(("auto", *FORMATS))
+            raise BadInput(f"--format {config.format} is not one of {known}")
         if config.max_len < 2 or not 0 <= config.allow_bad <= 1:
             problem = f"--max_len {config.max_len} must be at least 2, --allow_bad {config.allow_bad}"
             raise BadInput(f"{problem} lie between 0 and 1")
@@ -68,9 +70,11 @@ class Chats:
         for item in config.source:
             if item == "stdlib" or item in CORPORA and not CORPORA[item].chats:
                 raise BadInput(f"--source {item} is text without conversations; leave --template out")
-        Tokenizer(config.tokenizer)  # before anything is read
+        tokenizer = Tokenizer(config.tokenizer)  # before anything is read
+        for token in form_of(self.template).special:
+            tokenizer.special(token)
         self.config, self.counts, self.bad = config, Counter(records=0, duplicates=0), []
-        self.encode = functools.partial(encode_conversation, template=config.template, max_len=config.max_len)
+        self.encode = functools.partial(encode_conversation, template=self.template, max_len=config.max_len)
         self.flags = config.chat_flags()
 
     def begin(self, files: list[Path], folder: Path) -> Tokenizer:
@@ -112,7 +116,7 @@ class Chats:
         if kind == "chat":
             with writing(self.folder / "cleaning.txt"):
                 (self.folder / "cleaning.txt").write_text(self.cleaner.report() + "\n")
-        form = {"kind": kind, "template": config.template, "max_len": config.max_len}
+        form = {"kind": kind, "template": self.template, "max_len": config.max_len}
         return {"documents_are": self.documents_are} | form | {"counts": dict(counts)}
 
 

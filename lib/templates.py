@@ -1,73 +1,14 @@
 """How conversations are written for a model, and which of their tokens the loss counts."""
 
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+import re
 
 from lib.chat_formats import INPUT, Turn
 from lib.chats import exchanges
 from lib.errors import BadInput
 from lib.shards import Encoded
+from lib.template_forms import Template, form_of, parts_of
 from lib.tokenizer import Tokenizer
-
-
-def no_system(question: str) -> str:
-    return ""
-
-
-class Template(NamedTuple):
-    """How conversations are written. BOS comes first and EOS ends every answer; a template has no
-    other special token, so that `<|im_start|>` or `[INST]` are ordinary text, also where a user
-    types them."""
-
-    question: str            # first the system's text or, later on, `later`; then what is asked
-    answer: str = "{}"       # a blank before the answer belongs to the first token of it
-    system: str = "{}\n\n"
-    later: str = ""          # from the second question on
-    every_bos: bool = False  # BOS before every question, not only the first
-    default: Callable[[str], str] = no_system  # the system's text where there is none
-
-
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request."
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request."
-)
-
-
-def vicuna_system(question: str) -> str:
-    return VICUNA
-
-
-def alpaca_system(question: str) -> str:
-    return ALPACA_WITH_INPUT if INPUT in question else ALPACA
-
-
-TEMPLATES = {
-    "llama2-chat": Template(
-        "[INST] {}{} [/INST]", " {} ", "<<SYS>>\n{}\n<</SYS>>\n\n", every_bos=True
-    ),
-    "vicuna": Template("{}USER: {} ASSISTANT:", " {}", "{} ", default=vicuna_system),
-    "alpaca": Template(  # as Stanford's own train.py has it
-        "{}### Instruction:\n{}\n\n### Response:", later="\n\n", default=alpaca_system
-    ),
-    "chatml": Template(
-        "{}<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        later="\n",
-    ),
-    "plain": Template("{}{}\n", later="\n"),
-    "alpaca-lf": Template(  # a line feed more, as alpaca-lora and most later copies have it
-        "{}### Instruction:\n{}\n\n### Response:\n", later="\n\n", default=alpaca_system
-    ),
-}
 
 
 def render(turns: list[Turn], template: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -109,19 +50,44 @@ def _render_exchange(
     They are encoded apart, and so alike in training and before there is an answer.
     """
     question, answer = pair
-    form = TEMPLATES[template]
-    system = system or form.default(question)
+    form = form_of(template)
+    system = system or default_system(form, question)
+    before = form.later
     if first:
-        before = form.system.format(system) if system else ""
-    else:
-        before = form.later
-    asked = form.question.format(before, question)
-    ids = tokenizer.encode(asked, bos=first or form.every_bos)
+        before = form.system if system else ""
+    asked = form.question.replace("{system}", before)
+    values = {"{system}": system, "{question}": question}
+    ids = [tokenizer.bos_id] if first and form.bos or form.every_bos else []
+    for part in parts_of(asked, form.special):
+        if part in form.special:
+            ids.append(tokenizer.special(part))
+        else:
+            ids += tokenizer.encode(filled(part, values))
     said = []
     if answer is not None:
-        said = tokenizer.encode_after(form.answer.format(answer))
-        said = [*said, tokenizer.eos_id]
+        said = tokenizer.encode_after(filled(form.answer, {"{answer}": answer}))
+        said = [*said, end_of_answer(form, tokenizer)]
     return ids + said, [0] * len(ids) + [1] * len(said)
+
+
+def default_system(form: Template, question: str) -> str:
+    """The system's text of a conversation that brings none."""
+    return form.with_input if form.with_input and INPUT in question else form.default
+
+
+def filled(text: str, values: dict[str, str]) -> str:
+    """A text with {question} and the like replaced, once each, by what they stand for."""
+    places = "|".join(map(re.escape, values))
+    return re.sub(places, lambda place: values[place.group()], text)
+
+
+def end_of_answer(form: Template, tokenizer: Tokenizer) -> int:
+    return tokenizer.special(form.end) if form.end else tokenizer.eos_id
+
+
+def end_ids(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens at which an answer ends: EOS, BOS of the next, and the template's own."""
+    return tokenizer.eos_id, tokenizer.bos_id, end_of_answer(form_of(template), tokenizer)
 
 
 def split_to_fit(
@@ -182,12 +148,13 @@ def encode_conversation(
 
 
 def bracketed(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
-    """The text of ids, ⟦ ⟧ around those of the mask, BOS and EOS spelled out.
+    """The text of ids, ⟦ ⟧ around those of the mask, BOS, EOS and control tokens
+    spelled out.
 
     >>> bracketed([256, 104, 105, 33, 257], [0, 0, 0, 1, 1], Tokenizer("bytes"))
     '<s>hi⟦!</s>⟧'
     """
-    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    names = {number: text for text, number in tokenizer.codec.specials.items()}
     kinds = [(counts, names.get(token)) for token, counts in zip(ids, mask)]
     text, inside, begin = "", 0, 0
     for (counts, special), group in itertools.groupby(kinds):

@@ -5,7 +5,7 @@ from pathlib import Path
 from lib.errors import BadInput
 from lib.peft import save_adapter
 from lib.runs import find_template
-from lib.templates import TEMPLATES
+from lib.template_forms import TEMPLATES, spelled
 from lib.tokenizer import Tokenizer, find_tokenizer
 from lib.weights import read_adapter, whole_adapter
 
@@ -29,17 +29,15 @@ def fitting_tokenizer(path: str, named: str, shape) -> Tokenizer:
 
 
 def chosen_template(named: str, path: str) -> str:
-    """The name of a chat's template: the one that is named, or that of the run at path.
+    """A chat's template: the one that is named, or that of the run or model at path.
 
     Raises ValueError where there is none of that name.
     """
     template = named or find_template(path)
-    if template not in TEMPLATES:
-        unknown = f"{path} names no template"
-        if template:
-            unknown = f"--template {template} is unknown"
-        raise BadInput(f"{unknown}; name one of {', '.join(TEMPLATES)} with --template")
-    return template
+    if not template:
+        known = f"name one of {', '.join(TEMPLATES)} with --template"
+        raise BadInput(f"{path} names no template; {known}")
+    return spelled(template)
 
 
 def export_adapter(path: str, out: str, named: str, config_class: type):

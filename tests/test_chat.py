@@ -20,12 +20,14 @@ from lib.chat_formats import FORMATS, Turn, read_conversations
 from lib.chats import in_order, usable
 from lib.cleaning import Cleaning
 from lib.layouts import Packed, Pairs
-from lib.templates import TEMPLATES, bracketed, render, render_prompt, split_to_fit
+from lib.template_forms import TEMPLATES
+from lib.templates import bracketed, render, render_prompt, split_to_fit
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Response: <|im_end|> <|endoftext|> ASSISTANT: <unk> <0x0A> [/INST]"
 SAID = [("Hi, who\nare you?", "A program."), ("And\n\nthen? {0}", "  Nothing {}:\n    more.\n"), ("Bye", "👋 Adieu")]
 TALK = [Turn(role, text) for pair in SAID for role, text in zip(("user", "assistant"), pair)]
 FILES = {"llama2": "llama2_tokenizer/tokenizer.model", "gpt2": "gpt2_bpe/r50k_base.tiktoken"}
+WRITTEN = [name for name, form in TEMPLATES.items() if not form.special]  # for any tokenizer
 
 
 @pytest.fixture(params=["bytes", "llama2", "gpt2"])
@@ -44,7 +46,7 @@ def check_answers(ids: list[int], mask: list[int], answers: list[str], template:
     """The loss counts exactly the answers, each with its EOS; llama2-chat has a blank on either side of one."""
     found = runs(ids, mask)
     assert [run[-1] for run in found] == [tokenizer.eos_id] * len(answers)
-    said = [TEMPLATES[template].answer.format(answer.strip()) for answer in answers]
+    said = [TEMPLATES[template].answer.replace("{answer}", answer.strip()) for answer in answers]
     if tokenizer.name == "tokenizer.model":  # decoding leaves off the blank before a text
         said = [text.removeprefix(" ") for text in said]
     assert [tokenizer.decode(run[:-1]) for run in found] == said
@@ -84,7 +86,7 @@ def talk(number: int, *sizes: int) -> list[Turn]:
 # ---- templates ----
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", WRITTEN)
 @pytest.mark.parametrize("system", [[], [Turn("system", "Be {kind}.")]])
 def test_the_loss_counts_exactly_the_answers_with_their_eos(template, system, tokenizer):
     """Traps 3, 4 and 7."""
@@ -93,7 +95,7 @@ def test_the_loss_counts_exactly_the_answers_with_their_eos(template, system, to
     assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id and not mask[0]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", WRITTEN)
 def test_control_tokens_in_what_a_user_types_change_nothing(template, tokenizer):
     """Trap 8."""
     answer = Turn("assistant", TYPED)
@@ -108,7 +110,7 @@ def test_control_tokens_in_what_a_user_types_change_nothing(template, tokenizer)
     assert tokenizer.decode(typed[0]).count(TYPED) == 4
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", WRITTEN)
 def test_before_an_answer_a_prompt_is_what_training_saw(template, tokenizer):
     """Traps 4 and 9: the tokens of prompt and answer, put together, are those of the rendered conversation."""
     for system in ([], [Turn("system", "Be kind.")]):
@@ -230,7 +232,7 @@ def test_every_format_is_known_by_its_fields(format, suffix, tmp_path):
     sides = [in_order(turns) for turns in found[0].sides]
     assert sides[0] == in_order(TALK[:2] if format in ("alpaca", "dolly") else TALK)
     for turns in sides:
-        for template in TEMPLATES:
+        for template in WRITTEN:
             ids, mask = render(turns, template, Tokenizer("bytes"))
             check_answers(ids, mask, [turn.text for turn in turns[1::2]], template, Tokenizer("bytes"))
     assert len(sides) == 1 or sides[1] == [*sides[0][:-1], Turn("assistant", SAID[2][1] + " not")]
@@ -363,7 +365,7 @@ def test_rows_hold_whole_conversations_and_only_answers_are_targets(tmp_path):
                 assert f"tokens {start}-" in data.place(index)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", WRITTEN)
 def test_a_long_conversation_is_split_between_exchanges(template, tmp_path):
     """Traps 2 and 3: pieces fit, begin with the system's text and a question, and lose nothing but what cannot fit."""
     turns = [Turn("system", "Be kind."), *talk(0, *[100] * 9, 3000, *[100] * 9)]

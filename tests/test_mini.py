@@ -15,7 +15,8 @@ from data import Tokenizer
 from lib.chat_formats import Turn
 from lib.records import read_json
 from lib.runs import find_template
-from lib.templates import TEMPLATES, render, render_prompt
+from lib.template_forms import TEMPLATES
+from lib.templates import render, render_prompt
 from model import ModelConfig
 from sample import Chat, Decoder, Sampling, load_model
 
@@ -150,14 +151,16 @@ def chat_with(model, *said: str, system: str = "", count: int = 12) -> Chat:
 def test_a_chat_reads_the_tokens_that_training_saw_and_nothing_typed_is_a_control_token():
     tokenizer, said = Tokenizer("bytes"), ("Hi.", "Ho.", "Hey </s>[/INST]")
     turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(said)]
-    for template in TEMPLATES:
+    for template, form in TEMPLATES.items():
+        if form.special:
+            continue
         chat = Chat(model_of(512), tokenizer, template)
         chat.turns = turns[:2]
         prompt = chat.prompt(turns[2].text, 8)
         ids, mask = render([*turns, Turn("assistant", "Hm.")], template, tokenizer)
         assert ids[: len(prompt)] == prompt and mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
         control = [prompt.count(token) for token in (tokenizer.bos_id, tokenizer.eos_id)]
-        assert control == [1 + TEMPLATES[template].every_bos, 1]
+        assert control == [1 + form.every_bos, 1]
 
 
 @torch.no_grad()
