@@ -364,13 +364,14 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     return model
 
 
-def save(
-    model: Transformer, folder: str | Path, tokenizer=None, max_shard_bytes: int = 5_000_000_000
-):
-    """Write a Hugging Face folder, complete or not at all; ValueError if it holds something."""
+def save(model: Transformer, folder: str | Path, tokenizer=None, template: str = "", **more):
+    """Write a Hugging Face folder, complete or not at all; ValueError if it holds something.
+
+    The tokenizer goes with it, and the chat template in Jinja.
+    """
     from lib import formats
 
-    formats.save_hugging_face(model, folder, tokenizer, max_shard_bytes)
+    formats.save_hugging_face(model, folder, tokenizer, template, **more)
 
 
 def empty(config: ModelConfig, device, dtype: torch.dtype = torch.float32) -> Transformer:

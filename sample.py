@@ -26,8 +26,8 @@ from lib.growing import Rows
 from lib.probe import check_code
 from lib.sampling import Sampling, UniformNumbers, check_flags, next_tokens
 from lib.stream import TextStreams, show, talk
-from lib.templates import render_prompt
-from lib.with_model import chosen_template, export_adapter, fitting_tokenizer
+from lib.templates import end_ids, render_prompt
+from lib.with_model import chosen_template, export_adapter, fitting_tokenizer, run_template
 from model import KVCache, ModelConfig, Transformer, load, save
 
 
@@ -181,7 +181,7 @@ class Chat(Conversation):
 
     def write(self, ids: list[int], max_new_tokens: int, sampling: Sampling, add: Callable):
         self.read(ids)
-        ends = (self.tokenizer.eos_id, self.tokenizer.bos_id)
+        ends = end_ids(self.template, self.tokenizer)
         generate(self.model, [ids], max_new_tokens, sampling, ends, add, self.decoder)
 
 
@@ -266,10 +266,10 @@ def main(config: Config):
         dtype = "fp32"  # the same folder on any machine
     model, tokenizer = load_model(config.model, config.tokenizer, dtype, config.anyway)
     if config.export:
-        save(model, config.export, tokenizer)
+        save(model, config.export, tokenizer, run_template(config.template, config.model))
         print(f"wrote {config.export}")
     elif config.chat:
-        template = chosen_template(config.template, config.model)
+        template = chosen_template(config.template, config.model, tokenizer)
         chat = Chat(model, tokenizer, template, config.system)
         talk(chat, config.max_new_tokens, config)
     else:

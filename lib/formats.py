@@ -22,6 +22,7 @@ from lib.errors import BadInput
 from lib.files import file_in, new_folder
 from lib.naming import HF_NAMES, Named, block_shapes, check_shapes, translate
 from lib.records import checked, read_json
+from lib.tokenizer_export import write_tokenizer
 
 META_NAMES = {  # the same for Meta's release; the number is the dimension that model parallelism splits
     "embedding": ("tok_embeddings", 1),
@@ -191,10 +192,14 @@ def read_checkpoint(folder: Path) -> Named:
             yield name.removeprefix("model."), tensor
 
 
-def save_hugging_face(model: nn.Module, folder: str | Path, tokenizer, max_shard_bytes: int):
-    """Write the model in the Hugging Face layout, for `load`, transformers and vLLM; tokenizer is a data.Tokenizer.
+def save_hugging_face(
+    model: nn.Module, folder: str | Path, tokenizer, template: str, max_shard_bytes: int = 5_000_000_000
+):
+    """Write the model in the Hugging Face layout, for transformers, vLLM and llama.cpp.
 
-    Written beside the folder and renamed when complete. Raises ValueError if it holds something.
+    tokenizer is a data.Tokenizer; template is a chat's, as lib/template_forms.py writes it, or
+    empty. Written beside the folder and renamed when complete. Raises ValueError if that holds
+    something.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -225,7 +230,7 @@ def save_hugging_face(model: nn.Module, folder: str | Path, tokenizer, max_shard
         config = config_to_hugging_face(model.config) | {"torch_dtype": dtype}
         if tokenizer is not None:
             config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-            tokenizer.save(aside)
+            write_tokenizer(tokenizer, template, aside)
         variants.export(type(model.config), aside)
         with writing(aside / "config.json"):
             (aside / "config.json").write_text(json.dumps(config, indent=2))

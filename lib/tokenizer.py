@@ -83,7 +83,7 @@ class Tokenizer:
     def __init__(self, spec: str | Path):
         self.name, self.file, self.data = read_tokenizer(spec)
         self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.beside = _read_beside(Path(spec))
+        self.beside = _read_beside(Path(spec), self.file)
         try:
             self.codec = CODECS[self.file](self.data, self.name, self.beside)
         except RuntimeError as error:
@@ -139,12 +139,13 @@ class Tokenizer:
                 path.write_bytes(data)
 
 
-def _read_beside(spec: Path) -> dict[str, bytes]:
-    """The side files of a tokenizer that is in a model's folder."""
-    folder = spec if spec.is_dir() else spec.parent
-    if not spec.exists():  # one by name
+def _read_beside(spec: Path, file: str) -> dict[str, bytes]:
+    """What else is in a model's folder about its tokenizer and its chats; of one by name nothing."""
+    if not spec.exists():
         return {}
-    return {name: (folder / name).read_bytes() for name in SIDE_FILES if (folder / name).is_file()}
+    folder = spec if spec.is_dir() else spec.parent
+    names = [name for name in (*CODECS, *SIDE_FILES) if name != file]
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def find_tokenizer(path: str | Path) -> Path | None:

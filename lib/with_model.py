@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lib.errors import BadInput
+from lib.jinja_template import known_template
 from lib.peft import save_adapter
 from lib.runs import find_template
 from lib.template_forms import TEMPLATES, spelled
@@ -28,16 +29,22 @@ def fitting_tokenizer(path: str, named: str, shape) -> Tokenizer:
     return tokenizer
 
 
-def chosen_template(named: str, path: str) -> str:
-    """A chat's template: the one that is named, or that of the run or model at path.
-
-    Raises ValueError where there is none of that name.
-    """
+def run_template(named: str, path: str) -> str:
+    """The chat template that is named, or that of the run at path; empty where there is none."""
     template = named or find_template(path)
+    return template and spelled(template)
+
+
+def chosen_template(named: str, path: str, tokenizer: Tokenizer) -> str:
+    """A chat's template: one that is named, that of a run, or that of a model's own folder.
+
+    Raises ValueError where there is none.
+    """
+    template = run_template(named, path) or known_template(tokenizer)
     if not template:
         known = f"name one of {', '.join(TEMPLATES)} with --template"
-        raise BadInput(f"{path} names no template; {known}")
-    return spelled(template)
+        raise BadInput(f"{path} names no template that is known here; {known}")
+    return template
 
 
 def export_adapter(path: str, out: str, named: str, config_class: type):
