@@ -11,13 +11,14 @@ plain formula and computes the same; lib/weights.py and lib/formats.py know the 
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.config_checks import check_config
 from lib.errors import BadInput
 from lib.kernels import IGNORE, CrossEntropy
 from lib.packed import Documents, attend_within
@@ -35,23 +36,17 @@ class ModelConfig:
     max_seq_len: int = 4096        # tokens; the context window
     rope_theta: float = 10_000.0   # base of the rotary wavelengths
     rope_scale: float = 1.0        # position interpolation (Chen et al. 2023) divides by this
+    rope_window: int = 0           # Llama 3's first window, by which it spares short wavelengths
     norm_eps: float = 1e-5
     tie_embeddings: bool = False   # one matrix for the embedding and the output
+    head_size: int = 0             # K where it is not dim / num_heads
 
     def __post_init__(self):
-        for field in fields(self):
-            if not getattr(self, field.name) > 0 and field.type is not bool:
-                raise BadInput(f"{field.name} {getattr(self, field.name)} must be above 0")
-        if self.dim % (2 * self.num_heads):
-            pairs = f"2 * num_heads = {2 * self.num_heads}"
-            raise BadInput(f"dim {self.dim} must be a multiple of {pairs}")
-        if self.num_heads % self.num_kv_heads:
-            groups = f"num_kv_heads {self.num_kv_heads}"
-            raise BadInput(f"num_heads {self.num_heads} must be a multiple of {groups}")
+        check_config(self)
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.num_heads
+        return self.head_size or self.dim // self.num_heads
 
     def build(self) -> "Transformer":
         return Transformer(self)  # of a variant's config the variant, see lib/variants.py
@@ -102,7 +97,10 @@ def rope_table(config: ModelConfig, positions: Tensor) -> Rope:
     """
     channel = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     inverse_wavelength = 1.0 / (config.rope_theta ** (channel / config.head_dim))
-    inverse_wavelength = inverse_wavelength / config.rope_scale
+    stretched = inverse_wavelength / config.rope_scale
+    # Llama 3 keeps pairs that turn 4 times in its first window, and part of what turns once
+    turns = inverse_wavelength * config.rope_window / (2 * math.pi)
+    inverse_wavelength = stretched.lerp(inverse_wavelength, ((turns - 1) / 3).clamp(0, 1))
     angles = positions[..., None].float() * inverse_wavelength
     return angles.cos(), angles.sin()
 
@@ -203,11 +201,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        kv_dim = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(config.dim, config.dim, bias=False)
+        q_dim, kv_dim = (num * config.head_dim for num in (config.num_heads, config.num_kv_heads))
+        self.query = nn.Linear(config.dim, q_dim, bias=False)
         self.key = nn.Linear(config.dim, kv_dim, bias=False)
         self.value = nn.Linear(config.dim, kv_dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.out = nn.Linear(q_dim, config.dim, bias=False)
 
     def heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         q = self.query(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)

@@ -9,18 +9,10 @@ from msgspec import Meta
 from lib import variants
 from lib.errors import BadInput
 from lib.records import checked, read_json
+from lib.rope_configs import Positive, Rope, Size, rope_from_hugging_face, rope_to_hugging_face
 
 VARIANT = "plainllama-variant"  # the model_type of what is LLaMA no more
-Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Positive = Annotated[float, Meta(gt=0, le=sys.float_info.max)]
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
-
-
-class Rope(TypedDict, total=False):
-    rope_type: str | None
-    type: str | None  # what transformers called it first
-    factor: Positive | None
-    rope_theta: Positive | None
 
 
 class _Needed(TypedDict):
@@ -46,7 +38,7 @@ class HuggingFace(_Needed, total=False):
     tie_word_embeddings: bool | None
     attention_bias: bool | None
     mlp_bias: bool | None
-    quantization_config: Any
+    sliding_window: Size | None  # of Mistral
     variant: Any  # of a variant of this project: what it adds to the shape
 
 
@@ -58,10 +50,12 @@ class _MetaNeeded(TypedDict):
 
 
 class MetaParams(_MetaNeeded, total=False):
-    """params.json of LLaMA and LLaMA-2, and of releases that differ from them in numbers alone."""
+    """params.json of LLaMA 1 to 3, and of releases that differ from them in numbers alone."""
 
     n_kv_heads: Size | None
     rope_theta: Positive | None
+    use_scaled_rope: bool
+    rope_scaling_factor: Positive | None
     # The tensors tell these, or the code that Meta shipped needs them and the model does not.
     vocab_size: int
     multiple_of: int
@@ -117,37 +111,43 @@ def read_adapter_config(path: Path) -> dict:
     return settings
 
 
+CHANGING = (  # what models of other families, or of no release, add to LLaMA's computation
+    "quantization_config", "attention_bias", "mlp_bias", "partial_rotary_factor",
+    "no_rope_layers", "num_local_experts", "num_experts", "n_routed_experts", "logit_scale",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "use_qk_norm",
+    "qk_norm", "qk_layernorm", "use_qkv_bias", "embedding_multiplier", "residual_multiplier",
+    "attention_multiplier", "logits_scaling", "scale_emb", "scale_depth", "dim_model_base",
+    "clip_qkv", "parallel_attn", "alibi", "kv_lora_rank", "attention_window", "use_sliding_window",
+)  # fmt: skip
+FAMILIES = ("llama", "mistral")  # one computation under two names
+
+
 def config_from_hugging_face(config_class: type, path: Path):
     """A model.ModelConfig from the config.json in a folder, as transformers 4 or 5 write it.
 
-    Raises ValueError for what is not LLaMA.
+    Raises ValueError for what computes something else than LLaMA.
     """
-    values = read_json(path / "config.json")
-    required = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
-    for name in (*required, "max_position_embeddings", "rms_norm_eps"):
+    where = path / "config.json"
+    values = read_json(where)
+    for name in (*_Needed.__annotations__,):
         if not isinstance(values.get(name), (int, float)):
             raise BadInput(f"{path}: config.json has no number {name}")
-    values = checked(values, HuggingFace, path / "config.json")
-    kind, own = "llama", {}
+    values, own = checked(values, HuggingFace, where), {}
     if values.get("model_type") == VARIANT:
-        kind, own = VARIANT, checked(values.get("variant", {}), dict[str, Any], path / "config.json")
+        own = checked(values.get("variant", {}), dict[str, Any], where)
         config_class = variants.load_trusted(path, config_class)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    unfit = {
-        "quantization_config": values.get("quantization_config"),
-        "model_type": values.get("model_type", "llama") != kind,
-        "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "attention_bias": values.get("attention_bias", False),
-        "mlp_bias": values.get("mlp_bias", False),
-        "head_dim": (values.get("head_dim") or 0) * values["num_attention_heads"] not in (0, values["hidden_size"]),
-    }
-    for name in filter(unfit.get, unfit):
-        raise BadInput(f"{path}: {name} {values[name]} is not LLaMA-2's")
-    if rope_type not in ("default", "linear"):
-        raise BadInput(f"{path}: rope_type {rope_type} is not supported (default and linear are)")
-    if rope_type == "linear" and not rope.get("factor"):
-        raise BadInput(f"{path}: config.json has rope_type linear, but no factor")
+    elif values.get("model_type", "llama") not in FAMILIES:
+        raise BadInput(f"{path}: model_type {values['model_type']} is not LLaMA-2's")
+    if values.get("hidden_act", "silu") != "silu":
+        raise BadInput(f"{path}: hidden_act {values['hidden_act']} is not LLaMA-2's")
+    everything = read_json(where)
+    for name in CHANGING:
+        value = everything.get(name)
+        if value is True or value not in (None, False, 1, [], {}):  # a factor of 1 changes nothing
+            raise BadInput(f"{path}: {name} {value} is not LLaMA-2's")
+    window = values["max_position_embeddings"]
+    if values.get("model_type") == "mistral":  # within its sliding window it is LLaMA
+        window = min(window, values.get("sliding_window") or window)
     shape = dict(
         dim=values["hidden_size"],
         num_layers=values["num_hidden_layers"],
@@ -155,12 +155,13 @@ def config_from_hugging_face(config_class: type, path: Path):
         num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
         ffn_dim=values["intermediate_size"],
         vocab_size=values["vocab_size"],
-        max_seq_len=values["max_position_embeddings"],
-        rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10_000.0,
-        rope_scale=rope["factor"] if rope_type == "linear" else 1.0,
+        max_seq_len=window,
         norm_eps=values["rms_norm_eps"],
         tie_embeddings=values.get("tie_word_embeddings") or False,
+        **rope_from_hugging_face(everything, path),
     )
+    if (values.get("head_dim") or 0) * shape["num_heads"] not in (0, shape["dim"]):
+        shape["head_size"] = values["head_dim"]
     try:
         return config_class(**shape, **own)
     except (ValueError, TypeError) as error:
@@ -179,10 +180,11 @@ def config_to_hugging_face(config) -> dict:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scale == 1 else {"rope_type": "linear", "factor": config.rope_scale},
+        "rope_scaling": rope_to_hugging_face(config),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,

@@ -44,15 +44,15 @@ def kept_bytes(
     size is that of a number in the arithmetic; rank and targets are LoRA's.
     """
     dim, ffn_dim = shape.dim, shape.ffn_dim
-    kv_dim = shape.num_kv_heads * shape.head_dim
+    q_dim, kv_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     normalizers = 4 * shape.num_heads  # of attention, in fp32
     if mode == "full":
         return size * dim  # the input
     if mode == "selective":
-        products = dict(query=dim, value=kv_dim, gate=ffn_dim, down=dim)  # of seven
-        numbers = dict(input=dim, attention=dim, **products)
+        products = dict(query=q_dim, value=kv_dim, gate=ffn_dim, down=dim)  # of seven
+        numbers = dict(input=dim, attention=q_dim, **products)
         return size * sum(numbers.values()) + normalizers
-    numbers = dict(query=dim, key=kv_dim, value=kv_dim, attention=dim)
+    numbers = dict(query=q_dim, key=kv_dim, value=kv_dim, attention=q_dim)
     numbers |= dict(gate=ffn_dim, up=ffn_dim, product=ffn_dim)
     if compiled:
         numbers |= dict(input=dim, normed=2 * dim, out=dim)

@@ -22,6 +22,7 @@ from lib.errors import BadInput
 from lib.files import file_in, new_folder
 from lib.naming import HF_NAMES, Named, block_shapes, check_shapes, translate
 from lib.records import checked, read_json
+from lib.rope_configs import rope_from_params
 from lib.tokenizer_export import write_tokenizer
 
 META_NAMES = {  # the same for Meta's release; the number is the dimension that model parallelism splits
@@ -91,8 +92,8 @@ def read_meta_release(folder: Path, config_class: type) -> tuple:
         num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
         ffn_dim=sum(part["layers.0.feed_forward.w1.weight"].size(0) for part in parts),
         vocab_size=sum(part["output.weight"].size(0) for part in parts),
-        rope_theta=params.get("rope_theta") or 10_000.0,
         norm_eps=params["norm_eps"],
+        **rope_from_params(params),
     )
     names = {theirs: ours for ours, (theirs, _) in META_NAMES.items()}
     split_dims = dict(META_NAMES.values())

@@ -45,10 +45,11 @@ def translate(name: str, table: dict[str, str]) -> str:
 
 def block_shapes(config) -> dict[str, tuple[int, ...]]:
     """The shapes of a block's weights by name, in llama2.c's order."""
-    dim, ffn_dim, kv_dim = config.dim, config.ffn_dim, config.num_kv_heads * config.head_dim
+    dim, ffn_dim = config.dim, config.ffn_dim
+    q_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
-        "attention_norm": (dim,), "attention.query": (dim, dim), "attention.key": (kv_dim, dim),
-        "attention.value": (kv_dim, dim), "attention.out": (dim, dim), "feed_forward_norm": (dim,),
+        "attention_norm": (dim,), "attention.query": (q_dim, dim), "attention.key": (kv_dim, dim),
+        "attention.value": (kv_dim, dim), "attention.out": (dim, q_dim), "feed_forward_norm": (dim,),
         "feed_forward.gate": (ffn_dim, dim), "feed_forward.down": (dim, ffn_dim),
         "feed_forward.up": (ffn_dim, dim),
     }  # fmt: skip

@@ -52,8 +52,8 @@ def count_parameters(shape) -> int:
     """Parameters of a model of this shape (a model.ModelConfig)."""
     if variant_of(type(shape)):
         return sum(math.prod(size) for _, size in shapes(shape))
-    dim, kv_dim = shape.dim, shape.num_kv_heads * shape.head_dim
-    attention = 2 * dim * dim + 2 * dim * kv_dim  # query and out; key and value
+    dim, heads = shape.dim, shape.num_heads + shape.num_kv_heads
+    attention = 2 * dim * heads * shape.head_dim  # query and out; key and value
     feed_forward = 3 * dim * shape.ffn_dim
     norms = 2 * dim
     block = attention + feed_forward + norms
@@ -69,7 +69,8 @@ def flops_per_token(shape, seq_len: int, frozen: bool = False) -> float:
     adapters cost in their place does not count either.
     """
     each = 4 if frozen else 6
-    return each * count_parameters(shape) + 12 * shape.num_layers * shape.dim * seq_len
+    width = shape.num_heads * shape.head_dim
+    return each * count_parameters(shape) + 12 * shape.num_layers * width * seq_len
 
 
 def flops_of_a_step(shape, config) -> float:

@@ -129,12 +129,6 @@ def test_a_model_with_more_rows_than_its_tokenizer_is_sampled_from(tmp_path, cap
     assert capsys.readouterr().out.startswith("some words")
 
 
-def test_a_folder_with_only_a_tokenizer_json_is_told_what_is_missing(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no tokenizer .*; .*tokenizer.json is not read, give the tokenizer.mod"):
-        Tokenizer(tmp_path)
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that cannot be read")
 def test_a_tokenizer_that_cannot_be_read_is_named():
     with pytest.raises(ValueError, match="tokenizer /proc/self/mem cannot be read"):

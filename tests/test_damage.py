@@ -535,7 +535,6 @@ def meta_folder(folder, **params):
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"use_scaled_rope": True}, "params.json: use_scaled_rope True is not LLaMA-2's"),
     ({"quantization_args": {"group_size": 256}},
      "params.json: quantization_args .* is not LLaMA-2's"),
     ({"lora_args": {"rank": 16}}, "params.json: lora_args .* is not LLaMA-2's"),

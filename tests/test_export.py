@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from conftest import prepare
 from data import Tokenizer
 from lib.chat_formats import Turn
 from lib.sampling import Sampling

@@ -40,6 +40,8 @@ VARIANTS = {
     "tied": dataclasses.replace(TINY, tie_embeddings=True),
     "rope_theta": dataclasses.replace(TINY, rope_theta=500_000.0),
     "rope_scale": dataclasses.replace(TINY, rope_scale=4.0),
+    "llama3": dataclasses.replace(TINY, rope_theta=500_000.0, rope_scale=8.0, rope_window=16),
+    "head_size": dataclasses.replace(TINY, head_size=16),
 }
 
 
@@ -182,6 +184,8 @@ def test_too_many_tokens_are_refused():
     (dict(num_heads=3), "dim 32 must be a multiple of 2 \\* num_heads = 6"),
     (dict(num_kv_heads=3), "num_heads 4 must be a multiple of num_kv_heads 3"),
     (dict(ffn_dim=0), "ffn_dim 0 must be above 0"),
+    (dict(head_size=-2), "head_size -2 must be above 0"),
+    (dict(head_size=7), "head_size 7 must be even"),
 ])  # fmt: skip
 def test_an_impossible_config_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -279,7 +283,7 @@ def break_folder(folder, what):
     elif what == "rope":
         config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
     elif what == "type":
-        config["model_type"] = "mistral"
+        config["model_type"] = "gemma"
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")
 
@@ -289,7 +293,7 @@ def break_folder(folder, what):
     ("missing", r"blocks.1.feed_forward.up.weight \(48, 32\) is missing"),
     ("extra", r"blocks.7.feed_forward.up.weight \(2,\) has no place"),
     ("rope", "rope_type yarn is not supported"),
-    ("type", "model_type mistral is not LLaMA-2's"),
+    ("type", "model_type gemma is not LLaMA-2's"),
 ])  # fmt: skip
 def test_a_folder_that_does_not_fit_says_which_tensor(what, message, tmp_path):
     save(make(), tmp_path / "m")
