@@ -201,7 +201,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        q_dim, kv_dim = (num * config.head_dim for num in (config.num_heads, config.num_kv_heads))
+        q_dim = config.num_heads * config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
         self.query = nn.Linear(config.dim, q_dim, bias=False)
         self.key = nn.Linear(config.dim, kv_dim, bias=False)
         self.value = nn.Linear(config.dim, kv_dim, bias=False)

@@ -30,12 +30,14 @@ from torch.optim import AdamW, Optimizer
 
 from data import Batch, Mixture
 from lib import checkpointing, kernels, lora, objectives, opening, planning, train_flags, world
+from lib.defaults import by_kind
 from lib.guard import Guard, Stop
 from lib.optimizers import matrices, muon, zero_moments
 from lib.report import Report
 from lib.run_record import prepare_folder
 from lib.saving import Checkpoints, undisturbed
 from lib.shapes import planned_config
+from lib.training_samples import Sampler, show_sample
 from model import SIZES, ModelConfig, Transformer, plain_attention
 
 
@@ -70,15 +72,11 @@ class Core:
     beta2: float = 0.99                 # of AdamW; small batches want it above LLaMA's 0.95
     grad_clip: float = 1.0              # largest norm of the gradient of all weights
     seed: int = 0                       # of the first weights and of the order of the data
-    # reporting
-    eval_every: int | str = 500         # steps, or `0.5epoch`; the last step is always evaluated
-    eval_tokens: int = 131_072          # validation tokens, always the same ones
-    sample: str = "def "                # a text to continue when training ends; "" is none
 
 
 @dataclass
 class Config(train_flags.Flags, Core):
-    """Train a LLaMA-2. The defaults suit the laptop size; larger models want a lower rate."""
+    """Train a LLaMA-2. The defaults suit the laptop size; lib/defaults.py has those of tuning."""
 
     config_class = ModelConfig  # of the model's shape; a variant may bring another
 
@@ -278,6 +276,7 @@ class Run:
     objective: NextToken | objectives.DPO
     checkpoints: Checkpoints
     report: Report
+    sampler: Sampler
     step: int  # how many are done
     last: int  # where this process ends
 
@@ -312,7 +311,7 @@ def begin(config: Config, record: dict | None, device: torch.device) -> Run:
     last = min(config.stop_at or config.steps, config.steps)
     run = Run(
         config, device, data, val, model, optimizers, guard, objective, checkpoints, report,
-        step, last,
+        Sampler(config, val, shape.max_seq_len), step, last,
     )  # fmt: skip
     if start >= last:
         report.finished(start)
@@ -344,7 +343,8 @@ def train(run: Run, stop: Stop) -> bool:
             log_now = step % config.log_every == 0 or ends
             save_now = step % config.save_every == 0 or ends
             evaluate_now = step % config.eval_every == 0 or step == config.steps
-            if not log_now and not save_now and not evaluate_now:
+            sample_now = run.sampler.is_due(step)
+            if not (log_now or save_now or evaluate_now or sample_now):
                 continue
             spike = report.read(run.last, log_now)  # here the host waits for the device
             with report.paused():
@@ -355,6 +355,8 @@ def train(run: Run, stop: Stop) -> bool:
                 if evaluate_now:
                     scores = evaluate(run.model, run.val, config, run.device, run.objective)
                     report.validation(step, scores)
+                if sample_now:
+                    report.sample(step, run.sampler.write(run.model, run.device))
                 if save_now:
                     run.checkpoints.save(step, ends, report)
                 gc.collect(1)  # it is off during the steps
@@ -385,9 +387,9 @@ def main(config: Config):
             finished = train(begin(config, record, device), stop)
         first = dist.get_rank() == 0
     if first and finished and config.sample:
-        opening.show_sample(config)
+        show_sample(config)
 
 
 if __name__ == "__main__":
-    run_command(main, Config, train_flags.resumed)
+    run_command(main, Config, by_kind)
     world.leave()  # at once: Python's own ending can abort in a thread of gloo

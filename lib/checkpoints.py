@@ -8,14 +8,16 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from lib.errors import BadInput
-from lib.files import file_in, sha256
+from lib.files import file_in, sha256, write_whole
 from lib.records import read_json, read_record
 
 HASHES = "sha256.json"  # in a checkpoint: the SHA-256 of each of its files
@@ -35,6 +37,46 @@ def named_by_last(folder: Path) -> Path | None:
     except (OSError, UnicodeDecodeError):
         return None
     return folder / name if STEP.fullmatch(name) else None
+
+
+def read_best(folder: Path) -> tuple[str, float]:
+    """The checkpoint of the lowest validation loss of a run, and that loss; "" where none is known."""
+    if not (folder / "best").exists():
+        return "", math.inf
+    best = read_record(folder / "best", dict[str, Any])
+    name, loss = str(best.get("checkpoint")), best.get("val_loss")
+    if not STEP.fullmatch(name) or not isinstance(loss, float):
+        raise BadInput(f"{folder / 'best'} names no checkpoint and its loss")
+    return name, loss
+
+
+def write_best(folder: Path, checkpoint: str, loss: float):
+    """Let `best` name a checkpoint, where its validation loss is the lowest so far."""
+    _, lowest = read_best(folder)
+    if loss < lowest:
+        write_whole(folder / "best", json.dumps({"checkpoint": checkpoint, "val_loss": loss}))
+
+
+def forget_best_after(folder: Path, checkpoint: str):
+    """Whatever comes after this checkpoint will be done again, or differently."""
+    if read_best(folder)[0] > checkpoint:
+        (folder / "best").unlink()
+
+
+def place_of(path: str | Path) -> Path:
+    """The checkpoint of the lowest validation loss for RUN:best, any other path unchanged.
+
+    Raises ValueError where a run has none.
+    """
+    path = Path(path)
+    if not path.name.endswith(":best") or path.exists():
+        return path
+    folder = path.with_name(path.name.removesuffix(":best"))
+    name, _ = read_best(folder)
+    if not name or not (folder / name).exists():
+        hint = "it needs a validation at a step that is also saved"
+        raise BadInput(f"{folder} has no best checkpoint; {hint}")
+    return folder / name
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -71,7 +113,11 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The last complete checkpoint of a run folder; any other path unchanged. Raises ValueError if there is nothing."""
+    """The last complete checkpoint of a run folder, or the best of RUN:best; any other path unchanged.
+
+    Raises ValueError if there is nothing.
+    """
+    path = place_of(path)
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder")
     if not (path / "run.json").exists():
@@ -149,14 +195,16 @@ def remove(folder: Path):
 
 
 def remove_old(folder: Path, newest: str, keep: int, keep_every: int):
-    """Delete the checkpoints before the newest, but the last `keep` and every keep_every-th step.
+    """Delete the checkpoints before the newest, but the last `keep`, every keep_every-th step and
+    the best.
 
     What a kill left half written or half deleted goes too. Links, later checkpoints, and whatever
     has another name stay. Without a keep_every, 0, no step is kept for good.
     """
     ours = [path for path in checkpoints(folder) if path.name <= newest and not path.is_symlink()]
+    best, _ = read_best(folder)
     for path in ours[:-keep]:
-        if not keep_every or int(path.name[5:]) % keep_every:
+        if path.name != best and (not keep_every or int(path.name[5:]) % keep_every):
             remove(path)
     for path in folder.glob("step_*.tmp"):
         if STEP.fullmatch(path.stem) and path.is_dir() and not path.is_symlink():

@@ -173,6 +173,8 @@ def config_to_hugging_face(config) -> dict:
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if not variants.is_llama(type(config)):
         kind = {"architectures": [], "model_type": VARIANT, "variant": variants.own_fields(config)}
+    if config.head_size:
+        kind["head_dim"] = config.head_dim
     return kind | {
         "hidden_act": "silu",
         "hidden_size": config.dim,
@@ -180,7 +182,6 @@ def config_to_hugging_face(config) -> dict:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta,

@@ -57,7 +57,7 @@ class TokenFiles:
         if longest > self.seq_len + 1:
             problem = f"a conversation has {longest} tokens, more than --seq_len {self.seq_len}"
             raise BadInput(
-                f"{self.folder}: {problem}; prepare it with --max_len {self.seq_len}"
+                f"{self.folder}: {problem}; give --seq_len {longest}, or prepare it with --max_len {self.seq_len}"
             )
 
     def find_documents(self, file: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +29,6 @@ from lib.planning import flops_of_a_step, in_steps
 from lib.run_record import choose_run, describe_data, describe_run
 from lib.runs import held
 from lib.shapes import first_config
-from lib.tokenizer import Tokenizer
 from lib.train_flags import check_flags
 from lib.weights import find_base, is_known, load_weights
 from lib.world import (
@@ -184,27 +182,5 @@ def rehearse(run, evaluate: Callable):
         raise problem
     short = dataclasses.replace(run.config, eval_tokens=run.config.seq_len)
     evaluate(run.model, run.val, short, run.device, run.objective)
-    if run.config.sample:
-        try_sample(run.model, run.config, run.device)
-
-
-@torch.no_grad()
-def try_sample(model: nn.Module, config, device: torch.device):
-    """Read --sample and write a token. Raises ValueError where it does not fit the model."""
-    tokenizer, window = Tokenizer(config.out), model.config.max_seq_len
-    ids = tokenizer.encode_prompt(config.sample)
-    if len(ids) > window:
-        raise BadInput(f"--sample has {len(ids)} tokens, more than the context window of {window}")
-    logits = model(torch.tensor([ids], device=device))
-    tokenizer.decode([logits[0, -1].argmax().item()])
-
-
-def show_sample(config):
-    """Let sample.py continue --sample with the run's model."""
-    words = ["sample.py", "--model", config.out, f"--prompt={config.sample}", "--max_new_tokens", "200"]
-    if config.anyway:
-        words.append("--anyway")
-    print(f"\npython {shlex.join(words)}\n", flush=True)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the sample is drawn by a process of its own
-    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]])
+    if run.sampler.ids:
+        run.sampler.write(run.model, run.device, most=1)

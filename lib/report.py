@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lib import planning
+from lib import defaults, planning
 from lib.errors import BadInput
 from lib.files import write_whole
 from lib.forecast import forecast
@@ -23,6 +23,9 @@ from lib.world import memory
 
 @dataclass
 class Flags:
+    # reporting
+    eval_every: int | str = 500         # steps, or `0.5epoch`; the last step is always evaluated
+    eval_tokens: int = 131_072          # validation tokens, always the same ones
     log_every: int = 10                 # steps
     wandb: str = ""                     # project name; offline when nobody is logged in
 
@@ -35,6 +38,7 @@ class Report:
         self.config, self.shape, self.data = config, shape, data
         self.objective, self.guard, self.device = objective, guard, device
         self.folder, self.wandb, self.pending = Path(config.out), None, []
+        self.validated = (-1, 0.0)  # the step that was last, and its loss
         self.quiet = dist.get_rank() != 0
         self.unit, self.in_step = objective.unit, config.batch_size
         self.mfu_of_speed = None
@@ -71,7 +75,9 @@ class Report:
         size = f"{config.steps} steps of {config.batch_size} {each}, saved every {config.save_every}"
         epochs = self.data.epochs(config.steps * config.batch_size)
         read = ", ".join(f"{count:.2f} epochs of {folder}" for folder, count in epochs.items())
-        self.say(f"{planning.count_parameters(self.shape):,} parameters, {where}; {size}, {read}")
+        kind = defaults.described(config, self.data.kind)
+        parameters = f"{planning.count_parameters(self.shape):,} parameters"
+        self.say(f"{kind}; {parameters}, {where}; {size}, {read}")
         needs = forecast(model, config, world, config.compile == "on", self.unit == "pairs")
         self.say(planning.describe(needs))
 
@@ -151,10 +157,21 @@ class Report:
         self.say(f"{progress}  {speed}", passing=True)
 
     def validation(self, done: int, scores: dict[str, float]):
+        self.validated = done, scores["val_loss"]
         self.write(step=done, **scores)
         more = self.objective.in_words(scores)
         words = f"validation {scores['val_loss']:.4f} nats a {self.unit[:-1]}, {more}"
         self.say(f"step {done}/{self.config.steps}  {words}")
+
+    def val_loss_of(self, step: int) -> float | None:
+        """The validation loss at a step, where that was the last to be validated."""
+        done, loss = self.validated
+        return loss if done == step else None
+
+    def sample(self, done: int, text: str):
+        """What the model writes by now."""
+        self.write(step=done, sample=text)
+        self.say(f"step {done}/{self.config.steps}  sample\n{text}")
 
     def rolled_back(self, step: int, spike: int):
         """The run is at this step again, because of a spike at a later one."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
+from lib.checkpoints import place_of
 from lib.errors import BadInput
 from lib.files import lock
 from lib.records import checked, parse_json, read_json
@@ -95,7 +96,8 @@ def read_log(path: Path) -> list[dict]:
 
 def find_template(path: str) -> str:
     """The template that a run or its checkpoint was trained with; empty where its record names none."""
-    here, above = Path(path), Path(path).parent
+    here = place_of(path)
+    above = here.parent
     folder = here if (here / "run.json").is_file() else above
     sources = []
     if folder == here or is_record(above / "run.json"):

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lib import probe, variants
 from lib.checkpoint_index import Reader
-from lib.checkpoints import HASHES, has_checkpoint, hashes, remove, remove_old
+from lib.checkpoints import HASHES, forget_best_after, has_checkpoint, hashes, remove, remove_old, write_best
 from lib.configs import config_to_hugging_face
 from lib.errors import BadInput
 from lib.files import sync, write_whole
@@ -56,11 +56,11 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo")  # what it says to other ranks must not mix with the training's
         self.saving, self.newest = None, -1
 
-    def begin(self, step: int):
-        """Begin to save, nothing else being saved any more."""
+    def begin(self, step: int, loss: float | None = None):
+        """Begin to save, nothing else being saved any more; loss is that of validation at this step, if it is known."""
         staged = self.stager.stage(detached(self.tensors))
         thread = ThreadPoolExecutor(1)  # anew each time, so that its OpenMP threads end with it
-        self.saving = step, thread.submit(self._write, step, staged)
+        self.saving = step, thread.submit(self._write, step, staged, loss)
         thread.shutdown(wait=False)
 
     def finish(self) -> ValueError | None:
@@ -83,7 +83,7 @@ class Checkpoints:
         """Begin a checkpoint. One that failed is reported and the run goes on, but at its end that is an error."""
         if problem := self.finish():
             report.say(f"{problem}; the run goes on")
-        self.begin(step)
+        self.begin(step, report.val_loss_of(step))
         report.draw()
         if ends:
             if problem := self.finish():
@@ -99,6 +99,7 @@ class Checkpoints:
             return -1
         self.newest = read_newest(self.folder, self.model.config, self.tensors)
         checkpoint = self.folder / f"step_{self.newest:08d}"
+        on_first_rank(functools.partial(forget_best_after, self.folder, checkpoint.name))
         if (theirs := probe.read(checkpoint)) is not None:
             probe.check(checkpoint, theirs, self.probe, self.config.anyway)
         return self.newest
@@ -113,10 +114,11 @@ class Checkpoints:
             what = f"a spike at step {spike} again after going back to step {step} {most} times"
             raise BadInput(f"{what}; a lower --learning_rate usually helps, or a higher --spike")
         self.guard.passed_over.fill_(passed_over + spike - step)
+        on_first_rank(functools.partial(forget_best_after, self.folder, f"step_{step:08d}"))
         report.rolled_back(step, spike)
         return step
 
-    def _write(self, step: int, staged: dict):
+    def _write(self, step: int, staged: dict, loss: float | None):
         name = f"step_{step:08d}"
         aside = self.folder / f"{name}.tmp"
         try:
@@ -129,7 +131,7 @@ class Checkpoints:
                 raise BadInput("it holds numbers that are not finite")
             parts = on_all(functools.partial(hashes, aside, my_share()), self.group)
             written = {name: digest for part in parts for name, digest in part.items()}
-            on_first_rank(functools.partial(self._finish, aside, name, written), self.group)
+            on_first_rank(functools.partial(self._finish, aside, name, written, loss), self.group)
         except BaseException:
             if dist.get_rank() == 0:
                 shutil.rmtree(aside, ignore_errors=True)  # room for the next one
@@ -145,12 +147,14 @@ class Checkpoints:
         if self.adapter:
             (aside / "adapter_config.json").write_text(json.dumps(self.adapter, indent=2))
 
-    def _finish(self, aside: Path, name: str, written: dict[str, str]):
+    def _finish(self, aside: Path, name: str, written: dict[str, str], loss: float | None):
         (aside / HASHES).write_text(json.dumps(written, indent=2))
         for path in aside.iterdir():
             sync(path)
         os.rename(aside, self.folder / name)
         write_whole(self.folder / "last", name)
+        if loss is not None:
+            write_best(self.folder, name, loss)
         remove_old(self.folder, name, self.config.keep, self.config.keep_every)
 
 

@@ -57,37 +57,51 @@ def _render_exchange(
         before = form.system if system else ""
     asked = form.question.replace("{system}", before)
     values = {"{system}": system, "{question}": question}
-    ids = [tokenizer.bos_id] if first and form.bos or form.every_bos else []
+    ids = []
+    if form.every_bos or first and form.bos:
+        ids = [tokenizer.bos_id]
     for part in parts_of(asked, form.special):
         if part in form.special:
             ids.append(tokenizer.special(part))
         else:
-            ids += tokenizer.encode(filled(part, values))
-    said = []
-    if answer is not None:
-        said = tokenizer.encode_after(filled(form.answer, {"{answer}": answer}))
-        said = [*said, end_of_answer(form, tokenizer)]
-    return ids + said, [0] * len(ids) + [1] * len(said)
+            text = filled(part, values)
+            ids += tokenizer.encode(text)
+    if answer is None:
+        return ids, [0] * len(ids)
+    said = filled(form.answer, {"{answer}": answer})
+    end = end_of_answer(form, tokenizer)
+    said = [*tokenizer.encode_after(said), end]
+    mask = [0] * len(ids) + [1] * len(said)
+    return ids + said, mask
 
 
 def default_system(form: Template, question: str) -> str:
     """The system's text of a conversation that brings none."""
-    return form.with_input if form.with_input and INPUT in question else form.default
+    if form.with_input and INPUT in question:
+        return form.with_input
+    return form.default
 
 
 def filled(text: str, values: dict[str, str]) -> str:
     """A text with {question} and the like replaced, once each, by what they stand for."""
+
+    def value(place: re.Match) -> str:
+        return values[place.group()]
+
     places = "|".join(map(re.escape, values))
-    return re.sub(places, lambda place: values[place.group()], text)
+    return re.sub(places, value, text)
 
 
 def end_of_answer(form: Template, tokenizer: Tokenizer) -> int:
-    return tokenizer.special(form.end) if form.end else tokenizer.eos_id
+    if form.end:
+        return tokenizer.special(form.end)
+    return tokenizer.eos_id
 
 
 def end_ids(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens at which an answer ends: EOS, BOS of the next, and the template's own."""
-    return tokenizer.eos_id, tokenizer.bos_id, end_of_answer(form_of(template), tokenizer)
+    own = end_of_answer(form_of(template), tokenizer)
+    return tokenizer.eos_id, tokenizer.bos_id, own
 
 
 def split_to_fit(

@@ -5,6 +5,7 @@ import functools
 import hashlib
 from pathlib import Path
 
+from lib.checkpoints import place_of
 from lib.codecs import CODECS, SIDE_FILES
 from lib.disk import writing
 from lib.errors import BadInput
@@ -151,7 +152,8 @@ def _read_beside(spec: Path, file: str) -> dict[str, bytes]:
 def find_tokenizer(path: str | Path) -> Path | None:
     """The tokenizer file of a model: in its folder, or for a checkpoint in its run's folder; None
     without one."""
-    return file_of(Path(path)) or file_of(Path(path).parent)
+    path = place_of(path)
+    return file_of(path) or file_of(path.parent)
 
 
 def _download_ranks(name: str) -> bytes:

@@ -43,6 +43,20 @@ def from_bytes(codec: BytesCodec) -> dict:
     return {"model": bpe(vocab, []), "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
 
 
+def last_parts(piece: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes]:
+    """The parts that are merged last to a piece: two, or more where nothing leads to it but itself."""
+    parts = [bytes([byte]) for byte in piece]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+        lowest = min(pairs)
+        if lowest >= rank:
+            break
+        place = pairs.index(lowest)
+        whole = parts[place] + parts[place + 1]
+        parts[place : place + 2] = [whole]
+    return parts
+
+
 def from_tiktoken(codec: TiktokenCodec) -> dict:
     """The merges are those by which tiktoken itself comes to each piece: of lower ranks alone."""
     characters = byte_characters()
@@ -50,16 +64,10 @@ def from_tiktoken(codec: TiktokenCodec) -> dict:
     merges = []
     for piece, rank in sorted(codec.ranks.items(), key=lambda item: item[1]):
         if len(piece) > 1:
-            parts = [bytes([byte]) for byte in piece]
-            while len(parts) > 2:
-                pairs = [codec.ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-                lowest = min(pairs)
-                if lowest >= rank:
-                    break  # no text leads to it but by itself
-                place = pairs.index(lowest)
-                parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            parts = last_parts(piece, rank, codec.ranks)
             if len(parts) == 2:
-                merges.append((written[parts[0]], written[parts[1]]))
+                first, second = parts
+                merges.append((written[first], written[second]))
     vocab = {written[piece]: rank for piece, rank in codec.ranks.items()}
     split = BYTE_LEVEL | {"use_regex": True}
     if codec.num_ranks > 50_256:
@@ -75,8 +83,9 @@ def from_sentencepiece(codec: SentencepieceCodec) -> dict:
     model = codec.model
     pieces = [model.id_to_piece(i) for i in range(codec.vocab_size)]
     ordinary = {}
+    kinds = (model.is_control, model.is_unknown, model.is_byte, model.is_unused)
     for i, piece in enumerate(pieces):
-        if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i)):
+        if not any(is_kind(i) for is_kind in kinds):
             ordinary[piece] = model.get_score(i)
     merges = []
     for piece in sorted(ordinary, key=ordinary.get, reverse=True):
@@ -111,8 +120,10 @@ CONVERTERS = {
 def to_json(tokenizer: Tokenizer) -> dict:
     """A tokenizer of another kind as a tokenizer.json, which gives the same ids, BOS first."""
     codec = tokenizer.codec
-    bos = next(text for text, number in codec.specials.items() if number == tokenizer.bos_id)
-    first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    texts = {number: text for text, number in codec.specials.items()}
+    bos = texts[tokenizer.bos_id]
+    special = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first = [special, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"Sequence": {"id": "B", "type_id": 1}}]
     begin = {
         "type": "TemplateProcessing",

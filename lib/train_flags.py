@@ -2,18 +2,27 @@
 when a run is continued.
 """
 
-import dataclasses
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from lib import checkpointing, gpus, guard, kernels, lora, objectives, report, saving, variant_flags, world
+from lib import (
+    checkpointing,
+    gpus,
+    guard,
+    kernels,
+    lora,
+    objectives,
+    report,
+    saving,
+    training_samples,
+    variant_flags,
+    world,
+)
 from lib.errors import BadInput
 from lib.gpus import GPUS
 from lib.lora import TARGETS
 from lib.planning import in_steps
-from lib.runs import read_run
 
 
 @dataclass
@@ -41,6 +50,7 @@ class Flags(
     checkpointing.Flags,
     saving.Flags,
     report.Flags,
+    training_samples.Flags,
     guard.Flags,
     objectives.Flags,
     kernels.Flags,
@@ -54,9 +64,9 @@ class Flags(
 # Flags that may differ when a run is continued: they change how its results are computed, saved or told, and but for
 # rounding not what they are. What is in --data is compared by its record, not by the name of its folder.
 MAY_CHANGE_ON_RESUME = set(
-    """resume out data micro_batch stop_at log_every eval_every save_every keep sample wandb compile checkpointing
-    shard_over reshard_after_forward deterministic keep_every max_bad_steps reduce_each plan gpus gpu anyway
-    variant trust_variant attention""".split()
+    """resume out data micro_batch stop_at log_every eval_every save_every keep sample sample_every wandb compile
+    checkpointing shard_over reshard_after_forward deterministic keep_every max_bad_steps reduce_each
+    plan gpus gpu anyway variant trust_variant attention""".split()
 )
 
 
@@ -70,6 +80,8 @@ def check_flags(config, num_processes: int):
     lengths = in_steps(config, 1.0)  # how long an epoch is, the data will tell
     every = ("log_every", "eval_every", "save_every")
     finite = ("learning_rate", "lora_alpha", "dpo_beta")
+    if config.sample_every < 0:
+        raise BadInput(f"--sample_every {config.sample_every} must be a number that is not negative")
     positive = ("keep", *finite, "grad_clip", "max_bad_steps", "spike", "gpus")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(lengths, name) > 0:
@@ -104,13 +116,3 @@ def check_flags(config, num_processes: int):
         raise BadInput("--checkpointing selective does not go with --lora_rank; none, full and numbers do")
     if config.gpu not in GPUS:
         raise BadInput(f"--gpu {config.gpu} is not one of {', '.join(GPUS)}")
-
-
-def resumed(first):
-    """The flags of the run that --resume names, as the defaults of those typed beside it. Raises ValueError."""
-    kind = variant_flags.extended(type(first), first.variant, first.resume)
-    if not first.resume:
-        return kind()
-    saved = kind(**read_run(Path(first.resume), config=kind)["config"])
-    not_kept = dict(stop_at=0, anyway=False, trust_variant=False)
-    return dataclasses.replace(saved, resume=first.resume, out=first.resume, **not_kept)

@@ -160,14 +160,14 @@ TINY_RUN = dict(
 def tiny_run(tiny_data, tmp_path, monkeypatch):
     """A function that trains a tiny model in this process and returns the run's folder; flags change the defaults."""
     import train
-    from lib import train_flags
+    from lib.defaults import by_kind
 
     monkeypatch.chdir(tmp_path)
 
     def run(out: str = "run", **flags) -> Path:
         if "resume" in flags:
             flags |= {"data": (flags["data"],)} if "data" in flags else {}
-            config = dataclasses.replace(train_flags.resumed(train.Config(resume=flags["resume"])), **flags)
+            config = dataclasses.replace(by_kind(train.Config(resume=flags["resume"])), **flags)
         else:
             shape = dict.fromkeys(("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"), 0)
             shape |= {"size": train.Config.size}

@@ -17,7 +17,8 @@ import sample
 import train
 from conftest import ROOT, random_model
 from data import Tokenizer
-from lib import train_flags, weights
+from lib import weights
+from lib.defaults import by_kind
 from lib.sampling import choose
 from lib.world import from_first_rank
 from model import SIZES, FeedForward, ModelConfig, RMSNorm, load, save
@@ -209,7 +210,7 @@ def test_a_run_of_other_code_is_not_scored_sampled_exported_or_trained_further(
         capsys.readouterr()
         use(anyway=True)
         assert "step_00000002 was trained by other code" in capsys.readouterr().err
-    resumed = train_flags.resumed(train.Config(resume=str(tmp_path / "more")))
+    resumed = by_kind(train.Config(resume=str(tmp_path / "more")))
     assert not resumed.anyway  # it is said anew each time
 
 

@@ -119,7 +119,7 @@ def test_the_model_can_be_copied_alone_into_a_notebook(tmp_path):
     import sys
 
     (tmp_path / "lib").mkdir()
-    waiting, copied = ["kernels", "packed", "rows", "errors", "__init__"], set()
+    waiting, copied = ["config_checks", "kernels", "packed", "rows", "errors", "__init__"], set()
     while waiting:
         name = waiting.pop()
         copied.add(name)
