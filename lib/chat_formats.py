@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.documents import open_text, parse_line
 from lib.errors import BadInput
+from lib.record_files import read_records
 
 
 class Turn(NamedTuple):
     """What one side of a conversation says."""
 
-    role: str  # "system", "user" or "assistant"
+    role: str  # "system", "user" or "assistant"; in a file also "call" and "tool", see lib/chats.py
     text: str
 
 
@@ -26,91 +26,71 @@ class Record(NamedTuple):
     problem: str = ""
 
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+SAID_BY = ("system", "user", "assistant")
+ROLES = {name: role for role, names in {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant gpt model bot chatgpt",
+    "call": "function_call tool_call",  # of a tool, by the assistant
+    "tool": "tool function observation function_response tool_response ipython",
+}.items() for name in names.split()}  # fmt: skip
 INPUT = "\n\n### Input:\n"  # stands between the instruction and the input of an Alpaca record
 
 
-def read_conversations(path: Path, format: str = "auto") -> Iterator[Record]:
-    """The records of a .json or .jsonl file, bad ones with their problem; format auto goes by the
-    fields of each record.
+def read_conversations(path: Path, format: str = "auto", columns: str = "") -> Iterator[Record]:
+    """The records of a file that lib/record_files.py reads, bad ones with their problem.
 
-    Raises ValueError where the file itself cannot be read.
+    format auto goes by the fields of each record; columns are `--fields`. Raises ValueError where
+    the file itself cannot be read, or has no such column.
     """
-    with open_text(path) as file:
-        lines = ".jsonl" in path.suffixes
-        items = file if lines else _load_list(path, file)
-        for number, item in enumerate(items, 1):
-            place = f"{path}:{number}"
-            if lines and not item.strip():
-                continue
-            try:
-                record = parse_line(item) if lines else item
-                sides = _read_record(record, format)
-            except UnicodeEncodeError:
-                yield Record(place, problem="half of a surrogate pair, not Unicode text")
-            except ValueError as error:
-                yield Record(place, problem=str(error))
-            else:
-                yield Record(place, sides)
+    wanted = roles_of(columns)
+    for place, record in read_records(path, tuple(wanted)):
+        try:
+            sides = _read_record(record, format, wanted)
+        except UnicodeEncodeError:
+            yield Record(place, problem="half of a surrogate pair, not Unicode text")
+        except ValueError as error:
+            yield Record(place, problem=str(error))
+        else:
+            yield Record(place, sides)
 
 
-def _read_record(record, format: str) -> tuple[list[Turn], ...]:
+def roles_of(columns: str) -> dict[str, str]:
+    """The role of each column in --fields, as `question=user,reply=assistant`. Raises ValueError."""
+    wanted = {}
+    for pair in filter(None, columns.split(",")):
+        name, _, role = map(str.strip, pair.partition("="))
+        if role not in SAID_BY or not name:
+            known = f"such as question=user,reply=assistant; a role is {', '.join(SAID_BY)}"
+            raise BadInput(f"--fields {columns}: {pair!r} is not a column and its role, {known}")
+        wanted[name] = role
+    if wanted and not {"user", "assistant"} <= set(wanted.values()):
+        raise BadInput(f"--fields {columns} must name a column of the user and one of the assistant")
+    return wanted
+
+
+def _columns(record: dict, wanted: dict[str, str]) -> tuple[list[Turn]]:
+    """The turns in the named columns, a system's first; an empty one of the system is none."""
+    turns = [Turn(role, _field(record, name)) for name, role in wanted.items()
+             if role != "system" or record.get(name)]
+    return (sorted(turns, key=lambda turn: SAID_BY.index(turn.role)),)
+
+
+def _read_record(record, format: str, wanted: dict[str, str]) -> tuple[list[Turn], ...]:
     """The conversation of a record, or both of a pair. Raises ValueError for a bad record."""
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
         raise BadInput(f"a {type(record).__name__}, not an object")
     record = {name: value for name, value in record.items() if value is not None}
-    if format == "auto":
-        format = detect(record)
-    sides = FORMATS[format](record)
+    if wanted:
+        sides = _columns(record, wanted)
+    else:
+        sides = FORMATS[detect(record) if format == "auto" else format](record)
     for side in sides:
         for turn in side:
             turn.text.encode()  # raises where it is not Unicode
     return sides
-
-
-def _load_list(path: Path, file) -> list:
-    """The records of a .json file; in the place of one with a number too long for Python stands a
-    ValueError."""
-    too_long = BadInput("not JSON that can be read (a number has too many digits)")
-    found = []
-
-    def whole_number(digits: str):
-        try:
-            return int(digits)
-        except ValueError:
-            found.append(digits)
-            return too_long
-
-    try:
-        records = json.load(file, parse_int=whole_number)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except RecursionError:
-        raise BadInput(f"{path}: not JSON that can be read (nested too deeply)") from None
-    if not isinstance(records, list):
-        records = [records]
-    if found:
-        records = [too_long if _holds(record, too_long) else record for record in records]
-    return records
-
-
-def _holds(record, part) -> bool:
-    """Whether part is somewhere in a record of JSON."""
-    waiting = [record]
-    for value in waiting:  # grows on the way
-        if isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
-    return any(value is part for value in waiting)
 
 
 def detect(record: dict) -> str:
@@ -124,6 +104,8 @@ def detect(record: dict) -> str:
         return "sharegpt" if "conversations" in record else "openai"
     if "instruction" in record:
         return "dolly" if {"category", "context", "response"} & record.keys() else "alpaca"
+    if {"prompt", "completion"} <= record.keys():
+        return "completion"
     if any("### Human:" in str(record.get(name)) for name in ("input", "text")):
         return "oasst"
     raise BadInput(f"no known format has the fields {', '.join(record)}")
@@ -159,7 +141,12 @@ def _messages(record: dict) -> tuple[list[Turn]]:
             raise BadInput(f"turn {number} is from {role!r}, {problem}")
         if item.get("weight", 1) == 0:
             raise BadInput(f"turn {number} has weight 0: an answer not to learn from")
-        turns.append(Turn(ROLES[role], _field(item, "value", "content")))
+        if item.get("tool_calls"):
+            called = json.dumps(item["tool_calls"], ensure_ascii=False)
+            said = f"{item.get('content') or ''}\n\n{called}".strip()
+            turns.append(Turn("call", said))
+        else:
+            turns.append(Turn(ROLES[role], _field(item, "value", "content")))
     return (turns,)
 
 
@@ -183,6 +170,17 @@ def _instruction(record: dict) -> tuple[list[Turn]]:
         turns += [Turn("user", asked), Turn("assistant", answered)]
     answer = _field(record, "output", "response")
     turns += [Turn("user", question), Turn("assistant", answer)]
+    return (turns,)
+
+
+def _completion(record: dict) -> tuple[list[Turn]]:
+    """TRL's and OpenAI's prompt and completion, each a text or messages."""
+    turns = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        part = _field(record, name, kind=object)
+        if isinstance(part, str):
+            part = [{"role": role, "content": part}]
+        turns += _messages({"messages": part})[0]
     return (turns,)
 
 
@@ -240,6 +238,7 @@ FORMATS = {
     "openai": _messages,
     "alpaca": _instruction,
     "dolly": _instruction,
+    "completion": _completion,
     "oasst": _oasst,
     "hh-rlhf": _hh,
     "pairs": _pairs,

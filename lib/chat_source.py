@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from lib.chat_formats import FORMATS, Turn
+from lib.chat_formats import FORMATS, Turn, read_conversations, roles_of
 from lib.chats import first_question, usable
 from lib.cleaning import Cleaner, Cleaning
 from lib.datasets import TokenFiles
 from lib.disk import writing
 from lib.errors import BadInput
 from lib.meta import counted_as, read_meta
+from lib.record_files import SUFFIXES
 from lib.shards import EncodedTask
-from lib.sources import CHAT_SUFFIXES, CORPORA
+from lib.sources import CORPORA
 from lib.template_forms import form_of, spelled
 from lib.templates import bracketed, encode_conversation
 from lib.tokenizer import Tokenizer
@@ -24,16 +26,22 @@ from lib.tokenizer import Tokenizer
 
 @dataclass
 class Flags:
-    # conversations and preference pairs, from .json and .jsonl
+    # conversations and preference pairs, from .json, .jsonl, .csv and .parquet
     template: str = ""
     """llama2-chat, vicuna, alpaca (Stanford's own), alpaca-lf (as most later copies have it, with a
     line end before the answer), chatml, plain, llama3, chatml-tokens (as SmolLM2's and Qwen's) or a
     file .toml with fields such as question = "Q: {system}{question}" makes a set to fine-tune on"""
     max_len: int = 2048                 # tokens; what is longer is split between exchanges
     format: str = "auto"
-    """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, pairs (ShareGPT's chosen, rejected)"""
+    """by a record's fields, or sharegpt, openai, alpaca, dolly, oasst, hh-rlhf, completion, pairs
+    (ShareGPT's chosen, rejected)"""
     allow_bad: float = 0.01             # fraction of the records that may be bad, and are left out
     cleaning: Cleaning = field(default_factory=Cleaning)
+    fields: str = ""
+    """columns of any other format and who says what is in them: question=user,reply=assistant"""
+    tools: Literal["", "render", "drop"] = ""
+    """turns that call a tool or give its result: render keeps them as the assistant's and the
+    user's, drop leaves them out; else such a conversation is bad"""
 
     def chat_flags(self) -> dict:
         """What to type to make a set again, of the cleaning what is not the default."""
@@ -41,6 +49,9 @@ class Flags:
         for name, value in asdict(self.cleaning).items():
             if value != getattr(Cleaning, name):
                 typed[name] = value
+        for name in ("fields", "tools"):
+            if getattr(self, name):
+                typed[name] = getattr(self, name)
         names = ("template", "max_len", "format", "allow_bad", "val_fraction")
         return {name: getattr(self, name) for name in names} | typed
 
@@ -53,7 +64,7 @@ class Chats:
     Raises ValueError for bad input, and where more than the fraction allow_bad of the records is bad.
     """
 
-    suffixes = CHAT_SUFFIXES
+    suffixes = SUFFIXES
     group = staticmethod(first_question)
     documents_are = "BOS, turns, EOS"
 
@@ -62,6 +73,7 @@ class Chats:
         if config.format not in ("auto", *FORMATS):
             known = ", ".join(("auto", *FORMATS))
             raise BadInput(f"--format {config.format} is not one of {known}")
+        roles_of(config.fields)
         if config.max_len < 2 or not 0 <= config.allow_bad <= 1:
             problem = f"--max_len {config.max_len} must be at least 2, --allow_bad {config.allow_bad}"
             raise BadInput(f"{problem} lie between 0 and 1")
@@ -84,7 +96,10 @@ class Chats:
         return tokenizer
 
     def items(self) -> Iterator[tuple[list[Turn], ...]]:
-        return usable(self.files, self.config.format, self.cleaner, self.counts, self.bad)
+        config, cleaner = self.config, self.cleaner
+        for path in self.files:
+            records = read_conversations(path, config.format, config.fields)
+            yield from usable(records, config.tools, cleaner, self.counts, self.bad)
 
     def content(self, sides: tuple[list[Turn], ...]) -> bytes:
         return json.dumps(sides).encode()

@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from lib.chat_formats import Turn, read_conversations
+from lib.chat_formats import Record, Turn
 from lib.errors import BadInput
 
 FOLLOWS = {
@@ -48,20 +47,39 @@ def exchanges(turns: list[Turn]) -> tuple[str, list[tuple[str, str | None]]]:
     return system, list(zip(texts[::2], texts[1::2]))
 
 
+def settle_tools(turns: list[Turn], tools: str, counts: Counter) -> list[Turn]:
+    """The turns without those of tools, or with them as what assistant and user say.
+
+    Raises ValueError where it is not said, by --tools, what becomes of them.
+    """
+    spoken = {"call": "assistant", "tool": "user"}
+    of_tools = sum(turn.role in spoken for turn in turns)
+    if not of_tools:
+        return turns
+    if not tools:
+        number = 1 + next(i for i, turn in enumerate(turns) if turn.role in spoken)
+        raise BadInput(f"turn {number} is of a tool; give --tools render or --tools drop")
+    counts[f"tool_turns_{'dropped' if tools == 'drop' else 'rendered'}"] += of_tools
+    if tools == "drop":
+        return [turn for turn in turns if turn.role not in spoken]
+    return [Turn(spoken.get(turn.role, turn.role), turn.text) for turn in turns]
+
+
 def usable(
-    files: list[Path],
-    format: str,
+    records: Iterator[Record],
+    tools: str,
     clean: Callable[[list[Turn], str], list[Turn] | None],
     counts: Counter,
     bad: list,
 ) -> Iterator[tuple[list[Turn], ...]]:
     """The sides of every good record, cleaned and in order; what is wrong with the others goes to bad."""
-    for record in (record for path in files for record in read_conversations(path, format)):
+    for record in records:
         counts["records"] += 1
         sides = record.sides
         try:
             if record.problem:
                 raise BadInput(record.problem)
+            sides = tuple(settle_tools(turns, tools, counts) for turns in sides)
             if len(sides) == 1:
                 cleaned = clean(sides[0], record.place)
                 if cleaned is None:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lib import hub
 from lib.errors import BadInput
 from lib.files import file_in, sha256, write_whole
 from lib.records import read_json, read_record
@@ -64,10 +65,13 @@ def forget_best_after(folder: Path, checkpoint: str):
 
 
 def place_of(path: str | Path) -> Path:
-    """The checkpoint of the lowest validation loss for RUN:best, any other path unchanged.
+    """The checkpoint of the lowest validation loss for RUN:best, the folder of a model of the Hub for
+    hf:OWNER/NAME, any other path unchanged.
 
-    Raises ValueError where a run has none.
+    Raises ValueError where a run has none, and where there is no such model.
     """
+    if str(path).startswith(hub.PREFIX):
+        return hub.fetched(str(path), "model", hub.OF_A_MODEL)
     path = Path(path)
     if not path.name.endswith(":best") or path.exists():
         return path
@@ -119,7 +123,10 @@ def checkpoint_folder(path: Path) -> Path:
     """
     path = place_of(path)
     if not path.exists():
-        raise BadInput(f"{path}: no such file or folder")
+        hint = ""
+        if len(path.parts) == 2:
+            hint = f"; a model of the Hugging Face Hub is called hf:{path}"
+        raise BadInput(f"{path}: no such file or folder{hint}")
     if not (path / "run.json").exists():
         return path
     return last_checkpoint(path)

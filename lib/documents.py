@@ -95,6 +95,17 @@ def parse_line(line: str):
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
+    for number, row in enumerate(parquet_rows(path, ("text",), only=True), 1):
+        text = row["text"]
+        if isinstance(text, str):
+            yield text
+        elif text is not None:
+            kind = type(text).__name__
+            raise BadInput(f"{path}: row {number}: field `text` is {kind}, not a string")
+
+
+def parquet_rows(path: Path, columns: tuple[str, ...], only: bool = False) -> Iterator[dict]:
+    """The rows of a .parquet, with only these columns or with all. Raises ValueError without one."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -102,15 +113,14 @@ def _read_parquet(path: Path) -> Iterator[str]:
     row = 0
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            raise BadInput(f"{path}: no column `text` (it has {', '.join(table.schema_arrow.names)})")
-        for batch in table.iter_batches(256, columns=["text"]):
-            for text in batch.column(0).to_pylist():
+        names = table.schema_arrow.names
+        for name in columns:
+            if name not in names:
+                raise BadInput(f"{path}: no column `{name}` (it has {', '.join(names)})")
+        for batch in table.iter_batches(256, columns=list(columns) if only else None):
+            for values in batch.to_pylist():
                 row += 1
-                if isinstance(text, str):
-                    yield text
-                elif text is not None:
-                    raise BadInput(f"{path}: row {row}: field `text` is {type(text).__name__}, not a string")
+                yield values
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: a text after row {row} is not UTF-8 ({error.reason})") from None
     except (pyarrow.ArrowException, OSError) as error:

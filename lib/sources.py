@@ -10,11 +10,11 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib import hub
 from lib.disk import NO_ROOM
 from lib.errors import BadInput
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
-CHAT_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
 
 MAX_WORKERS = 1024             # far more than a machine has cores
@@ -24,7 +24,8 @@ MAX_WORKERS = 1024             # far more than a machine has cores
 class Flags:
     source: tuple[str, ...] = ("stdlib",)
     """stdlib, files or folders, or a public corpus: tinyshakespeare, tinystories, fineweb-edu (its first 16 files), c4
-    (its first 8); with --template alpaca, dolly, oasst, hh-rlhf. Downloads go to a folder `downloads` beside --out"""
+    (its first 8); with --template alpaca, dolly, oasst, hh-rlhf. Downloads go to a folder `downloads` beside --out.
+    hf:OWNER/NAME is a data set of the Hugging Face Hub"""
     out: str = "data/stdlib"            # the folder to make
     tokenizer: str = "train:4096"       # a file or a model's folder, gpt2, cl100k_base, bytes, or train:SIZE
     val_fraction: float = 0.05          # of the documents, chosen by their hash
@@ -124,6 +125,9 @@ def find_files(source: tuple[str, ...], download_folder: Path, suffixes: tuple[s
         elif item in CORPORA:
             print(f"{item}: {len(CORPORA[item].urls)} file(s), licence {CORPORA[item].licence}", file=sys.stderr)
             files += [download(url, download_folder / item, CORPORA[item]) for url in CORPORA[item].urls]
+        elif (Path(item) / "dataset_info.json").exists():
+            problem = "is a folder of datasets' save_to_disk, which is not read"
+            raise BadInput(f"{item} {problem}; write it with to_parquet or to_json")
         elif Path(item).is_dir():
             inside = [path for path in sorted(Path(item).rglob("*")) if path.name.endswith(suffixes)]
             found = [path for path in inside if path.is_file() and not path.name.startswith(".")]
@@ -134,6 +138,10 @@ def find_files(source: tuple[str, ...], download_folder: Path, suffixes: tuple[s
             if not item.endswith(suffixes):
                 raise BadInput(f"{item} must end in one of {', '.join(suffixes)}")
             files.append(Path(item))
+        elif item.startswith(hub.PREFIX):
+            patterns = tuple(f"*{suffix}" for suffix in suffixes)
+            folder = hub.fetched(item, "dataset", patterns)
+            files += find_files((str(folder),), download_folder, suffixes)
         else:
             raise BadInput(f"--source {item} is neither a file, a folder, stdlib nor one of {', '.join(CORPORA)}")
     return files

@@ -17,7 +17,7 @@ def read_tokenizer(spec: str | Path) -> tuple[str, str, bytes]:
 
     Raises ValueError.
     """
-    path = Path(spec)
+    path = place_of(spec)
     if str(spec) in ("gpt2", "cl100k_base"):
         return str(spec), "tokenizer.tiktoken", _download_ranks(str(spec))
     if str(spec) == "bytes":
@@ -84,7 +84,7 @@ class Tokenizer:
     def __init__(self, spec: str | Path):
         self.name, self.file, self.data = read_tokenizer(spec)
         self.sha256 = hashlib.sha256(self.data).hexdigest()
-        self.beside = _read_beside(Path(spec), self.file)
+        self.beside = _read_beside(place_of(spec), self.file)
         try:
             self.codec = CODECS[self.file](self.data, self.name, self.beside)
         except RuntimeError as error:

@@ -59,7 +59,7 @@ def read(records: list, path: Path, format: str = "auto", removed: Path | None =
     """What is read and cleaned of records, what is said of the bad ones, and the counts."""
     counts, bad = Counter(), []
     cleaner = Cleaner(Cleaning(near_duplicates=0), removed)
-    return list(usable([write_lines(path, records)], format, cleaner, counts, bad)), bad, counts
+    return list(usable(read_conversations(write_lines(path, records), format), "", cleaner, counts, bad)), bad, counts
 
 
 def said_in_one_sentence(error: BaseException) -> bool:

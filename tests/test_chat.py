@@ -267,7 +267,7 @@ def test_an_answer_in_a_field_of_its_own_and_a_system_beside_the_turns_are_read(
     ({"instruction": "x", "output": ""}, "turn 2, the assistant's, is empty"),
     ({"messages": "x"}, "field `messages` is str, not list"),
     ({"messages": ["x"]}, "no field `from`"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 is from 'tool', neither system nor user nor assistant"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 is of a tool; give --tools render or --tools drop"),
     ({"messages": [{"role": "user", "content": "x"}]}, "the last turn is not an answer"),
     ({"messages": []}, "the last turn is not an answer"),
     ({"messages": MESSAGES, "label": False}, "its label is false"),
@@ -281,7 +281,7 @@ def test_a_bad_record_is_reported_with_its_place_and_reason(record, problem, tmp
     bad, counts = [], Counter()
     good = RECORDS["hh-rlhf" if "chosen" in record else "sharegpt"]
     path = write_json(tmp_path / "a.jsonl", [good, record, good])
-    assert len(list(usable([path], "auto", as_it_is, counts, bad))) == 2 and counts["records"] == 3
+    assert len(list(usable(read_conversations(path), "", as_it_is, counts, bad))) == 2 and counts["records"] == 3
     assert len(bad) == 1 and bad[0].startswith(f"{path}:2: ") and re.search(problem, bad[0])
 
 
@@ -333,7 +333,7 @@ def test_the_real_files_are_read(shared):
     }
     for name, (num_good, num_bad) in expected.items():
         bad = []
-        sides = list(usable([shared(name)], "auto", as_it_is, Counter(), bad))
+        sides = list(usable(read_conversations(shared(name)), "", as_it_is, Counter(), bad))
         assert (len(sides), len(bad)) == (num_good, num_bad), name
         assert all(len(each) == 1 + (name[:2] == "hh" or "dpo" in name) for each in sides)
 
@@ -501,7 +501,7 @@ def test_a_batch_of_pairs_is_as_wide_as_its_longest_and_any_number_of_ranks_read
                 assert (ours == theirs[row : row + len(ours), :width]).all()
             row += len(part.tokens)
     assert Mixture((pair_set,), "train", 399).batch(range(len(data.parts[0])), 0).tokens.shape[1] == 399
-    with pytest.raises(ValueError, match="tokens, more than --seq_len 64; prepare it with --max_len 64"):
+    with pytest.raises(ValueError, match="tokens, more than --seq_len 64; give --seq_len 388, or prepare it with"):
         Mixture((pair_set,), "train", 64)
 
 

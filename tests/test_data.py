@@ -21,8 +21,9 @@ import pytest
 from conftest import ROOT, command, flags, prepare
 from data import IGNORE, Dataset, Mixture, Tokenizer, shuffled
 from lib.documents import PIECE_CHARS, read_documents, split_documents
+from lib.record_files import SUFFIXES as CHAT_SUFFIXES
 from lib.shards import ShardWriter, token_dtype
-from lib.sources import CHAT_SUFFIXES, CORPORA, SUFFIXES, Corpus, download, find_files
+from lib.sources import CORPORA, SUFFIXES, Corpus, download, find_files
 from lib.tokenizer_training import train_tokenizer
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Assistant: <|endoftext|> <unk> <0x0A> [/INST]"
