@@ -53,6 +53,7 @@ from lib.share import World, progress
 from lib.statistics import paired_difference, summarize
 from lib.stream import TextStreams
 from lib.tables import describe_result
+from lib.with_model import asked_in_chat
 from model import Transformer
 from sample import Decoder, generate, load_model
 
@@ -90,7 +91,8 @@ class Config:
     max_prompt: int = 0
     """tokens; a longer prompt loses examples, then is cut from the left; 0 is the protocol's"""
     bos: bool = True          # begin prompts with BOS
-    chat: bool = False        # wrap prompts as LLaMA-2's chat models know them: [INST] … [/INST]
+    chat: bool = False        # ask as a user of the model's chat template
+    template: str = ""        # another one for that
     # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
     # GPU, 2,048 on a CPU
     batch_tokens: int = 0
@@ -317,6 +319,7 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
     if config.out and not finished:
         world.first(check_free, out, config.task, config.protocol)
     model, tokenizer = load_model(path, config.tokenizer, config.dtype, config.anyway)
+    config = asked_in_chat(config, path, tokenizer, world.rank == 0)
     if config.out:
         world.first(out.parent.mkdir, parents=True, exist_ok=True)
     started = time.perf_counter()

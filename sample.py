@@ -14,17 +14,19 @@ from lib.cli import BadInput, run_command  # isort: skip (first: refuses old Pyt
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data import Tokenizer
+from lib import sample_flags
 from lib.chat_formats import Turn
 from lib.conversation import Conversation
 from lib.growing import Rows
 from lib.probe import check_code
-from lib.sampling import Sampling, UniformNumbers, check_flags, next_tokens
+from lib.prompt_files import answer_file
+from lib.sample_flags import check_flags
+from lib.sampling import Sampling, UniformNumbers, next_tokens
 from lib.stream import TextStreams, show, talk
 from lib.templates import end_ids, render_prompt
 from lib.with_model import chosen_template, export_adapter, fitting_tokenizer, run_template
@@ -137,21 +139,21 @@ def generate(
 def complete(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: list[str],
+    prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     stop: tuple[str, ...] = (),
     on_text: Callable[[int, str], None] | None = None,
+    end_ids: tuple[int, ...] = (),
 ) -> list[str]:
-    """The texts that follow the prompts, up to EOS, BOS or a stop string.
+    """The texts that follow prompts of ids, up to EOS, BOS, one of end_ids or a stop string.
 
     on_text(row, text) gets them as they come.
     """
-    rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    texts = TextStreams(tokenizer, rows, stop, on_text)
+    texts = TextStreams(tokenizer, prompts, stop, on_text)
     # a model trained on documents that only begin with BOS ends one by beginning the next
-    ends = (tokenizer.eos_id, tokenizer.bos_id)
-    generate(model, rows, max_new_tokens, sampling, ends, texts.add)
+    end_ids = (tokenizer.eos_id, tokenizer.bos_id, *end_ids)
+    generate(model, prompts, max_new_tokens, sampling, end_ids, texts.add)
     return texts.end()
 
 
@@ -206,27 +208,19 @@ def load_model(
 
 @dataclass(frozen=True, kw_only=True)
 class Core:
+    """The flags to read first; lib/sample_flags.py has those of chats, files and exports."""
+
     model: str
     """a run or checkpoint folder, a Hugging Face or Meta folder, or a llama2.c .bin"""
     prompt: tuple[str, ...] = ("",)
     """one text to continue, or several; blanks at the end are left off"""
-    tokenizer: str = ""              # where the model's folder holds none
     num: int = 1                     # samples of each prompt
     max_new_tokens: int = 200        # a sample may end earlier, at EOS
     stop: tuple[str, ...] = ()       # texts at which a sample ends
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
-    chat: bool = False               # talk on the terminal, with lines from it or from a pipe
-    template: str = ""               # of a chat; where the model's run does not name it
-    system: str = ""                 # an instruction before a chat
-    anyway: bool = False             # also take a run whose model.py computed something else
-    trust_variant: bool = False      # run the code that a variant's folder brings; read it first
-    export: str = ""
-    """instead write the model there as a Hugging Face folder, auto being fp32"""
-    export_adapter: str = ""         # instead write the adapter of a LoRA run there, as PEFT does
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Sampling, Core):
+class Config(Sampling, sample_flags.Flags, Core):
     """Continue text with a trained model."""
 
     temperature: float = 0.8  # 0 is greedy
@@ -234,22 +228,19 @@ class Config(Sampling, Core):
 
 
 def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):
-    prompts = []
     rows, shown = [], []
     for prompt in config.prompt:
-        prompts += [prompt] * config.num
-    for prompt in prompts:
         row = tokenizer.encode_prompt(prompt)
-        rows.append(row)
-        shown.append(tokenizer.decode(row))
+        rows += [row] * config.num
+        shown += [tokenizer.decode(row)] * config.num
     check_prompts(model, rows)
     settings = (config.max_new_tokens, config, config.stop)
-    if len(prompts) == 1:  # as it comes
+    if len(rows) == 1:  # as it comes
         show(shown[0])
-        complete(model, tokenizer, prompts, *settings, on_text=lambda row, text: show(text))
+        complete(model, tokenizer, rows, *settings, on_text=lambda row, text: show(text))
         print()
         return
-    texts = complete(model, tokenizer, prompts, *settings)
+    texts = complete(model, tokenizer, rows, *settings)
     for number, text in enumerate(texts):
         print(f"--- {number + 1}")
         print(shown[number] + text)
@@ -266,8 +257,11 @@ def main(config: Config):
         dtype = "fp32"  # the same folder on any machine
     model, tokenizer = load_model(config.model, config.tokenizer, dtype, config.anyway)
     if config.export:
-        save(model, config.export, tokenizer, run_template(config.template, config.model))
+        template = run_template(config.template, config.model)
+        save(model, config.export, tokenizer, template)
         print(f"wrote {config.export}")
+    elif config.prompts:
+        answer_file(config, model, tokenizer, complete)
     elif config.chat:
         template = chosen_template(config.template, config.model, tokenizer)
         chat = Chat(model, tokenizer, template, config.system)

@@ -126,7 +126,7 @@ def _field(record, *names: str, kind: type = str):
     return value
 
 
-def _messages(record: dict) -> tuple[list[Turn]]:
+def messages_of(record: dict) -> tuple[list[Turn]]:
     """ShareGPT and OpenAI; an answer whose label is false was marked as a bad one."""
     if record.get("label") is False:
         raise BadInput("its label is false: answers not to learn from")
@@ -180,7 +180,7 @@ def _completion(record: dict) -> tuple[list[Turn]]:
         part = _field(record, name, kind=object)
         if isinstance(part, str):
             part = [{"role": role, "content": part}]
-        turns += _messages({"messages": part})[0]
+        turns += messages_of({"messages": part})[0]
     return (turns,)
 
 
@@ -228,14 +228,14 @@ def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
         if not isinstance(answer, list):
             answer = [answer]
         whole = answer if len(answer) > 1 else [*asked, *answer]
-        (side,) = _messages(record | {"conversations": whole})
+        (side,) = messages_of(record | {"conversations": whole})
         sides.append(side)
     return tuple(sides)
 
 
 FORMATS = {
-    "sharegpt": _messages,
-    "openai": _messages,
+    "sharegpt": messages_of,
+    "openai": messages_of,
     "alpaca": _instruction,
     "dolly": _instruction,
     "completion": _completion,

@@ -67,6 +67,8 @@ def check_task_flags(config):
             flag = "--chat"
         why = "which reads a text as it is, after BOS"
         raise BadInput(f"{flag} does nothing for perplexity, {why}")
+    if config.template and not config.chat:
+        raise BadInput(f"--template {config.template} is for --chat, which is off")
     if config.task == "passkey" and config.data:
         raise BadInput(f"--data {config.data} is not read for passkey, which makes its prompts")
     if config.task != "passkey" and not config.data:

@@ -1,6 +1,6 @@
 """Questions as a model sees them: token ids of a context, and what may follow it.
 
-config is eval.py's Config; of it bos, chat, subjects, task and data are used.
+config is eval.py's Config; of it bos, chat, template, subjects, task and data are used.
 """
 
 import contextlib
@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from lib.chat_formats import Turn
 from lib.errors import BadInput
+from lib.template_forms import form_of
+from lib.templates import render_prompt
 
 Pair = tuple[list[int], list[int]]  # ids of a context, and of what may follow it
 
@@ -57,12 +60,13 @@ def prompt_hash(question: Question) -> bytes:
 # ---- ids ----
 
 
-def in_chat(config, text: str) -> str:
-    return f"[INST] {text} [/INST]" if config.chat else text
-
-
 def encode(config, tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(in_chat(config, text), bos=config.bos)
+    if not config.chat:
+        return tokenizer.encode(text, bos=config.bos)
+    ids = render_prompt([Turn("user", text)], config.template, tokenizer)
+    if not config.bos and ids[0] == tokenizer.bos_id:
+        return ids[1:]
+    return ids
 
 
 def pair(config, tokenizer, context: str, text: str) -> Pair:
@@ -75,7 +79,10 @@ def pair(config, tokenizer, context: str, text: str) -> Pair:
     """
     stripped = context.rstrip()
     text = context[len(stripped) :] + text
-    context = in_chat(config, stripped)
+    context = stripped
+    if config.chat and context:
+        before, _, _ = form_of(config.template).answer.partition("{answer}")
+        return encode(config, tokenizer, context), tokenizer.encode_after(before + text.strip())
     bos = config.bos or not context
     head = tokenizer.encode(context, bos=bos)
     whole = tokenizer.encode(context + text, bos=bos)

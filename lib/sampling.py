@@ -37,18 +37,6 @@ class Sampling:
             raise BadInput(f"{wrong} must be a number above 0")
 
 
-def check_flags(config):
-    """Raise ValueError for flags of sample.py that are out of range."""
-    for name, most in MOST.items():
-        number = getattr(config, name)
-        if not 1 <= number <= most:
-            bound = "at least 1" if number < 1 else f"at most {most:,}"
-            raise BadInput(f"--{name} {number} must be {bound}")
-    config.check()
-    if not config.prompt or "" in config.stop:
-        raise BadInput('--prompt needs a text ("" is one), and --stop texts that are not empty')
-
-
 def choose(
     logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor
 ) -> Tensor:

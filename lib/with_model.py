@@ -1,5 +1,6 @@
 """What a model's folder brings beside its weights: its tokenizer, a chat's template, an adapter."""
 
+import dataclasses
 from pathlib import Path
 
 from lib.errors import BadInput
@@ -45,6 +46,20 @@ def chosen_template(named: str, path: str, tokenizer: Tokenizer) -> str:
         known = f"name one of {', '.join(TEMPLATES)} with --template"
         raise BadInput(f"{path} names no template that is known here; {known}")
     return template
+
+
+def asked_in_chat(config, path: str, tokenizer: Tokenizer, say: bool):
+    """eval.py's flags with the template that --chat asks in: its own, and LLaMA-2's where the model
+    at path has none; says which, unless another process does."""
+    if not config.chat:
+        return config
+    template = run_template(config.template, path) or known_template(tokenizer)
+    whose = "--template" if config.template else "the model's own"
+    if not template:
+        template, whose = "llama2-chat", "LLaMA-2's, for the model has none"
+    if say:
+        print(f"chat template: {template} ({whose})", flush=True)
+    return dataclasses.replace(config, template=template)
 
 
 def export_adapter(path: str, out: str, named: str, config_class: type):

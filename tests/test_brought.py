@@ -82,7 +82,7 @@ def test_a_row_of_too_many_cells_and_empty_cells_are_bad(tmp_path):
     (tmp_path / "a.csv").write_text('question,reply\nQ1,A1\nQ2,"A,2",more\nQ3,\n')
     found = list(read_conversations(tmp_path / "a.csv", columns="question=user,reply=assistant"))
     assert [record.problem for record in found] == ["", "more cells than the 2 columns", ""]
-    with pytest.raises(ValueError, match="a.csv:3: more cells .*; .*a.csv:4: turn 2, the assistant's, is empty"):
+    with pytest.raises(ValueError, match="1 of 3 records are bad, .*a.csv:3: more cells"):
         chats(tmp_path, tmp_path / "a.csv", fields="question=user,reply=assistant")
 
 
@@ -194,3 +194,100 @@ def test_without_a_network_a_name_of_the_hub_is_one_sentence(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("sample.py: hf:who/model: this model cannot be fetched (")
     done = command("sample.py", "--model", "who/model", cwd=tmp_path, check=False)
     assert "who/model: no such file or folder; a model of the Hugging Face Hub is called hf:who/model" in done.stderr
+
+
+# ---- files of prompts ----
+
+
+@pytest.fixture
+def folder(tmp_path, shared):
+    """A model that learned stories, exported with a chat template, and forty prompts."""
+    from data import Tokenizer
+    from model import load, save
+
+    tokenizer = Tokenizer(shared("stories260K/tok512.rebuilt.model"))
+    model = load(shared("stories260K/stories260K.bin"))
+    save(model, tmp_path / "chat", tokenizer, "plain")
+    save(model, tmp_path / "text", tokenizer)
+    names = ["Lily", "Tom", "a cat", "the sun"]
+    rows = [{"prompt": f"Once upon a time, {names[n % 4]} saw {n}", "id": n} for n in range(40)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def answer(folder, *words: str, check: bool = True):
+    settings = ("--max_new_tokens", "12", "--dtype", "fp32")
+    return command("sample.py", "--prompts", "p.jsonl", *settings, *words, cwd=folder, check=check)
+
+
+def test_a_file_of_prompts_is_answered_and_goes_on_where_it_was(folder):
+    from data import Tokenizer
+    from model import load
+    from sample import Chat, Sampling, complete
+
+    answer(folder, "--model", "text", "--out", "text.jsonl", "--temperature", "0")
+    lines = [json.loads(line) for line in (folder / "text.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(range(40))
+    model, tokenizer = load(folder / "text").eval(), Tokenizer(folder / "text")
+    prompts = [tokenizer.encode_prompt(line["prompt"]) for line in lines[:5]]
+    assert complete(model, tokenizer, prompts, 12) == [line["answer"] for line in lines[:5]]
+
+    answer(folder, "--model", "chat", "--out", "a.jsonl", "--seed", "3")
+    whole = (folder / "a.jsonl").read_bytes()
+    cut = whole.splitlines(keepends=True)
+    for kept in (b"".join(cut[:20]) + cut[20][:30], b"".join(cut[:16]), b""):
+        (folder / "a.jsonl").write_bytes(kept)
+        answer(folder, "--model", "chat", "--out", "a.jsonl", "--seed", "3")
+        assert (folder / "a.jsonl").read_bytes() == whole
+    done = answer(folder, "--model", "chat", "--out", "a.jsonl", "--seed", "4", check=False)
+    assert done.returncode == 2 and "line 1 is no answer to the prompt at this place" in done.stderr
+    assert (folder / "a.jsonl").read_bytes() == whole
+    answer(folder, "--model", "chat", "--out", "b.jsonl", "--temperature", "0")
+    first = json.loads((folder / "b.jsonl").read_text().splitlines()[0])
+    chat = Chat(model, tokenizer, "plain")
+    assert first["answer"].strip() == chat.answer(first["prompt"], 12, Sampling(), lambda text: None)
+
+
+def test_prompts_may_be_messages_or_have_an_input(folder):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}]}, {"question": "Hi"}, {"instruction": "Hi"},
+        {"instruction": "Hi", "input": "there"}, {"text": "Hi"},
+    ]  # fmt: skip
+    (folder / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answer(folder, "--model", "chat", "--out", "a.jsonl", "--temperature", "0")
+    keys = [json.loads(line)["key"] for line in (folder / "a.jsonl").read_text().splitlines()]
+    assert keys[0] == keys[1] == keys[2] == keys[4] != keys[3]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"prompts": "x"}, "p.jsonl:1: it has none of the fields prompt, question, instruction, text, messages"),
+    ([], "p.jsonl:1: it is not an object"), ({"prompt": "x " * 999}, "p.jsonl:1: .* do not fit the model's window"),
+    ({"messages": []}, "p.jsonl:1: messages need a model of chats"),
+])  # fmt: skip
+def test_a_prompt_that_cannot_be_asked_is_named_before_any_is(row, message, folder):
+    import re
+
+    (folder / "p.jsonl").write_text(json.dumps(row))
+    done = answer(folder, "--model", "text", "--out", "a.jsonl", check=False)
+    assert done.returncode == 2 and re.search(message, done.stderr) and not (folder / "a.jsonl").exists()
+    done = answer(folder, "--model", "text", check=False)
+    assert "go together" in done.stderr
+
+
+def test_an_evaluation_asks_in_the_models_own_template(folder):
+    rows = [{"context": f"Is {n} a number?", "choices": ["Yes", "No"], "answer": 0} for n in range(4)]
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain = ("eval.py", "--task", "choices", "--data", "q.jsonl", "--chat")
+    scores = {}
+    for name, more, template in (
+        ("own", ("--model", "chat"), "plain (the model's own)"),
+        ("named", ("--model", "text", "--template", "plain"), "plain (--template)"),
+        ("none", ("--model", "text"), "llama2-chat (LLaMA-2's, for the model has none)"),
+    ):
+        done = command(*plain, *more, "--out", f"{name}.json", cwd=folder)
+        assert f"chat template: {template}" in done.stdout
+        scores[name] = [json.loads(line)["key"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        assert json.loads((folder / f"{name}.json").read_text())["template"] == template.split()[0]
+    assert scores["own"] == scores["named"] != scores["none"]
+    done = command(*plain[:-1], "--model", "text", "--template", "plain", cwd=folder, check=False)
+    assert done.returncode == 2 and "--template plain is for --chat, which is off" in done.stderr

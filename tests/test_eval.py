@@ -98,7 +98,7 @@ def test_the_other_protocols_differ_where_their_references_do(shared, llama):
     assert llama.decode(harness.context) == PROMPT.replace("about  ", "about ")
     written = questions_of(llama, shared("mmlu/data"), protocol="instructeval", **options)[0]
     assert llama.decode(written.context) == PROMPT and not written.choices and written.target == "B"
-    chat = questions_of(llama, shared("mmlu/data"), chat=True, **options)[0]
+    chat = questions_of(llama, shared("mmlu/data"), chat=True, template="llama2-chat", **options)[0]
     assert llama.decode(chat.context) == f"[INST] {PROMPT} [/INST]" and chat.choices[0][1] == [319]
 
 

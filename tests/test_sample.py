@@ -203,16 +203,17 @@ def test_a_stop_string_ends_the_text_wherever_it_is_split():
 def test_a_completion_streams_what_it_returns(stories):
     model, tokenizer = stories
     got = {0: "", 1: ""}
+    prompts = [tokenizer.encode_prompt(text) for text in ("Once upon a time ", "Lily")]
     texts = complete(
         model,
         tokenizer,
-        ["Once upon a time ", "Lily"],
+        prompts,
         40,
         on_text=lambda row, text: got.update({row: got[row] + text}),
     )
     assert texts == [got[0], got[1]] and texts[0].startswith(", there was a little")
-    assert texts[1] == complete(model, tokenizer, ["Lily"], 40)[0]
-    stopped = complete(model, tokenizer, ["Once upon a time ", "Lily"], 40, stop=("girl",))
+    assert texts[1] == complete(model, tokenizer, prompts[1:], 40)[0]
+    stopped = complete(model, tokenizer, prompts, 40, stop=("girl",))
     assert stopped[0] == texts[0].split("girl")[0]
 
 
