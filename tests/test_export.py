@@ -150,3 +150,17 @@ def test_generation_ends_at_the_tokens_at_which_a_chat_ends(shared, tmp_path):
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 1]}
     config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     assert config["add_prefix_space"] and config["add_bos_token"]
+
+
+def test_llama_cpp_finds_the_template_and_the_ends(shared, tmp_path):
+    """Its converter asks the gguf package for these, and takes tokenizer.model as it is."""
+    import gguf
+
+    ours = of_kind("trained", shared, tmp_path)
+    save(tiny(ours), tmp_path / "m", ours, "vicuna")
+    found = gguf.SpecialVocab(tmp_path / "m", load_merges=False)
+    assert found.special_token_ids == {"bos": ours.bos_id, "eos": ours.eos_id}
+    assert found.add_special_token["bos"] and found.chat_template.startswith("{%- set given")
+    config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is False  # or it would put a blank before every prompt
+    assert (tmp_path / "m" / "tokenizer.model").read_bytes() == ours.data
