@@ -27,6 +27,7 @@ from lib.probe import check_code
 from lib.prompt_files import answer_file
 from lib.sample_flags import check_flags
 from lib.sampling import Sampling, UniformNumbers, next_tokens
+from lib.server import serve
 from lib.stream import TextStreams, show, talk
 from lib.templates import end_ids, render_prompt
 from lib.with_model import chosen_template, export_adapter, fitting_tokenizer, run_template
@@ -37,10 +38,7 @@ class Decoder:
     """A model and what each row has read so far: gives the logits of the next token."""
 
     def __init__(self, model: Transformer, rows: int, size: int, prefix: "Decoder | None" = None):
-        """Room for so many rows and tokens.
-
-        Each row begins with what prefix, a Decoder of one row, has read.
-        """
+        """Room for so many rows and tokens; each row begins with what prefix, of one row, read."""
         weight = model.norm.weight
         self.model = model
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
@@ -146,10 +144,8 @@ def complete(
     on_text: Callable[[int, str], None] | None = None,
     end_ids: tuple[int, ...] = (),
 ) -> list[str]:
-    """The texts that follow prompts of ids, up to EOS, BOS, one of end_ids or a stop string.
-
-    on_text(row, text) gets them as they come.
-    """
+    """The texts that follow prompts of ids, up to EOS, BOS, one of end_ids or a stop string;
+    on_text(row, text) gets them as they come."""
     texts = TextStreams(tokenizer, prompts, stop, on_text)
     # a model trained on documents that only begin with BOS ends one by beginning the next
     end_ids = (tokenizer.eos_id, tokenizer.bos_id, *end_ids)
@@ -188,7 +184,10 @@ class Chat(Conversation):
 
 
 def load_model(
-    path: str, tokenizer: str = "", dtype: str = "auto", anyway: bool = False
+    path: str,
+    tokenizer: str = "",
+    dtype: str = "auto",
+    anyway: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer.
 
@@ -262,10 +261,11 @@ def main(config: Config):
         print(f"wrote {config.export}")
     elif config.prompts:
         answer_file(config, model, tokenizer, complete)
-    elif config.chat:
+    elif config.chat or config.serve:
         template = chosen_template(config.template, config.model, tokenizer)
         chat = Chat(model, tokenizer, template, config.system)
-        talk(chat, config.max_new_tokens, config)
+        begin = serve if config.serve else talk
+        begin(chat, config)
     else:
         print_samples(config, model, tokenizer)
 

@@ -8,13 +8,7 @@ from typing import NamedTuple
 
 from lib.errors import BadInput
 from lib.record_files import read_records
-
-
-class Turn(NamedTuple):
-    """What one side of a conversation says."""
-
-    role: str  # "system", "user" or "assistant"; in a file also "call" and "tool", see lib/chats.py
-    text: str
+from lib.turns import ROLES, Turn, field_of, in_columns, roles_of
 
 
 class Record(NamedTuple):
@@ -26,14 +20,6 @@ class Record(NamedTuple):
     problem: str = ""
 
 
-SAID_BY = ("system", "user", "assistant")
-ROLES = {name: role for role, names in {
-    "system": "system developer",
-    "user": "user human",
-    "assistant": "assistant gpt model bot chatgpt",
-    "call": "function_call tool_call",  # of a tool, by the assistant
-    "tool": "tool function observation function_response tool_response ipython",
-}.items() for name in names.split()}  # fmt: skip
 INPUT = "\n\n### Input:\n"  # stands between the instruction and the input of an Alpaca record
 
 
@@ -55,27 +41,6 @@ def read_conversations(path: Path, format: str = "auto", columns: str = "") -> I
             yield Record(place, sides)
 
 
-def roles_of(columns: str) -> dict[str, str]:
-    """The role of each column in --fields, as `question=user,reply=assistant`. Raises ValueError."""
-    wanted = {}
-    for pair in filter(None, columns.split(",")):
-        name, _, role = map(str.strip, pair.partition("="))
-        if role not in SAID_BY or not name:
-            known = f"such as question=user,reply=assistant; a role is {', '.join(SAID_BY)}"
-            raise BadInput(f"--fields {columns}: {pair!r} is not a column and its role, {known}")
-        wanted[name] = role
-    if wanted and not {"user", "assistant"} <= set(wanted.values()):
-        raise BadInput(f"--fields {columns} must name a column of the user and one of the assistant")
-    return wanted
-
-
-def _columns(record: dict, wanted: dict[str, str]) -> tuple[list[Turn]]:
-    """The turns in the named columns, a system's first; an empty one of the system is none."""
-    turns = [Turn(role, _field(record, name)) for name, role in wanted.items()
-             if role != "system" or record.get(name)]
-    return (sorted(turns, key=lambda turn: SAID_BY.index(turn.role)),)
-
-
 def _read_record(record, format: str, wanted: dict[str, str]) -> tuple[list[Turn], ...]:
     """The conversation of a record, or both of a pair. Raises ValueError for a bad record."""
     if isinstance(record, ValueError):
@@ -84,7 +49,7 @@ def _read_record(record, format: str, wanted: dict[str, str]) -> tuple[list[Turn
         raise BadInput(f"a {type(record).__name__}, not an object")
     record = {name: value for name, value in record.items() if value is not None}
     if wanted:
-        sides = _columns(record, wanted)
+        sides = (in_columns(record, wanted),)
     else:
         sides = FORMATS[detect(record) if format == "auto" else format](record)
     for side in sides:
@@ -97,7 +62,7 @@ def detect(record: dict) -> str:
     """The format of a record, by its fields. Raises ValueError for an unknown one."""
     if {"chosen", "rejected"} & record.keys():
         for name in ("chosen", "rejected"):
-            _field(record, name, kind=object)
+            field_of(record, name, kind=object)
         whole_text = isinstance(record["chosen"], str) and "prompt" not in record
         return "hh-rlhf" if whole_text else "pairs"
     if "conversations" in record or "messages" in record:
@@ -111,31 +76,16 @@ def detect(record: dict) -> str:
     raise BadInput(f"no known format has the fields {', '.join(record)}")
 
 
-def _field(record, *names: str, kind: type = str):
-    """The first of these fields that is there.
-
-    Raises ValueError without one, and for another type.
-    """
-    there = [name for name in names if isinstance(record, dict) and name in record]
-    if not there:
-        raise BadInput(f"no field `{names[0]}`")
-    name = there[0]
-    value = record[name]
-    if not isinstance(value, kind):
-        raise BadInput(f"field `{name}` is {type(value).__name__}, not {kind.__name__}")
-    return value
-
-
 def messages_of(record: dict) -> tuple[list[Turn]]:
     """ShareGPT and OpenAI; an answer whose label is false was marked as a bad one."""
     if record.get("label") is False:
         raise BadInput("its label is false: answers not to learn from")
-    items = _field(record, "conversations", "messages", kind=list)
+    items = field_of(record, "conversations", "messages", kind=list)
     turns = []
     if isinstance(record.get("system"), str):
         turns.append(Turn("system", record["system"]))
     for number, item in enumerate(items, 1):
-        role = _field(item, "from", "role")
+        role = field_of(item, "from", "role")
         if role not in ROLES:
             problem = "neither system nor user nor assistant"
             raise BadInput(f"turn {number} is from {role!r}, {problem}")
@@ -146,8 +96,16 @@ def messages_of(record: dict) -> tuple[list[Turn]]:
             said = f"{item.get('content') or ''}\n\n{called}".strip()
             turns.append(Turn("call", said))
         else:
-            turns.append(Turn(ROLES[role], _field(item, "value", "content")))
+            turns.append(Turn(ROLES[role], _text_of(item)))
     return (turns,)
+
+
+def _text_of(item: dict) -> str:
+    """What a message says, which OpenAI may write in parts."""
+    parts = item.get("content")
+    if isinstance(parts, list) and all(isinstance(part, dict) for part in parts):
+        return "".join(field_of(part, "text") for part in parts)
+    return field_of(item, "value", "content")
 
 
 def _instruction(record: dict) -> tuple[list[Turn]]:
@@ -156,19 +114,19 @@ def _instruction(record: dict) -> tuple[list[Turn]]:
     more = record.get("context") or record.get("input") or ""
     if not isinstance(more, str):
         raise BadInput(f"the input is {type(more).__name__}, not str")
-    question = _field(record, "instruction")
+    question = field_of(record, "instruction")
     if more.strip():
         question += INPUT + more
     turns = []
     if record.get("system"):
-        turns.append(Turn("system", _field(record, "system")))
-    history = _field(record, "history", kind=list) if record.get("history") else []
+        turns.append(Turn("system", field_of(record, "system")))
+    history = field_of(record, "history", kind=list) if record.get("history") else []
     for pair in history:
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
             raise BadInput("field `history` is not pairs of a question and its answer")
         asked, answered = pair
         turns += [Turn("user", asked), Turn("assistant", answered)]
-    answer = _field(record, "output", "response")
+    answer = field_of(record, "output", "response")
     turns += [Turn("user", question), Turn("assistant", answer)]
     return (turns,)
 
@@ -177,7 +135,7 @@ def _completion(record: dict) -> tuple[list[Turn]]:
     """TRL's and OpenAI's prompt and completion, each a text or messages."""
     turns = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
-        part = _field(record, name, kind=object)
+        part = field_of(record, name, kind=object)
         if isinstance(part, str):
             part = [{"role": role, "content": part}]
         turns += messages_of({"messages": part})[0]
@@ -194,18 +152,18 @@ def _dialogue(text: str, names: str) -> list[Turn]:
 
 def _oasst(record: dict) -> tuple[list[Turn]]:
     """`### Human:` and `### Assistant:` in one text, the last answer perhaps in its own field."""
-    turns = _dialogue(_field(record, "input", "text"), r"### (Human|Assistant):")
+    turns = _dialogue(field_of(record, "input", "text"), r"### (Human|Assistant):")
     if turns and "output" in record:
         begun = turns.pop().text if turns[-1].role == "assistant" else ""
-        turns.append(Turn("assistant", begun + _field(record, "output")))
+        turns.append(Turn("assistant", begun + field_of(record, "output")))
     return (turns,)
 
 
 def _hh(record: dict) -> tuple[list[Turn], list[Turn]]:
     """Anthropic's HH-RLHF: two whole conversations, each one text."""
     names = r"\n\n(Human|Assistant):"
-    chosen = _dialogue(_field(record, "chosen"), names)
-    rejected = _dialogue(_field(record, "rejected"), names)
+    chosen = _dialogue(field_of(record, "chosen"), names)
+    rejected = _dialogue(field_of(record, "rejected"), names)
     return chosen, rejected
 
 
@@ -222,7 +180,7 @@ def _pairs(record: dict) -> tuple[list[Turn], list[Turn]]:
         raise BadInput(f"what was asked is {type(asked).__name__}, {problem}")
     sides = []
     for name in ("chosen", "rejected"):
-        answer = _field(record, name, kind=object)
+        answer = field_of(record, name, kind=object)
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
         if not isinstance(answer, list):

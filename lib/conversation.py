@@ -42,15 +42,22 @@ class Conversation:
         return ids
 
     def answer(
-        self, text: str, max_new_tokens: int, sampling, on_text: Callable[[str], None]
+        self,
+        text: str,
+        max_new_tokens: int,
+        sampling,
+        on_text: Callable[[str], None],
+        stop: tuple[str, ...] = (),
     ) -> str:
-        """The model's answer, up to EOS, which is then part of the history.
+        """The model's answer, up to EOS or a stop string, which is then part of the history.
 
         on_text gets it as it comes. At least half of the context window is for what was said, the
         rest, if so much is asked for, for the answer.
         """
         ids = self.prompt(text, min(max_new_tokens, self.window // 2))
-        stream, parts = TextStream(self.tokenizer, ids), []
+        stream, parts = TextStream(self.tokenizer, ids, stop), []
+        most = min(max_new_tokens, self.window - len(ids))
+        self.num_read, self.num_written = len(ids), 0  # tokens
 
         def hand_out(text: str):
             text = text if parts else text.lstrip()
@@ -59,15 +66,18 @@ class Conversation:
                 on_text(text)
 
         def add(_, token: int) -> bool:
+            self.num_written += 1
             hand_out(stream.add(token))
-            return False
+            return stream.finished
 
         try:
-            self.write(ids, min(max_new_tokens, self.window - len(ids)), sampling, add)
+            self.write(ids, most, sampling, add)
         except ValueError:
             self.turns.pop()  # a question without an answer is no exchange
             raise
         hand_out(stream.end())
+        ended = stream.finished or self.num_written < most
+        self.ended_by = "stop" if ended else "length"
         said = "".join(parts).strip()
         if said:
             self.turns.append(self.turn("assistant", said))

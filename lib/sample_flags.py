@@ -17,6 +17,7 @@ class Flags:
     chat: bool = False               # talk on the terminal, with lines from it or from a pipe
     template: str = ""               # a name or a file; where the model does not say it
     system: str = ""                 # an instruction before a chat
+    serve: int = 0                   # a page to talk on and OpenAI's chat route, at this port
     # a file of prompts
     prompts: str = ""
     """.jsonl, .json, .csv or .parquet with a field prompt, question, instruction or messages; a
@@ -42,5 +43,7 @@ def check_flags(config):
     if bool(config.prompts) != bool(config.out) or config.out and not config.out.endswith(".jsonl"):
         names = f'--prompts "{config.prompts}" and --out "{config.out}"'
         raise BadInput(f"{names} go together: a file to read, and one to write that ends in .jsonl")
+    if not 0 <= config.serve < 65_536:
+        raise BadInput(f"--serve {config.serve} is no port: 1 to 65535, such as 8000")
     if config.prompts and config.num > 1:
         raise BadInput(f"--num {config.num} does not go with --prompts: each has one answer")

@@ -90,7 +90,7 @@ class TextStreams:
             self.on_text(row, text)
 
 
-def talk(chat, max_new_tokens: int, sampling):
+def talk(chat, config):
     """A sample.Chat on the terminal, or with lines from a pipe, until its end or Ctrl-C.
 
     /reset forgets what was said.
@@ -104,14 +104,14 @@ def talk(chat, max_new_tokens: int, sampling):
             if text == "/reset":
                 chat.forget()
             elif text:
-                _answer(chat, text, max_new_tokens, sampling)
+                _answer(chat, text, config)
     except (EOFError, KeyboardInterrupt):
         print()
 
 
-def _answer(chat, text: str, max_new_tokens: int, sampling):
+def _answer(chat, text: str, config):
     try:
-        chat.answer(text, max_new_tokens, sampling, show)
+        chat.answer(text, config.max_new_tokens, config, show)
         print()
     except ValueError as error:
         print(error, file=sys.stderr)

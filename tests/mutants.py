@@ -579,6 +579,16 @@ MUTANTS = [
            "    return re.sub(places, value, text)",
            "    for name in values:\n        text = text.replace(name, values[name])\n    return text",
            "brought: template_of_your_own"),
+    # ---- the page to talk on ----
+    Mutant("another site's page is answered", "lib/server.py",
+           "if self.is_foreign() or self.headers.get_content_type()", "if self.headers.get_content_type()",
+           "serve: other_sites"),
+    Mutant("a request may be of any size", "lib/server.py",
+           "or int(size) > LARGEST", "", "serve: other_sites"),
+    Mutant("an answer that was cut ended by itself", "lib/conversation.py",
+           '"stop" if ended else "length"', '"stop"', "serve: client_of_openai"),
+    Mutant("stop strings do nothing in a chat", "lib/conversation.py",
+           "            return stream.finished", "            return False", "serve: what_a_request_says"),
 ]  # fmt: skip
 
 

@@ -133,10 +133,13 @@ def test_a_template_of_your_own_is_a_small_file(tmp_path):
 
     (tmp_path / "mine.toml").write_text(MINE)
     turns = [Turn("user", "Hi {answer}"), Turn("assistant", "Ho {question}"), Turn("user", "B"), Turn("assistant", "C")]
+    told = [Turn("system", "A {question}"), *turns[:2]]
     tokenizer = Tokenizer("bytes")
     ids, mask = render(turns, str(tmp_path / "mine.toml"), tokenizer)
     text = "<s>Short.\n\nQ: Hi {answer}\nA:⟦ Ho {question}</s>⟧\nQ: B\nA:⟦ C</s>⟧"
     assert bracketed(ids, mask, tokenizer) == text
+    text = bracketed(*render(told, str(tmp_path / "mine.toml"), tokenizer), tokenizer)
+    assert text == "<s>A {question}\n\nQ: Hi {answer}\nA:⟦ Ho {question}</s>⟧"
     write_csv(tmp_path / "a.csv", ROWS)
     flags = dict(fields="question=user,reply=assistant", template=str(tmp_path / "mine.toml"))
     meta = chats(tmp_path, tmp_path / "a.csv", **flags)
