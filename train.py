@@ -2,7 +2,7 @@
 
     python train.py                                           # the standard library, three minutes
     python train.py --data data/NAME --size 15M --out out/RUN
-    torchrun --nproc_per_node 8 train.py --data data/NAME ... # the same run on 8 GPUs
+    torchrun --standalone --nproc_per_node 8 train.py ...     # the same run on 8 GPUs
     python train.py --resume out/RUN                          # continues it exactly
     python train.py --plan --size 7B --seq_len 4096 --gpus 8  # would it fit, how long would it take
 
