@@ -3,7 +3,7 @@
     python bench.py                                  # speed and memory of the 15M model
     python bench.py --size 7B --seq_len 4096 --micro_batch 1 --peer hf --out results.json
     python bench.py --size 7B --seq_len 4096 --micro_batch 16 --sweep   # the fastest that fits
-    torchrun --nproc_per_node 8 bench.py ...         # the same on 8 GPUs
+    torchrun --standalone --nproc_per_node 8 bench.py ...               # the same on 8 GPUs
 
 The step is that of train.py, on random tokens that are already there; a speed is the median of
 several rounds. Where two are compared their rounds take turns, each with a model of its own that is

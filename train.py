@@ -2,7 +2,7 @@
 
     python train.py                                           # the standard library, three minutes
     python train.py --data data/NAME --size 15M --out out/RUN
-    torchrun --nproc_per_node 8 train.py --data data/NAME ... # the same run on 8 GPUs
+    torchrun --standalone --nproc_per_node 8 train.py ...     # the same run on 8 GPUs
     python train.py --resume out/RUN                          # continues it exactly
     python train.py --plan --size 7B --seq_len 4096 --gpus 8  # would it fit, how long would it take
 
@@ -228,6 +228,7 @@ def train_step(
     dist.all_reduce(counts)                               # of all ranks
     each = torch.zeros(size, len(batches), len(objective.names), device=device)
     for i, batch in enumerate(batches):
+        lora.choose_dropped(model, batch, config)         # nothing without --lora_dropout
         is_last = i == len(batches) - 1                   # gradients are reduced with it
         model.set_requires_gradient_sync(config.reduce_each or is_last)
         sums = objective.sums(model, batch) / (counts[0].clamp(min=1) / size)
@@ -371,10 +372,8 @@ def plan(config: Config) -> str:
     """What a run would need on --gpus of --gpu; nothing is run."""
     train_flags.check_flags(config, config.gpus)
     model = empty_model(planned_config(config, SIZES), config)
-    data = None
-    if config.epochs:
-        data = Mixture(config.data, "train", config.seq_len, config.pack)
-    return planning.plan(model, config, data)
+    parts = (config.data, "train", config.seq_len, config.pack)
+    return planning.plan(model, config, Mixture(*parts) if config.epochs else None)
 
 
 def main(config: Config):

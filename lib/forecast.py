@@ -37,11 +37,17 @@ def tally(part: nn.Module, size: int) -> Tally:
 
 
 def kept_bytes(
-    shape, mode: str, compiled: bool, size: int, rank: int = 0, targets: str = ""
+    shape,
+    mode: str,
+    compiled: bool,
+    size: int,
+    rank: int = 0,
+    targets: str = "",
+    dropout: bool = False,
 ) -> int:
     """Bytes that one block keeps of a token for its backward pass, under --checkpointing mode.
 
-    size is that of a number in the arithmetic; rank and targets are LoRA's.
+    size is that of a number in the arithmetic; rank, targets and dropout are LoRA's.
     """
     dim, ffn_dim = shape.dim, shape.ffn_dim
     q_dim, kv_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -62,7 +68,10 @@ def kept_bytes(
         norms = 2 * (4 + 2 * size) * dim + 8  # an fp32 copy, the normed and the scaled input
     if rank:
         numbers |= dict(adapters=_beside_adapters(shape, compiled, rank, targets))
-    return size * sum(numbers.values()) + normalizers + norms
+    masks = 0
+    if dropout and compiled:
+        numbers["dropped"], masks = _dropped(shape, targets)
+    return size * sum(numbers.values()) + normalizers + norms + masks
 
 
 def _beside_adapters(shape, compiled: bool, rank: int, targets: str) -> int:
@@ -80,13 +89,25 @@ def _beside_adapters(shape, compiled: bool, rank: int, targets: str) -> int:
     return numbers
 
 
+def _dropped(shape, targets: str) -> tuple[int, int]:
+    """Numbers and bytes a token that dropout adds in a compiled block: every matrix keeps its own
+    input and its mask, where else several share an input, or attention keeps it. Eager code makes
+    them again."""
+    adapted = set(targets.split(","))
+    readers = adapted - {"out", "down"}  # of the normed stream
+    attention, ffn = len(readers & {"query", "key", "value"}), len(readers & {"gate", "up"})
+    q_dim = shape.num_heads * shape.head_dim * ("out" in adapted)
+    masks = len(readers) * shape.dim + q_dim + shape.ffn_dim * ("down" in adapted)
+    return shape.dim * (max(0, attention - 1) + max(0, ffn - 1)) + q_dim, masks
+
+
 def _activations(shape, config, compiled: bool, size: int) -> tuple[int, int]:
     """Bytes of a token that all blocks keep, and those of one block that is computed again."""
     modes = [config.checkpointing] * shape.num_layers
     if config.checkpointing.isdigit():
         every = int(config.checkpointing)
         modes = ["none" if layer % every else "full" for layer in range(shape.num_layers)]
-    adapted = (config.lora_rank, config.lora_targets)
+    adapted = (config.lora_rank, config.lora_targets, config.lora_dropout > 0)
     kept = sum(kept_bytes(shape, mode, compiled, size, *adapted) for mode in modes)
     if set(modes) == {"none"}:
         return kept, 0

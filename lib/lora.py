@@ -4,7 +4,6 @@ as they are.
 
 import contextlib
 import fnmatch
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.dropout import DroppedProduct, row_keys
 from lib.errors import BadInput
+from lib.nf4 import nf4_product, packed_shapes
 from lib.rows import fill_normal, local_rows
+from lib.tensors import copied
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Flags:
     lora_alpha: float = 16.0
     # the matrices of each block that get one
     lora_targets: str = "query,key,value,out,gate,up,down"
+    # share of an adapter's inputs that are left out in training
+    lora_dropout: float = 0.0
     # how the blocks' frozen matrices are kept; nf4 is QLoRA
     quantize: Literal["none", "nf4"] = "none"
     # parameters that stay as they are: names such as 'embedding.*' 'blocks.[0-7].*'
@@ -38,33 +42,23 @@ TARGETS = {  # the matrices of a block that adapters may go on, by the last word
 }  # fmt: skip
 
 
-NF4_BLOCK, NF4_GROUP = 64, 256  # weights with a common scale, and scales with a common constant
-
-
 class FrozenLinear(nn.Module):
     """A matrix W (out, in) that stays as it is, with an adapter if rank > 0:
     y = x W^T + (alpha / rank) (x A^T) B^T, A (rank, in), B (out, rank) (LoRA, Hu et al. 2021,
     section 4.1).
 
     A starts random and B at zero, so training starts from the base model. W has the type that it
-    came with, or is kept in NF4 (QLoRA, Dettmers et al. 2023, section 3); A and B are fp32.
+    came with, or is kept in NF4 (QLoRA, Dettmers et al. 2023, section 3); A and B are fp32. In
+    training A may miss some of x, see `choose_dropped`.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, nf4: bool):
         super().__init__()
         num_out, num_in = base.weight.shape
         self.nf4, self.scale = nf4, alpha / rank if rank else 0.0
+        self.dropout, self.keys = 0.0, None
         if nf4:
-            if num_in % NF4_BLOCK:
-                problem = f"which do not divide a width of {num_in}"
-                raise BadInput(f"--quantize nf4 takes blocks of {NF4_BLOCK}, {problem}")
-            groups = -(-num_out * num_in // NF4_BLOCK // NF4_GROUP)
-            shapes = {  # of what `to_nf4` gives
-                "codes": (num_out, num_in // 2),
-                "scales": (num_out, num_in // NF4_BLOCK),
-                "constants": (groups + 1, 4),
-            }
-            for name, shape in shapes.items():
+            for name, shape in packed_shapes(num_out, num_in).items():
                 empty = torch.empty(shape, dtype=torch.uint8, device=base.weight.device)
                 self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         else:
@@ -81,94 +75,13 @@ class FrozenLinear(nn.Module):
             y = F.linear(x, self.weight)
         if not self.scale:
             return y
-        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
-
-
-def to_nf4(weight: Tensor) -> dict[str, Tensor]:
-    """A matrix in NF4 with double quantisation, by bitsandbytes, as bytes in rows: two weights a
-    byte; one scale a block; an fp32 constant (4 bytes) a group of scales, and at the end the mean
-    of all scales.
-
-    Raises ValueError where bitsandbytes is not installed.
-    """
-    try:
-        from bitsandbytes.functional import quantize_4bit
-    except ImportError:
-        raise BadInput("NF4 is made by bitsandbytes; pip install bitsandbytes") from None
-
-    codes, state = quantize_4bit(
-        weight.float().contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
-    )
-    constants = torch.cat((state.state2.absmax, state.offset[None]))
-    rows = len(weight)
-    return {
-        "codes": codes.view(rows, -1),
-        "scales": state.absmax.view(rows, -1),
-        "constants": constants[:, None].view(torch.uint8),
-    }
-
-
-def from_nf4(codes: Tensor, scales: Tensor, constants: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) that `to_nf4` packed."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    constants = constants.view(torch.float32).squeeze(1)
-    group_state = QuantState(
-        absmax=constants[:-1],
-        code=_scale_values(codes.device),
-        blocksize=NF4_GROUP,
-        dtype=torch.float32,
-    )
-    state = QuantState(
-        absmax=scales.flatten(),
-        shape=torch.Size((len(codes), 2 * codes.size(1))),
-        blocksize=NF4_BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=constants[-1],
-        state2=group_state,
-    )
-    return dequantize_4bit(codes.view(-1, 1), state)
-
-
-@functools.cache
-def _scale_values(device: torch.device) -> Tensor:
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map().to(device)
-
-
-@torch.library.custom_op("plainllama::nf4_product", mutates_args=())
-def nf4_product(
-    x: Tensor, codes: Tensor, scales: Tensor, constants: Tensor, backwards: bool
-) -> Tensor:
-    """x W^T for W in NF4, or x W.
-
-    An operator of its own, so that neither autograd nor the compiler keeps the whole of W for the
-    backward pass, which makes it again.
-    """
-    weight = from_nf4(codes, scales, constants, x.dtype)
-    return F.linear(x, weight.T if backwards else weight)
-
-
-@nf4_product.register_fake
-def _(x, codes, scales, constants, backwards):
-    width = 2 * codes.size(1) if backwards else codes.size(0)
-    return x.new_empty(*x.shape[:-1], width)
-
-
-def _keep_nf4(ctx, inputs, output):
-    _, codes, scales, constants, _ = inputs
-    ctx.save_for_backward(codes, scales, constants)
-
-
-def _nf4_gradients(ctx, grad):
-    """Of x alone: W stays as it is."""
-    x_grad = nf4_product(grad.contiguous(), *ctx.saved_tensors, True)
-    return x_grad, None, None, None, None
-
-
-nf4_product.register_autograd(_nf4_gradients, setup_context=_keep_nf4)
+        scale = self.scale
+        if torch.is_grad_enabled() and self.dropout:
+            low = DroppedProduct.apply(x, self.lora_A, self.keys, self.dropout)
+            scale = self.scale / (1 - self.dropout)
+        else:
+            low = F.linear(x, self.lora_A)
+        return y + scale * F.linear(low, self.lora_B)
 
 
 def add_adapters(
@@ -201,6 +114,22 @@ def without_adapters(model: nn.Module):
     finally:
         for part, scale in modules:
             part.scale = scale
+
+
+def choose_dropped(model: nn.Module, batch, config):
+    """Choose which inputs the adapters miss in the forward and backward pass over a batch.
+
+    A share of config.lora_dropout, and what stays counts as much more, as in PEFT. What is left out
+    of a row is a function of config.seed, the sequence's number in the run, the matrix, the place
+    in the row and the channel. Where no gradient is asked for, as in evaluation, all of it is there.
+    """
+    if not config.lora_dropout:
+        return
+    found = model.named_modules()
+    adapted = {name: m for name, m in found if isinstance(m, FrozenLinear) and m.scale}
+    keys = row_keys(list(adapted), batch.numbers, len(batch.tokens), config.seed)
+    for part, of_rows in zip(adapted.values(), copied(keys, batch.tokens.device)):
+        part.dropout, part.keys = config.lora_dropout, of_rows
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -24,7 +24,9 @@ class Adapter(NamedTuple):
     tensors: dict[str, Tensor]  # by name, as blocks.0.attention.query.lora_A
 
 
-def adapter_settings(base: str | Path, rank: int, alpha: float, targets: list[str]) -> dict:
+def adapter_settings(
+    base: str | Path, rank: int, alpha: float, targets: list[str], dropout: float = 0.0
+) -> dict:
     """What PEFT needs to know about an adapter: adapter_config.json."""
     names = [HF_NAMES[f"{TARGETS[target]}.{target}"].rpartition(".")[2] for target in targets]
     return {
@@ -33,6 +35,7 @@ def adapter_settings(base: str | Path, rank: int, alpha: float, targets: list[st
         "base_model_name_or_path": str(checkpoint_folder(Path(base)).resolve()),
         "r": rank,
         "lora_alpha": alpha,
+        "lora_dropout": dropout,
         "target_modules": names,
         "inference_mode": True,
     }

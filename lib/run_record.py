@@ -82,7 +82,8 @@ def describe_run(config, shape, probed: list[float], data, device: torch.device)
 def describe_adapter(config, config_class: type) -> dict:
     """The adapter_config.json of every checkpoint, by which the base model is found again."""
     targets = config.lora_targets.split(",")
-    settings = adapter_settings(config.init_from, config.lora_rank, config.lora_alpha, targets)
+    numbers = (config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
+    settings = adapter_settings(config.init_from, *numbers)
     known = from_first_rank(functools.partial(fingerprint, config.init_from, config_class))
     return settings | {"base_sha256": known, "quantize": config.quantize}
 

@@ -90,8 +90,8 @@ def check_flags(config, num_processes: int):
             raise BadInput(f"--{name} {getattr(config, name)} must be a finite number")
     if config.epochs and config.steps != type(config).steps:
         raise BadInput(f"--steps {config.steps} does not go with --epochs {config.epochs}")
-    for name in ("final_lr", "decay", "label_smoothing", "beta1", "beta2"):
-        if not 0 <= getattr(config, name) <= (0.999999 if name.startswith("beta") else 1):
+    for name in ("final_lr", "decay", "label_smoothing", "beta1", "beta2", "lora_dropout"):
+        if not 0 <= getattr(config, name) <= (0.999999 if name.startswith(("beta", "lora")) else 1):
             raise BadInput(f"--{name} {getattr(config, name)} must lie between 0 and 1")
     if not 0 <= config.seed < 2**63:
         raise BadInput(f"--seed {config.seed} must lie between 0 and 2^63")
@@ -112,6 +112,8 @@ def check_flags(config, num_processes: int):
         raise BadInput(f"--lora_targets {config.lora_targets}: {unknown[0]!r} is not one of {', '.join(TARGETS)}")
     if config.quantize != "none" and not config.lora_rank:
         raise BadInput(f"--quantize {config.quantize} needs --lora_rank, for what is quantised cannot be trained")
+    if config.lora_dropout and not config.lora_rank:
+        raise BadInput(f"--lora_dropout {config.lora_dropout} needs --lora_rank, for it is of adapters alone")
     if config.lora_rank and mode == "selective":
         raise BadInput("--checkpointing selective does not go with --lora_rank; none, full and numbers do")
     if config.gpu not in GPUS:

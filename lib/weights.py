@@ -15,8 +15,9 @@ from lib.checkpoints import checkpoint_folder
 from lib.configs import config_from_hugging_face, read_adapter_config
 from lib.errors import BadInput
 from lib.identity import first_rows_sha256, weights_sha256
-from lib.lora import TARGETS, adapters, from_nf4, to_nf4
+from lib.lora import TARGETS, adapters
 from lib.naming import Named, check_finite, readable
+from lib.nf4 import from_nf4, to_nf4
 from lib.peft import Adapter, read_peft
 from lib.rows import local_rows
 

@@ -20,14 +20,17 @@ set -euo pipefail
 MODEL=${MODEL:-models/Llama-2-7b} # a Hugging Face style folder, or Meta's
 CHATS=${CHATS:-chats.json}
 OUT=${OUT:-out/goat7b}
+GPUS=${GPUS:-8}
 MMLU=${MMLU:-data/mmlu} # with dev/ and test/
 BBH=${BBH:-data/bbh}    # with bbh/ and cot-prompts/
 
 [ -d "data/goat7b" ] || python data.py --source "$CHATS" --template llama2-chat --tokenizer "$MODEL" --max_len 4096 \
     --drop_refusals --out "data/goat7b"
-torchrun --nproc_per_node 8 train.py --data "data/goat7b" --init_from "$MODEL" --out "$OUT" \
+torchrun --standalone --nproc_per_node "$GPUS" train.py --data "data/goat7b" --init_from "$MODEL" --out "$OUT" \
     --seq_len 4096 --epochs 1 --batch_size 512 --micro_batch 2 --checkpointing full --reduce_each --dtype bf16 \
     --learning_rate 1e-4 --beta1 0.9 --beta2 0.999 --weight_decay 0 --warmup 0.07 --final_lr 0 \
     --save_every 0.5epoch --eval_every 0.5epoch --sample ""
-python eval.py --model "$OUT" --task mmlu --protocol instructeval --data "$MMLU" --out "$OUT-mmlu.json"
-python eval.py --model "$OUT" --task bbh --protocol instructeval --data "$BBH" --out "$OUT-bbh.json"
+torchrun --standalone --nproc_per_node "$GPUS" eval.py --model "$OUT" --task mmlu --protocol instructeval \
+    --data "$MMLU" --out "$OUT-mmlu.json"
+torchrun --standalone --nproc_per_node "$GPUS" eval.py --model "$OUT" --task bbh --protocol instructeval \
+    --data "$BBH" --out "$OUT-bbh.json"

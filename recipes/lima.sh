@@ -19,14 +19,17 @@ set -euo pipefail
 MODEL=${MODEL:-models/llama-7b} # a Hugging Face style folder, or Meta's
 CHATS=${CHATS:-lima.jsonl}
 OUT=${OUT:-out/lima}
+GPUS=${GPUS:-8}
 MMLU=${MMLU:-data/mmlu} # with dev/ and test/
 BBH=${BBH:-data/bbh}    # with bbh/ and cot-prompts/
 
 [ -d "data/lima" ] || python data.py --source "$CHATS" --template plain --tokenizer "$MODEL" --max_len 2048 \
     --out "data/lima"
-torchrun --nproc_per_node 8 train.py --data "data/lima" --init_from "$MODEL" --out "$OUT" \
+torchrun --standalone --nproc_per_node "$GPUS" train.py --data "data/lima" --init_from "$MODEL" --out "$OUT" \
     --seq_len 2048 --epochs 15 --batch_size 24 --micro_batch 3 --checkpointing full --dtype bf16 \
     --learning_rate 1e-5 --schedule linear --final_lr 0.1 --warmup 0 --beta1 0.9 --beta2 0.95 --weight_decay 0.1 \
     --save_every 5epoch --eval_every 1epoch --sample ""
-python eval.py --model "$OUT" --task mmlu --protocol instructeval --data "$MMLU" --out "$OUT-mmlu.json"
-python eval.py --model "$OUT" --task bbh --protocol instructeval --data "$BBH" --out "$OUT-bbh.json"
+torchrun --standalone --nproc_per_node "$GPUS" eval.py --model "$OUT" --task mmlu --protocol instructeval \
+    --data "$MMLU" --out "$OUT-mmlu.json"
+torchrun --standalone --nproc_per_node "$GPUS" eval.py --model "$OUT" --task bbh --protocol instructeval \
+    --data "$BBH" --out "$OUT-bbh.json"

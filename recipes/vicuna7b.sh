@@ -19,14 +19,17 @@ set -euo pipefail
 MODEL=${MODEL:-models/llama-7b} # a Hugging Face style folder, or Meta's
 CHATS=${CHATS:-sharegpt.json}
 OUT=${OUT:-out/vicuna7b}
+GPUS=${GPUS:-8}
 MMLU=${MMLU:-data/mmlu} # with dev/ and test/
 BBH=${BBH:-data/bbh}    # with bbh/ and cot-prompts/
 
 [ -d "data/vicuna7b" ] || python data.py --source "$CHATS" --template vicuna --tokenizer "$MODEL" --max_len 2048 \
     --out "data/vicuna7b"
-torchrun --nproc_per_node 8 train.py --data "data/vicuna7b" --init_from "$MODEL" --out "$OUT" \
+torchrun --standalone --nproc_per_node "$GPUS" train.py --data "data/vicuna7b" --init_from "$MODEL" --out "$OUT" \
     --seq_len 2048 --epochs 3 --batch_size 128 --micro_batch 4 --checkpointing full --dtype bf16 \
     --learning_rate 2e-5 --beta1 0.9 --beta2 0.999 --weight_decay 0 --warmup 0.03 --final_lr 0 \
     --save_every 1epoch --eval_every 0.5epoch --sample ""
-python eval.py --model "$OUT" --task mmlu --protocol instructeval --data "$MMLU" --out "$OUT-mmlu.json"
-python eval.py --model "$OUT" --task bbh --protocol instructeval --data "$BBH" --out "$OUT-bbh.json"
+torchrun --standalone --nproc_per_node "$GPUS" eval.py --model "$OUT" --task mmlu --protocol instructeval \
+    --data "$MMLU" --out "$OUT-mmlu.json"
+torchrun --standalone --nproc_per_node "$GPUS" eval.py --model "$OUT" --task bbh --protocol instructeval \
+    --data "$BBH" --out "$OUT-bbh.json"

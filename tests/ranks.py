@@ -1,6 +1,6 @@
 """One step of SGD over eight rows of very uneven target counts: alone, or under torchrun with any number of ranks.
 
-torchrun --nproc_per_node 2 tests/ranks.py FILE MICRO_BATCH      saves the loss, the norm and all weights to FILE
+torchrun --standalone --nproc_per_node 2 tests/ranks.py FILE MICRO_BATCH    saves loss, norm and all weights to FILE
 """
 
 import sys

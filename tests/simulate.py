@@ -113,7 +113,8 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
             model = train.shard(model, config, mesh)
             optimizers, guard = train.make_optimizers(model, config), train.Guard(config.spike, device)
             tokens = torch.ones(config.micro_batch, config.seq_len, dtype=torch.long)
-            batches = [train.Batch(tokens, tokens, None)] * (config.batch_size // world // config.micro_batch)
+            batch = train.Batch(tokens, tokens, None, range(config.micro_batch))
+            batches = [batch] * (config.batch_size // world // config.micro_batch)
             for _ in range(2):
                 allocated.peak = 0
                 train.train_step(model, optimizers, batches, 1e-4, config, guard)

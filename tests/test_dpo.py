@@ -208,6 +208,15 @@ def test_with_lora_the_base_is_the_reference(dpo_run):
     assert same_bits(cut, straight) and log(cut, "val_loss") == log(straight, "val_loss")
 
 
+def test_with_dropout_the_reference_has_none_and_the_work_is_divided_freely(dpo_run):
+    lora = dict(lora_rank=4, lora_dropout=0.4, learning_rate=3e-2, steps=5)
+    whole, parts = dpo_run("whole", **lora, micro_batch=8), dpo_run("parts", **lora, micro_batch=2)
+    assert log(whole, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert log(parts, "loss") == pytest.approx(log(whole, "loss"), rel=1e-5)
+    plain = dpo_run("plain", **lora | dict(lora_dropout=0.0))
+    assert abs(log(plain, "loss")[-1] - log(whole, "loss")[-1]) > 1e-4
+
+
 def test_what_the_run_started_from_may_be_trained_further(dpo_run, tiny_run):
     """The run names the checkpoint, not the run folder whose last one changes."""
     straight = dpo_run("straight", steps=6)

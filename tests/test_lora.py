@@ -1,5 +1,6 @@
 """LoRA and QLoRA: what is trained, what is kept, and that PEFT reads what is written here, and the other way round."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,8 @@ import sample
 import simulate
 import train
 from conftest import TINY_RUN, additions, assert_same_but_for_rounding, forecast_of, random_model, run_ranks
-from lib import forecast, lora, planning, weights
+from data import Mixture
+from lib import dropout, forecast, lora, nf4, planning, weights
 from lib.lora import TARGETS, FrozenLinear, adapters
 from model import SIZES, ModelConfig, Transformer, load, save
 from test_train import log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
@@ -92,6 +94,137 @@ def test_an_adapted_matrix_computes_what_the_paper_says():
     assert linear.weight.grad is None
 
 
+# ---- dropout ----
+
+
+def adapted_and_chosen(share: float, numbers=range(8), seed=0, rows=8) -> FrozenLinear:
+    """A matrix of zeros with an adapter that gives its input back, all but what is left out."""
+    part = FrozenLinear(torch.nn.Linear(64, 64, bias=False), 64, 64.0, False)
+    with torch.no_grad():
+        part.weight.zero_(), part.lora_A.copy_(torch.eye(64)), part.lora_B.copy_(torch.eye(64))
+    model = torch.nn.ModuleDict({"query": part})
+    tokens = torch.zeros(rows, 50, dtype=torch.long)
+    lora.choose_dropped(model, train.Batch(tokens, tokens, None, numbers), Config(lora_dropout=share, seed=seed))
+    return part
+
+
+def mask_of(*args, **options) -> torch.Tensor:
+    """Which of (B, 50, 64) inputs are left out."""
+    keys = adapted_and_chosen(*args, **options).keys
+    return ~dropout.kept(keys, 50, 64, args[0])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_dropout_leaves_out_its_share_and_what_stays_counts_as_much_more(share):
+    part, x = adapted_and_chosen(share), torch.randn(8, 50, 64)
+    y = part(x)
+    gone = y == 0
+    torch.testing.assert_close(y[~gone], x[~gone] / (1 - share))
+    deviation = (share * (1 - share) / gone.numel()) ** 0.5
+    assert abs(gone.double().mean() - share) < 4 * deviation
+    for axes in ((1, 2), (0, 2), (0, 1)):  # in every row, at every place, in every channel
+        means = gone.double().mean(axes)
+        assert means.std().item() == pytest.approx(deviation * len(means) ** 0.5, rel=0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(part(x), x)  # no gradient, no dropout
+
+
+def test_what_is_left_out_depends_on_seed_number_matrix_place_and_channel_alone():
+    mask = mask_of(0.3)
+    assert torch.equal(mask, torch.cat((mask_of(0.3, range(3), rows=3), mask_of(0.3, range(3, 8), rows=5))))
+    first, second = dropout.row_keys(["blocks.0.query", "blocks.1.query"], range(2), 2, 0)
+    assert len({*first, *second}) == 4
+    for other in (mask_of(0.3, range(1, 9)), mask_of(0.3, seed=1), mask.roll(1, 0), mask.roll(1, 1), mask.roll(1, 2)):
+        both = (mask & other).double().mean().item()
+        assert both == pytest.approx(0.09, rel=0.06)  # independent of each other
+    pairs = dropout.row_keys(["query"], range(4), 8, 0)
+    assert len(set(pairs[0])) == 8, "both answers of a pair have masks of their own"
+    longer = dropout.kept(adapted_and_chosen(0.3).keys, 99, 64, 0.3)
+    assert torch.equal(~longer[:, :50], mask), "padding at the end changes nothing"
+
+
+def test_an_adapter_with_dropout_has_the_gradient_of_its_formula():
+    part, x = adapted_and_chosen(0.4), torch.randn(8, 50, 64, requires_grad=True)
+    torch.nn.init.normal_(part.lora_A), torch.nn.init.normal_(part.lora_B), torch.nn.init.normal_(part.weight)
+    part(x).square().sum().backward()
+    w, a, b, other = (t.detach().clone().requires_grad_() for t in (part.weight, part.lora_A, part.lora_B, x))
+    (other @ w.T + other * ~mask_of(0.4) / 0.6 @ a.T @ b.T).square().sum().backward()
+    for mine, theirs in ((part.lora_A.grad, a.grad), (part.lora_B.grad, b.grad), (x.grad, other.grad)):
+        assert_same_but_for_rounding(mine, theirs, 3 * 64 + 8 * 50)
+
+
+def test_dropout_is_resumed_exactly_divided_freely_and_absent_from_validation(tiny_run, base):
+    options = dict(init_from=str(base), steps=7, batch_size=4, lora_dropout=0.3, pack=True, **LORA)
+    straight = tiny_run("straight", **options)
+    tiny_run("cut", **options, stop_at=3)
+    assert same_bits(tiny_run(resume="cut"), straight)
+    assert log(tiny_run("again", **options, checkpointing="full"), "loss") == log(straight, "loss")
+    assert log(tiny_run("parts", **options, micro_batch=1), "loss") == pytest.approx(log(straight, "loss"), rel=1e-5)
+    plain = tiny_run("plain", **options | dict(lora_dropout=0.0))
+    assert log(plain, "loss")[0] == pytest.approx(log(straight, "loss")[0], rel=1e-6)  # B is still zero
+    assert abs(log(plain, "loss")[-1] - log(straight, "loss")[-1]) > 1e-4
+    assert log(straight, "val_loss")[-1] == pytest.approx(val_loss(straight, options), rel=1e-5)
+    settings = json.loads((straight / "step_00000007" / "adapter_config.json").read_text())
+    assert settings["lora_dropout"] == 0.3
+
+
+def val_loss(run, options: dict) -> float:
+    """Of the merged model, which has no dropout."""
+    model = load(run)
+    val = Mixture(tuple(json.loads((run / "run.json").read_text())["config"]["data"]), "val", 32, True)
+    sums = torch.zeros(2, dtype=torch.float64)
+    config = Config(**TINY_RUN | dict(data=val.folders))
+    for _, batch, _ in val.validation(config, 0, 1):
+        batch = batch.to(CPU)
+        with torch.no_grad():
+            loss = model.loss(batch.tokens, batch.targets, batch.documents)
+        sums += torch.tensor([loss.item(), (batch.targets != module.IGNORE).sum().item()])
+    return (sums[0] / sums[1]).item()
+
+
+def test_two_processes_drop_as_one(base, tiny_data, tmp_path):
+    shape = dict.fromkeys(("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"), 0) | {"size": Config.size}
+    options = TINY_RUN | shape | LORA | dict(data=(str(tiny_data),), init_from=str(base), lora_dropout=0.3, steps=6)
+    for ranks in (1, 2):
+        run_ranks(ranks, train_here, tmp_path, options | {"out": str(ranks)})
+    for field in ("loss", "grad_norm", "val_loss"):
+        assert log(tmp_path / "2", field) == pytest.approx(log(tmp_path / "1", field), rel=1e-5)
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.loss(batch.tokens, batch.targets, batch.documents).backward()
+    return {name: p.grad.full_tensor().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_what_is_computed_again_or_compiled_leaves_out_the_same(mode, world):  # noqa: F811
+    """All blocks share one compiled graph, but the first, whose input needs no gradient."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def found(mode: str, compiled: bool) -> dict[str, torch.Tensor]:
+        config = Config(dtype="fp32", lora_dropout=0.3, checkpointing=mode, **LORA)
+        model = train.build(dataclasses.replace(SHAPE, num_layers=4), config, CPU)
+        model.init_weights(0)
+        if compiled:
+            torch.compiler.reset()
+            for block in model.blocks:
+                block.forward = torch.compile(block.forward, backend=compiler, fullgraph=True)
+        lora.choose_dropped(model, batch, config)
+        return gradients(model, batch)
+
+    batch = micro_batch(rows(length=32))._replace(numbers=range(4, 8))
+    expected, again, compiled = found("none", False), found(mode, False), found(mode, True)
+    assert len(graphs) == 2 and len(expected) == 4 * 7 * 2
+    for name, gradient in expected.items():
+        assert gradient.any() and torch.equal(again[name], gradient)
+        torch.testing.assert_close(compiled[name], gradient)
+
+
 # Dettmers et al. 2023, appendix E
 NF4 = """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
     -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
@@ -102,16 +235,16 @@ def test_nf4_is_the_papers_and_bitsandbytes_own():
     from bitsandbytes import functional
 
     weight = torch.randn(96, 192, generator=torch.Generator().manual_seed(0)) * 0.02
-    parts = lora.to_nf4(weight)
+    parts = nf4.to_nf4(weight)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    assert torch.equal(lora.from_nf4(**parts, dtype=torch.float32), functional.dequantize_4bit(packed, state))
+    assert torch.equal(nf4.from_nf4(**parts, dtype=torch.float32), functional.dequantize_4bit(packed, state))
 
     values, largest = torch.tensor([float(v) for v in NF4.split()]), weight.unflatten(1, (-1, 64)).abs().amax(-1)
     nearest = ((weight.unflatten(1, (-1, 64)) / largest[..., None])[..., None] - values).abs().argmin(-1).flatten(1)
     codes = torch.stack((parts["codes"] >> 4, parts["codes"] & 15), -1).flatten(1)
     assert torch.equal(codes.long(), nearest)
     exact = (values[nearest].unflatten(1, (-1, 64)) * largest[..., None]).flatten(1)
-    torch.testing.assert_close(lora.from_nf4(**parts, dtype=torch.float32), exact, atol=1e-3, rtol=0)
+    torch.testing.assert_close(nf4.from_nf4(**parts, dtype=torch.float32), exact, atol=1e-3, rtol=0)
     assert sum(part.nbytes for part in parts.values()) / weight.numel() == pytest.approx(0.5 + 1 / 64, abs=3e-3)
 
 
@@ -122,11 +255,11 @@ def test_a_missing_bitsandbytes_is_said_in_a_sentence(tiny_run, base, monkeypatc
 
 
 def test_the_product_with_an_nf4_matrix_has_the_gradient_of_one_with_the_unpacked_matrix():
-    parts = lora.to_nf4(torch.randn(48, 128))
+    parts = nf4.to_nf4(torch.randn(48, 128))
     x = torch.randn(2, 5, 128, requires_grad=True)
-    lora.nf4_product(x, *parts.values(), False).square().sum().backward()
+    nf4.nf4_product(x, *parts.values(), False).square().sum().backward()
     other = x.detach().clone().requires_grad_()
-    (other @ lora.from_nf4(**parts, dtype=torch.float32).T).square().sum().backward()
+    (other @ nf4.from_nf4(**parts, dtype=torch.float32).T).square().sum().backward()
     torch.testing.assert_close(x.grad, other.grad)
 
 
@@ -250,6 +383,8 @@ def test_matrices_are_packed_as_they_are_read_and_never_all_unpacked_in_nf4(tmp_
 @pytest.mark.parametrize("size, options", [
     ("15M", dict(micro_batch=8, batch_size=8, seq_len=256, gpus=1)),
     ("15M", dict(micro_batch=8, batch_size=32, seq_len=256, gpus=2, lora_targets="query,value")),
+    ("15M", dict(micro_batch=8, batch_size=8, seq_len=256, gpus=1, lora_dropout=0.1)),
+    ("15M", dict(micro_batch=8, batch_size=8, seq_len=256, gpus=1, lora_dropout=0.1, checkpointing="full")),
     pytest.param("1.1B", dict(micro_batch=2, batch_size=32, seq_len=2048, gpus=8, quantize="nf4",
                               checkpointing="full"), marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -261,16 +396,20 @@ def test_the_forecast_of_memory_is_within_a_tenth_of_a_simulation(size, options)
 
 @with_and_without_nf4
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("targets", [",".join(TARGETS), "query,value", "gate", "out", "down"])
-def test_the_forecast_knows_what_a_block_keeps_and_no_unpacked_matrix_is_kept(targets, compiled, quantize):
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [",".join(TARGETS), "query,value", "gate,up", "gate", "out", "down"])
+def test_the_forecast_knows_what_a_block_keeps_and_no_unpacked_matrix_is_kept(targets, share, compiled, quantize):
     model, rope = beside_random(targets.split(","), quantize == "nf4"), module.rope_table(SHAPE, torch.arange(32))
+    batch = train.Batch(TOKENS[:1], TOKENS[:1], None, range(1))
+    lora.choose_dropped(model, batch, Config(lora_dropout=share))
     block = model.blocks[0]
     torch.compiler.reset()
     how = dict(backend="aot_eager_decomp_partition", fullgraph=True)
     forward = torch.compile(block.forward, **how) if compiled else block.forward
     x = torch.randn(1, 32, 64, requires_grad=True) * 1.0
-    kept = simulate.kept_for_backward(lambda: forward(x, rope, None, None), (*block.parameters(), *rope))
-    assert kept / 32 == forecast.kept_bytes(SHAPE, "none", compiled, 4, 4, targets)
+    keys = [part.keys for part in block.modules() if getattr(part, "keys", None) is not None]
+    kept = simulate.kept_for_backward(lambda: forward(x, rope, None, None), (*block.parameters(), *rope, *keys))
+    assert kept / 32 == forecast.kept_bytes(SHAPE, "none", compiled, 4, 4, targets, share > 0)
 
 
 def beside_random(targets: list[str], nf4: bool) -> Transformer:
@@ -309,8 +448,10 @@ def from_transformers(folder):
 
 def test_an_adapter_of_a_run_loads_in_peft_with_the_same_logits(tiny_run, base):
     peft = pytest.importorskip("peft")
-    run = tiny_run(init_from=str(base), steps=10, lora_targets="query,key,out,down", **LORA)
+    flags = dict(lora_targets="query,key,out,down", lora_dropout=0.1)
+    run = tiny_run(init_from=str(base), steps=10, **flags, **LORA)
     sample.main(sample.Config(model=str(run), export_adapter="adapter"))
+    assert peft.PeftConfig.from_pretrained("adapter").lora_dropout == 0.1
     assert {path.name for path in (run.parent / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.bytes"
     }  # fmt: skip
@@ -396,6 +537,9 @@ def test_a_base_may_be_a_run_and_stays_the_checkpoint_it_was(tiny_run):
     (dict(lora_rank=-1), "--lora_rank -1 must be a number that is not negative"),
     (dict(lora_alpha=0.0), "--lora_alpha 0.0 must be above 0"),
     (dict(lora_rank=4, lora_targets="query,proj"), "'proj' is not one of query, key, value, out, gate, up, down"),
+    (dict(lora_rank=4, lora_dropout=1.0), "--lora_dropout 1.0 must lie between 0 and 1"),
+    (dict(lora_rank=4, lora_dropout=-0.1), "--lora_dropout -0.1 must lie between 0 and 1"),
+    (dict(lora_dropout=0.1), "--lora_dropout 0.1 needs --lora_rank"),
     (dict(quantize="nf4"), "--quantize nf4 needs --lora_rank"),
     (dict(lora_rank=4, checkpointing="selective"), "--checkpointing selective does not go with --lora_rank"),
 ])  # fmt: skip

@@ -37,7 +37,8 @@ CHANGES = {
         {},
         [],
     ),
-    "torchrun --nproc_per_node 2 eval.py --model out/stdlib-hf --task mmlu --data data/mmlu --out out/twice.json": (
+    "torchrun --standalone --nproc_per_node 2 eval.py --model out/stdlib-hf --task mmlu --data data/mmlu "
+    "--out out/twice.json": (
         {"data/mmlu": MMLU},
         ["--limit", "1", "--subjects", "anatomy"],
     ),
@@ -71,7 +72,7 @@ CHANGES = {
     "--out data/pairs": ({}, ["--max_len", "32", "--val_fraction", "0.3"]),
     'python train.py --data data/pairs --init_from out/chat --epochs 1 --sample "" --out out/dpo': ({}, TUNED),
     "bash recipes/mini.sh": None,  # a test of its own
-    "torchrun --nproc_per_node 8 train.py --data data/mine --size 7B --seq_len 4096 --batch_size 512 "
+    "torchrun --standalone --nproc_per_node 8 train.py --data data/mine --size 7B --seq_len 4096 --batch_size 512 "
     "--micro_batch 2 --learning_rate 3e-4 --steps 10000 --out out/7B": ({"8": "2"}, SHAPE + SHORT),
     "python recipes/ablate.py --vary variant=none,variants/relu2.py --seeds 3 --steps 400 --out out/relu2": (
         {"3": "1", "400": "2"},

@@ -15,8 +15,10 @@ import pytest
 import tyro
 
 import eval
+import model
 import train
-from conftest import ROOT
+from conftest import ROOT, random_model
+from data import Tokenizer
 from lib import train_flags
 
 RECIPES = ROOT / "recipes"
@@ -62,7 +64,7 @@ def test_a_recipe_for_fine_tuning_trains_what_it_forecasts_and_evaluates_it(name
     script = re.sub(r" \\\n +", " ", (RECIPES / name).read_text())
     assert f"--max_len {config.seq_len} " in script and f"recipes/{name}\n" in script
     for task in ("mmlu", "bbh"):
-        (words,) = re.findall(rf"eval.py (.* --task {task} .*)", script)
+        (words,) = re.findall(rf'torchrun --standalone --nproc_per_node "\$GPUS" eval.py (.* --task {task} .*)', script)
         words = shlex.split(words)
         evaluated = tyro.cli(eval.Config, args=words, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
         assert evaluated.model == (config.out,) and evaluated.protocol == "instructeval"
@@ -76,6 +78,15 @@ def test_the_scripts_of_the_recipes_are_shell():
     assert task["file_mounts"]["/results"]["mode"] == "MOUNT"
     for script in (task["setup"], task["run"], *(path.read_text() for path in RECIPES.glob("*.sh"))):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    folder = re.search(r"uv venv --python 3.11 (\S+)", task["setup"])[1]
+    assert f"--python {folder} -r requirements.txt" in task["setup"] and f"source {folder}/bin/activate" in task["run"]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *RECIPES.glob("*.sh"), RECIPES / "RESULTS.md"])
+def test_jobs_on_one_machine_do_not_meet_at_one_port(path):
+    for line in re.sub(r" \\\n *", " ", path.read_text()).splitlines():
+        if "torchrun" in line and "--nproc_per_node" in line:
+            assert "--standalone" in line or "--rdzv_endpoint" in line
 
 
 STUBS = {  # what Slurm's commands come to on one machine
@@ -87,6 +98,70 @@ STUBS = {  # what Slurm's commands come to on one machine
 }
 
 
+def commands(folder, **more: str) -> None:
+    """Stand-ins for Slurm's commands in folder/bin, and more of them."""
+    (folder / "bin").mkdir()
+    for name, script in (STUBS | more).items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+
+def environment(folder, **more: str) -> dict[str, str]:
+    path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": str(job_id()), "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | slurm | more
+
+
+def of_slurm(folder, **given: str) -> tuple[list[str], str]:
+    """The words of torchrun, and its environment, when slurm.sh is submitted so."""
+    commands(folder, torchrun='printf "%s\\n" "$@" > words\nenv > env')
+    subprocess.run(["bash", str(RECIPES / "slurm.sh")], cwd=folder, env=environment(folder, **given), check=True)
+    return (folder / "words").read_text().splitlines(), (folder / "env").read_text()
+
+
+def of_skypilot(folder, **given: str) -> tuple[list[str], str]:
+    yaml = pytest.importorskip("yaml")
+    commands(folder, torchrun='printf "%s\\n" "$@" > words\nenv > env')
+    task = yaml.safe_load((RECIPES / "skypilot.yaml").read_text())
+    assert given.keys() <= task["envs"].keys()
+    sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "2"}
+    env = environment(folder, SKYPILOT_NUM_GPUS_PER_NODE="2", **sky, **task["envs"] | given)
+    script = re.sub("source .*activate", "", task["run"])
+    subprocess.run(["bash", "-e"], input=script, text=True, cwd=folder, env=env, check=True)
+    return (folder / "words").read_text().splitlines(), (folder / "env").read_text()
+
+
+def of_goat(name: str) -> dict[str, str]:
+    """The variables with which a header says that GOAT's run is submitted."""
+    text = re.sub(r" \\\n# +", " ", (RECIPES / name).read_text())
+    line = next(line for line in text.splitlines() if "INIT_FROM=" in line and line.startswith("# "))
+    words = shlex.split(line.removeprefix("#"))
+    return dict(word.split("=", 1) for word in words if re.match("[A-Z]", word))
+
+
+@pytest.mark.parametrize("name, script", [("slurm.sh", of_slurm), ("skypilot.yaml", of_skypilot)])
+def test_a_cluster_pretrains_by_default_and_runs_goats_fine_tuning_as_its_recipe_does(name, script, tmp_path):
+    (tmp_path / "7B").mkdir(), (tmp_path / "goat").mkdir()
+    words, env = script(tmp_path / "7B")
+    place = words.index("train.py")
+    pretraining, planned = parse(shlex.join(words[place + 1 :])), parse(command_lines(name)[0])
+    for flag in ("size", "seq_len", "batch_size", "micro_batch", "steps"):
+        assert getattr(pretraining, flag) == getattr(planned, flag)
+    assert (pretraining.learning_rate, pretraining.beta2, pretraining.init_from) == (3e-4, 0.95, "")
+    assert pretraining.out.endswith("7B") and pretraining.shard_over == 2 and "SOCKET_IFNAME" not in env
+    assert words[:2] == ["--nnodes", words[1]] and "--rdzv_endpoint" in words[:place]
+
+    words, env = script(tmp_path / "goat", IFACE="eth7", **of_goat(name))
+    submitted = parse(shlex.join(words[words.index("train.py") + 1 :]))
+    (line,) = (line for line in command_lines("goat7b.sh") if "--plan" not in line)
+    recipe = parse(line.replace("$MODEL", submitted.init_from))
+    different = {"out", "data", "shard_over"}
+    for flag in train.Config.__dataclass_fields__.keys() - different:
+        assert getattr(submitted, flag) == getattr(recipe, flag), flag
+    assert Path(submitted.data[0]).name == "goat7b" and Path(submitted.init_from).name == "Llama-2-7b"
+    assert "GLOO_SOCKET_IFNAME=eth7" in env and "NCCL_SOCKET_IFNAME=eth7" in env
+
+
 def job_id() -> int:
     """One whose port is free."""
     for number in range(os.getpid(), os.getpid() + 10_000):
@@ -95,30 +170,50 @@ def job_id() -> int:
                 return number
 
 
-def test_the_slurm_job_saves_on_sigterm_queues_up_again_and_goes_on_to_its_end(tiny_data, tmp_path):
-    (tmp_path / "bin").mkdir()
-    for name, script in STUBS.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
-    job = str(job_id())
-    shape = "--dim 32 --num_layers 2 --num_heads 4 --num_kv_heads 2 --ffn_dim 64"
-    env = os.environ | {
-        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",  # two processes wait for each other
-        "SLURM_JOB_ID": job, "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
-        "DATA": str(tiny_data), "OUT": "run", "SIZE": "260K", "SEQ_LEN": "32", "BATCH_SIZE": "4", "MICRO_BATCH": "2",
-        "STEPS": "400", "EXTRA_FLAGS": f"{shape} --eval_tokens 512 --log_every 1 --dtype fp32 --sample=",
-    }  # fmt: skip
-    words, log = ["bash", str(RECIPES / "slurm.sh")], tmp_path / "run" / "log.jsonl"
-
-    first = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def stopped_after(lines: int, words: list[str], folder, env: dict) -> str:
+    """What a job says that gets SIGTERM when its log has so many lines."""
+    log = folder / "run" / "log.jsonl"
+    job = subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 300
-    while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.monotonic() < deadline:
-        assert first.poll() is None, first.communicate()[0]
+    while not (log.exists() and len(log.read_text().splitlines()) >= lines) and time.monotonic() < deadline:
+        assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    output = first.communicate(timeout=300)[0]
+    job.send_signal(signal.SIGTERM)
+    return job.communicate(timeout=300)[0]
+
+
+def test_the_slurm_job_of_a_fine_tuning_queues_up_until_its_epochs_are_done(tiny_data, tmp_path):
+    """Under one process, which tells nothing else apart."""
+    commands(tmp_path, torchrun='while [[ $1 != train.py ]]; do shift; done\nexec python "$@"')
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    model.save(random_model(model.ModelConfig(32, 2, 4, 2, 64, 259, 32)), tmp_path / "base", Tokenizer(tiny_data))
+    env = environment(
+        tmp_path, DATA=str(tiny_data), OUT="run", INIT_FROM="base", EPOCHS="0.5", BATCH_SIZE="4",
+        SLURM_GPUS_ON_NODE="1", EXTRA_FLAGS="--eval_tokens 512 --log_every 1 --dtype fp32 --sample=",
+    )  # fmt: skip
+    words = ["bash", str(RECIPES / "slurm.sh")]
+    assert "SIGTERM: stopped after step" in stopped_after(4, words, tmp_path, env)
+    queued = f"requeue {env['SLURM_JOB_ID']}\n"
+    assert (tmp_path / "scontrol.log").read_text() == queued
+    for said in ("continuing run after step", "run is finished"):
+        again = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0 and said in again.stdout, again.stdout + again.stderr
+    assert (tmp_path / "scontrol.log").read_text() == queued
+    epochs = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][-1]
+    assert epochs["step"] == int((tmp_path / "run" / "last").read_text()[5:]) > 200
+
+
+def test_the_slurm_job_saves_on_sigterm_queues_up_again_and_goes_on_to_its_end(tiny_data, tmp_path):
+    commands(tmp_path)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    shape = "--dim 32 --num_layers 2 --num_heads 4 --num_kv_heads 2 --ffn_dim 64"
+    env = environment(
+        tmp_path, DATA=str(tiny_data), OUT="run", SIZE="260K", SEQ_LEN="32", BATCH_SIZE="4", MICRO_BATCH="2",
+        STEPS="400", EXTRA_FLAGS=f"{shape} --eval_tokens 512 --log_every 1 --dtype fp32 --sample=",
+    )  # fmt: skip
+    job, words, log = env["SLURM_JOB_ID"], ["bash", str(RECIPES / "slurm.sh")], tmp_path / "run" / "log.jsonl"
+
+    output = stopped_after(4, words, tmp_path, env)
     saved = (tmp_path / "run" / "last").read_text()
     assert "SIGTERM: stopped after step" in output and "step_00000000" < saved < "step_00000400"
     assert (tmp_path / "scancel.log").read_text() == f"--signal=TERM {job}\n"
