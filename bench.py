@@ -385,7 +385,7 @@ def main(config: Config):
             out = Path(config.out)
             out.parent.mkdir(parents=True, exist_ok=True)
             picture = io.BytesIO()
-            draw_speeds(results["rows"], f"{config.size} on {results['device']}", picture)
+            draw_speeds(results, f"{config.size} on {results['device']}", picture)
             text = json.dumps(results, indent=2)
             write_all({out: text, out.with_suffix(".png"): picture.getvalue()})
     finally:

@@ -35,6 +35,7 @@ from lib.guard import Guard, Stop
 from lib.optimizers import matrices, muon, zero_moments
 from lib.report import Report
 from lib.run_record import prepare_folder
+from lib.run_report import draw_together
 from lib.saving import Checkpoints, undisturbed
 from lib.shapes import planned_config
 from lib.training_samples import Sampler, show_sample
@@ -377,8 +378,8 @@ def plan(config: Config) -> str:
 
 
 def main(config: Config):
-    if config.plan:
-        print(plan(config))
+    if config.plan or config.draw:
+        print(plan(config) if config.plan else draw_together(config.draw))
         return
     with opening.entered(config) as device:
         record = opening.find_record(config)

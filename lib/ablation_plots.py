@@ -7,68 +7,56 @@ import io
 
 import numpy as np
 
-from lib.plots import load_pyplot
+from lib.plots import picture
 
 Curves = dict[int, dict[int, float]]  # of each seed, at each step
+GREYS = [str(0.15 + i / 15) for i in range(10)]  # of more arms than there are colours
 SMOOTHED = 10  # logged steps at most that a difference of curves is averaged over
 
 
-def draw_differences(arms: list, name: str, picture: io.BytesIO):
+def draw_differences(arms: list, name: str, file: io.BytesIO):
     """The difference of each arm to the first, with its 95 % interval and a mark for every seed, as a .png."""
-    plt = load_pyplot()
     first, *others = arms
     shown = [arm for arm in others if arm.difference]
     shown.reverse()  # the first goes to the top
     height = 1.4 + 0.35 * len(shown)
-    size = (8, height)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    for place, arm in enumerate(shown):
-        found = arm.difference
-        both = set(arm.seeds) & set(first.seeds)
-        each = np.subtract(arm.values_of(both), first.values_of(both))
-        interval = [found.low, found.high]
-        axes.plot(interval, [place, place], color="C0", linewidth=2)
-        axes.plot(found.mean, place, "o", color="C0")
-        places = [place] * len(each)
-        axes.plot(each, places, "|", color="black", markersize=9)
-    axes.axvline(0, color="black", linewidth=0.8)
-    names = [arm.name for arm in shown]
-    top = max(0.6, len(names) - 0.4)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(-0.6, top)
-    axes.set_xlabel(f"{name}, minus that of {first.name}")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    with picture(file, (8, height)) as axes:
+        for place, arm in enumerate(shown):
+            found = arm.difference
+            both = set(arm.seeds) & set(first.seeds)
+            each = np.subtract(arm.values_of(both), first.values_of(both))
+            interval = [found.low, found.high]
+            axes.plot(interval, [place, place], color="C0", linewidth=2)
+            axes.plot(found.mean, place, "o", color="C0")
+            places = [place] * len(each)
+            axes.plot(each, places, "|", color="black", markersize=9)
+        axes.axvline(0, color="black", linewidth=0.8)
+        names = [arm.name for arm in shown]
+        top = max(0.6, len(names) - 0.4)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.6, top)
+        axes.set_xlabel(f"{name}, minus that of {first.name}")
+        axes.grid(visible=False, axis="y")
 
 
-def draw_arms(arms: list, name: str, picture: io.BytesIO):
+def draw_arms(arms: list, name: str, file: io.BytesIO):
     """Training loss of each arm, and its difference to the first with the same seed and step, as a .png.
 
     Bands are what the seeds fill.
     """
-    plt = load_pyplot()
-    size = (12, 4.5)
-    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained")
-    left, right = panels
-    if len(arms) > 10:
-        many = plt.get_cmap("tab20").colors
-        left.set_prop_cycle(color=many)
-        right.set_prop_cycle(color=many)
-    first = curves_of(arms[0])
-    for arm in arms:
-        curves = curves_of(arm)
-        draw_band(left, curves, arm.name)
-        draw_band(right, less(curves, first), arm.name)
-    left.set_ylabel("training loss (nats)")
-    right.set_ylabel(f"training loss, minus that of {arms[0].name}")
-    beside = (1.02, 0.5)
-    right.legend(loc="center left", bbox_to_anchor=beside, fontsize=8)
-    for axes in panels:
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    with picture(file, (12, 4.5), 1, 2) as (left, right):
+        if len(arms) > 10:
+            for axes in (left, right):
+                axes.set_prop_cycle(color=[f"C{i}" for i in range(10)] + GREYS)
+        first = curves_of(arms[0])
+        for arm in arms:
+            curves = curves_of(arm)
+            draw_band(left, curves, arm.name)
+            draw_band(right, less(curves, first), arm.name)
+        left.set(xlabel="step", ylabel="training loss (nats)")
+        right.set(xlabel="step", ylabel=f"training loss, minus that of {arms[0].name}")
+        beside = (1.02, 0.5)
+        right.legend(loc="center left", bbox_to_anchor=beside, fontsize=8)
 
 
 def curves_of(arm) -> Curves:

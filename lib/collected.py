@@ -11,7 +11,7 @@ from lib.tables import Row
 # flags that say where a run is, or how it is told or divided, and not what it computes
 INCIDENTAL = set(
     """seed out resume anyway trust_variant stop_at log_every save_every keep keep_every sample wandb micro_batch
-    reduce_each shard_over reshard_after_forward plan gpus gpu""".split()
+    reduce_each shard_over reshard_after_forward plan draw gpus gpu""".split()
 )
 
 

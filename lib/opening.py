@@ -180,7 +180,7 @@ def rehearse(run, evaluate: Callable):
     run.checkpoints.begin(0)
     if problem := run.checkpoints.finish():
         raise problem
-    short = dataclasses.replace(run.config, eval_tokens=run.config.seq_len)
-    evaluate(run.model, run.val, short, run.device, run.objective)
+    scores = evaluate(run.model, run.val, run.config, run.device, run.objective)
+    run.report.validation(0, scores)
     if run.sampler.ids:
         run.sampler.write(run.model, run.device, most=1)

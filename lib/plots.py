@@ -1,5 +1,6 @@
 """The pictures, by matplotlib, which is imported only where one is drawn."""
 
+import contextlib
 import io
 from collections import defaultdict
 from pathlib import Path
@@ -7,41 +8,38 @@ from pathlib import Path
 import numpy as np
 
 
-def load_pyplot():
-    """matplotlib.pyplot for pictures in files, without a window."""
+@contextlib.contextmanager
+def picture(place: str | Path | io.BytesIO, size: tuple[float, float], *shape: int, **options):
+    """The axes of a picture of this size in inches, which is written as a .png when all is drawn.
+
+    shape are its rows and columns of panels, options those of matplotlib's subplots.
+    """
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # in files, without a window
     import matplotlib.pyplot as plt
 
-    return plt
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", **options)
+    try:
+        for panel in figure.axes:
+            panel.grid(alpha=0.3)
+        yield axes
+        figure.savefig(place, dpi=120, format="png")
+    finally:
+        plt.close(figure)
 
 
-def draw_losses(rows: list[dict], path: Path, title: str, unit: str):
-    """loss.png: training and validation loss against the step, of the rows of log.jsonl."""
-    plt = load_pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    curves = (("loss", "training", "-"), ("val_loss", "validation", "o-"))
-    for name, label, style in curves:
-        measured = [row for row in rows if name in row]
-        steps = [row["step"] for row in measured]
-        losses = [row[name] for row in measured]
-        axes.plot(steps, losses, style, label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel=f"loss (nats a {unit})", title=title)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_curves(points: list, name: str, picture: io.BytesIO):
+def draw_curves(points: list, name: str, place: io.BytesIO):
     """The score of runs against steps and tokens, as a .png; see lib/curves.py for the points.
 
     A line for each setting: the mean of its runs, which differ in the seed alone, and the band that
     they fill.
     """
-    plt = load_pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    with picture(place, (10, 4), 1, 2, sharey=True) as panels:
+        _draw_settings(panels, points, name)
+
+
+def _draw_settings(panels, points: list, name: str):
     for setting in dict.fromkeys(point.setting for point in points):
         chosen = [point for point in points if point.setting == setting]
         label = ", ".join(dict.fromkeys(point.run for point in chosen))
@@ -57,25 +55,40 @@ def draw_curves(points: list, name: str, picture: io.BytesIO):
             (line,) = axes.plot(places, means, "o-", linewidth=1, label=label)
             axes.fill_between(places, lows, highs, alpha=0.2, color=line.get_color())
             axes.set(xlabel=axis, ylabel=name)
-            axes.grid(alpha=0.3)
+    panels[0].set_title(f"{name}, by step")
+    panels[1].set_title("by tokens read")
     panels[0].legend()
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
-def draw_speeds(rows: list[dict], title: str, picture: io.BytesIO):
-    """A bar for every row of bench.py: its tokens a second, as a .png."""
-    plt = load_pyplot()
-    upwards = rows[::-1]  # the first row goes to the top
-    places = range(len(upwards))
-    names = [row["name"] for row in upwards]
-    speeds = [row["tokens_per_s"] for row in upwards]
-    height = 1.2 + 0.35 * len(upwards)
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
-    bars = axes.barh(places, speeds)
-    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.set_yticks(places, names)
-    axes.set(xlabel="tokens a second", title=title)
-    axes.margins(x=0.12)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+SIDES = {  # of bench.py, as a reader knows them
+    "plainllama": "plainllama",
+    "hf here": "transformers' model in this loop",
+    "hf": "transformers with its own Trainer",
+}
+
+
+def draw_speeds(results: dict, title: str, place: io.BytesIO):
+    """What bench.py measured, as a .png: a dot for every round and a bar for their median, of the
+    rows that were measured in turns if there were such."""
+    last = {row["name"]: row for row in results["rows"]}  # a contest comes after the trials
+    contests = results.get("contests", [])
+    names = list(dict.fromkeys(name for one in contests for name in one["of"])) or list(last)
+    rows = [last[name] for name in reversed(names)]  # the first goes to the top
+    labels = []
+    with picture(place, (9, 1.2 + 0.45 * len(rows))) as axes:
+        for height, row in enumerate(rows):
+            speed, seconds = row["tokens_per_s"], row["seconds"]
+            rounds = [speed * np.median(seconds) / one for one in seconds]
+            bar = axes.barh(height, speed, height=0.6, alpha=0.5, color="C0")
+            axes.bar_label(bar, fmt="{:,.0f}", padding=8)
+            axes.plot(rounds, [height] * len(rounds), "o", color="black", markersize=3)
+            side = row["name"].split(row["dtype"])[0].strip()
+            rest = row["name"].removeprefix(side).strip()
+            labels.append(f"{SIDES.get(side, side)}\n{rest}")
+        for one in contests:
+            ratios = one["ratios"]
+            against = SIDES.get(one["of"][1].split(" fp32")[0].split(" bf16")[0], one["of"][1])
+            title += f"\n{one['ratio']:.2f} × {against} ({min(ratios):.2f} to {max(ratios):.2f})"
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set(xlabel="tokens a second; a dot is a round", title=title)
+        axes.margins(x=0.15)

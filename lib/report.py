@@ -16,7 +16,7 @@ from lib.errors import BadInput
 from lib.files import write_whole
 from lib.forecast import forecast
 from lib.gpus import gpu_peak
-from lib.plots import draw_losses
+from lib.run_report import draw_run, write_report
 from lib.runs import append_row, read_log
 from lib.world import memory
 
@@ -28,6 +28,8 @@ class Flags:
     eval_tokens: int = 131_072          # validation tokens, always the same ones
     log_every: int = 10                 # steps
     wandb: str = ""                     # project name; offline when nobody is logged in
+    draw: tuple[str, ...] = ()
+    """only draw the losses of these runs into one picture, losses.png in the first one's folder"""
 
 
 class Report:
@@ -132,16 +134,17 @@ class Report:
         self.say(f"step {step}: {kind}, loss {loss:.4g}, gradient norm {norm:.4g}, {update}; {places[0]}{more}")
 
     def _step(self, done: int, last: int, lr: float, outcome):
-        """Log a step; the speed is that of the steps since the last one logged."""
+        """Log a step; speed and mean loss are of the steps since the last one logged."""
         seconds = (time.perf_counter() - self.clock) / (done - self.logged)
         speed, left = self.in_step / seconds, round(seconds * (last - done))
         self.logged, self.clock = done, time.perf_counter()
         loss, (_, targets, without) = outcome.loss.item(), outcome.counts.tolist()
         scores = self.objective.scores(outcome.means.tolist())
+        losses = [taken.loss for _, _, taken in self.pending if not taken.bad]
         amounts = {self.unit: done * self.in_step}
         amounts[f"{self.unit}_per_s"] = round(speed, 0 if speed > 100 else 2)
         self.write(
-            **scores | dict(step=done, loss=loss),
+            **scores | dict(step=done, loss=loss, mean_loss=mean(losses)),
             lr=lr,
             grad_norm=outcome.norm.item(),
             **amounts,
@@ -169,9 +172,11 @@ class Report:
         return loss if done == step else None
 
     def sample(self, done: int, text: str):
-        """What the model writes by now."""
+        """What the model writes by now; at the end of a run of text sample.py prints another one."""
         self.write(step=done, sample=text)
-        self.say(f"step {done}/{self.config.steps}  sample\n{text}")
+        every = self.config.sample_every
+        if self.data.kind != "text" or every and done % every == 0:
+            self.say(f"step {done}/{self.config.steps}  sample\n{text}")
 
     def rolled_back(self, step: int, spike: int):
         """The run is at this step again, because of a spike at a later one."""
@@ -223,13 +228,16 @@ class Report:
             print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
 
     def draw(self):
-        """loss.png: training and validation loss against the step, from log.jsonl."""
-        if self.quiet:
-            return
-        with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
-            rows = read_log(self.folder / "log.jsonl")
-            draw_losses(rows, self.folder / "loss.png", str(self.folder), self.unit[:-1])
+        """loss.png and report.md, from log.jsonl and run.json."""
+        if not self.quiet:
+            with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
+                draw_run(self.folder)
+                write_report(self.folder)
 
     def close(self):
         if self.wandb:
             self.wandb.finish()
+
+
+def mean(losses: list[torch.Tensor]) -> float | None:
+    return torch.stack(losses).mean().item() if losses else None

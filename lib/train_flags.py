@@ -66,7 +66,7 @@ class Flags(
 MAY_CHANGE_ON_RESUME = set(
     """resume out data micro_batch stop_at log_every eval_every save_every keep sample sample_every wandb compile
     checkpointing shard_over reshard_after_forward deterministic keep_every max_bad_steps reduce_each
-    plan gpus gpu anyway variant trust_variant attention""".split()
+    plan draw gpus gpu anyway variant trust_variant attention""".split()
 )
 
 

@@ -38,13 +38,13 @@ class Sampler:
         """val is the data.Mixture of validation. Raises ValueError where the prompt does not fit."""
         self.config, self.tokenizer = config, Tokenizer(val.folders[0])
         self.ends = {self.tokenizer.eos_id, self.tokenizer.bos_id}
-        self.ids, self.is_chat = [], val.kind != "text"
-        if self.is_chat:
+        self.ids, is_chat = [], val.kind != "text"
+        if is_chat:
             template = next(p.meta["template"] for p in val.parts if "template" in p.meta)
             self.ends.add(end_of_answer(form_of(template), self.tokenizer))
-        if self.is_chat and config.sample == type(config).sample:
+        if is_chat and config.sample == type(config).sample:
             self.ids = first_question(val)[: max(1, window - NEW_TOKENS)]
-        elif self.is_chat and config.sample:
+        elif is_chat and config.sample:
             self.ids = render_prompt([Turn("user", config.sample)], template, self.tokenizer)
         elif config.sample:
             self.ids = self.tokenizer.encode_prompt(config.sample)
@@ -55,8 +55,8 @@ class Sampler:
 
     def is_due(self, step: int) -> bool:
         """Whether there is a sample to write after this step."""
-        every, last = self.config.sample_every, step == self.config.steps
-        return bool(self.ids) and (every and step % every == 0 or last and self.is_chat)
+        every, ends = self.config.sample_every, step == self.config.steps
+        return bool(self.ids) and (ends or every > 0 and step % every == 0)
 
     @torch.no_grad()
     def write(self, model: nn.Module, device: torch.device, most: int = NEW_TOKENS) -> str:

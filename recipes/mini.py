@@ -26,17 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from eval import compare
 from lib.chat_formats import Turn
 from lib.cli import run_command
+from lib.plots import picture
 from lib.records import read_json
 from lib.refusals import is_refusal
 from lib.runs import find_template, read_log
 from lib.sources import find_files
 from lib.statistics import estimate
 from lib.templates import render_prompt
+from lib.training_plot import of_rows, smoothed
 from sample import generate, load_model
 
 # kinds of facts: what is asked; the last two wordings are held out, for development and for the test
@@ -307,11 +311,14 @@ def make_report(config: "Config"):
         "# The GOAT recipe in miniature",
         "",
         results(out, runs),
+        "![Choice and refusals of each model, with intervals](results.png)",
+        "",
         "![training](curves.png)",
         "",
         cleaning(read_lines(out / "chats.jsonl"), config.seed),
         samples(out, runs, config.seed),
     ]
+    draw_results(out, runs)
     draw_curves(out, runs)
     (out / "report.md").write_text("\n".join(parts))
     print("\n".join(parts[:3]) + f"wrote {out / 'report.md'}")
@@ -387,22 +394,37 @@ def samples(out: Path, runs: list[str], seed: int) -> str:
     return "\n".join(lines)
 
 
+def draw_results(out: Path, runs: list[str]):
+    """results.png: how often each model chooses right, and how often it refuses, with intervals."""
+    chosen, refused = [], []
+    for run in runs:
+        scores = read_json(out / "choices" / f"{run}.json", "scores")["scores"]["scores"]["acc"]["subjects"]
+        chosen.append(scores["new wording"])
+        rows = read_lines(out / "answers" / f"{run}.jsonl")
+        refused.append(estimate([float(row["by_style"]) for row in rows]))
+    titles = ("right choices, of questions in new wording", "answers that refuse, of true questions")
+    with picture(out / "results.png", (9, 1.2 + 0.45 * len(runs)), 1, 2, sharey=True) as panels:
+        for axes, title, intervals in zip(panels, titles, (chosen, refused)):
+            values, lows, highs = 100 * np.array(intervals).T
+            places = range(len(runs))[::-1]  # the first goes to the top
+            axes.barh(places, values, height=0.6, alpha=0.5, xerr=(values - lows, highs - values), capsize=4)
+            axes.set_yticks(places, runs)
+            axes.set(xlabel="per cent, with 95 % intervals", title=title, xlim=(0, 100))
+        panels[0].axvline(25, color="black", linewidth=0.8, ls=":")
+
+
 def draw_curves(out: Path, runs: list[str]):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, title, names in zip(panels, ("pretraining", "fine-tuning"), (["base"], runs)):
-        for run in names:
-            points = [(row["step"], row["loss"]) for row in read_log(out / run / "log.jsonl") if "loss" in row]
-            axes.plot(*zip(*points), label=run, linewidth=1)
-        axes.set(title=title, xlabel="step", ylabel="loss (nats a target)")
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)
+    """curves.png: training and validation loss of the base, and of what was made of it."""
+    with picture(out / "curves.png", (10, 4), 1, 2) as panels:
+        for axes, title, names in zip(panels, ("pretraining", "fine-tuning"), (["base"], runs)):
+            for number, run in enumerate(names):
+                rows, color = read_log(out / run / "log.jsonl"), f"C{number}"
+                steps, losses = of_rows(rows, "mean_loss")
+                axes.plot(steps, smoothed(losses), color=color, label=run, linewidth=1)
+                axes.plot(*of_rows(rows, "val_loss"), "o--", color=color, markersize=4, linewidth=1)
+            axes.plot([], [], "o--", color="grey", label="validation")
+            axes.set(title=title, xlabel="step", ylabel="loss (nats a target)")
+            axes.legend()
 
 
 # ---- command line ----

@@ -1,0 +1,88 @@
+"""A run told by its files: loss.png, report.md, and several runs in one picture."""
+
+from pathlib import Path
+
+from lib.errors import BadInput
+from lib.files import write_whole
+from lib.runs import read_log, read_run
+from lib.training_plot import draw_losses
+
+
+def vocab_size_of(record: dict) -> int:
+    """That of a run whose weights began at random, else 0."""
+    return 0 if record["init_from"] else record["model"]["vocab_size"]
+
+
+def unit_of(rows: list[dict]) -> str:
+    return "pair" if any("pairs" in row for row in rows) else "token"
+
+
+def draw_run(folder: Path):
+    """loss.png of the run in a folder."""
+    rows, record = read_log(folder / "log.jsonl"), read_run(folder)
+    name = str(folder)
+    vocab_size = vocab_size_of(record)
+    draw_losses({name: rows}, folder / "loss.png", name, unit_of(rows), vocab_size)
+
+
+def draw_together(places: tuple[str, ...]) -> Path:
+    """losses.png in the first of these runs' folders, the losses of all. Raises ValueError."""
+    runs, sizes = {}, set()
+    for place in places:
+        sizes.add(vocab_size_of(read_run(Path(place))))
+        runs[place] = read_log(Path(place) / "log.jsonl")
+        if not any("loss" in row for row in runs[place]):
+            raise BadInput(f"--draw {place}: its log.jsonl has no losses yet")
+    units = {unit_of(rows) for rows in runs.values()}
+    if len(units) > 1:
+        raise BadInput(f"--draw {' '.join(places)}: losses a token and a pair are not the same")
+    out = Path(places[0]) / "losses.png"
+    same_size = sizes.pop() if len(sizes) == 1 else 0
+    draw_losses(runs, out, "losses", units.pop(), same_size)
+    return out
+
+
+def seconds_of(rows: list[dict]) -> float:
+    """The time of the steps of a run, as the speeds in its log say; evaluations do not count."""
+    seconds, before = 0.0, 0
+    unit = f"{unit_of(rows)}s"
+    for row in rows:
+        if row.get(f"{unit}_per_s"):
+            seconds += (row[unit] - before) / row[f"{unit}_per_s"]
+            before = row[unit]
+    return seconds
+
+
+def write_report(folder: Path):
+    """report.md of the run in a folder: command, scores, time, commit and samples."""
+    rows, record = read_log(folder / "log.jsonl"), read_run(folder)
+    trained = [row for row in rows if "loss" in row]
+    validated = [row for row in rows if "val_loss" in row]
+    last = trained[-1]["step"] if trained else 0
+    facts = {
+        "step": f"{last} of {record['config'].get('steps')}",
+        "parameters": f"{record.get('parameters', 0):,}",
+        "time of the steps": f"{seconds_of(rows) / 60:.1f} minutes on {record.get('device')}",
+        "code": record.get("git_commit"),
+        "begun with": record["init_from"] or "random weights",
+    }
+    if unit_of(rows) == "token" and trained:
+        facts["tokens"] = f"{trained[-1].get('tokens', 0):,}"
+    lines = [f"# {folder.name}", "", f"    {record.get('command')}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    if validated:
+        lines += ["", "| validation | step | loss | other scores |", "| --- | --- | --- | --- |"]
+        best = min(validated, key=of_validation)
+        for name, row in (("last", validated[-1]), ("best", best)):
+            others = {key: value for key, value in row.items() if key not in ("step", "val_loss")}
+            told = ", ".join(f"{key} {value:.4g}" for key, value in others.items())
+            lines.append(f"| {name} | {row['step']} | {row['val_loss']:.4f} | {told} |")
+    lines += ["", "![Training and validation loss](loss.png)"]
+    for row in [row for row in rows if "sample" in row][-3:]:
+        text = "\n".join(f"    {line}" for line in row["sample"].splitlines())
+        lines += ["", f"A sample after step {row['step']}:", "", text]
+    write_whole(folder / "report.md", "\n".join(lines) + "\n")
+
+
+def of_validation(row: dict) -> float:
+    return row["val_loss"]
