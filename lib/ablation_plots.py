@@ -10,7 +10,10 @@ import numpy as np
 from lib.plots import picture
 
 Curves = dict[int, dict[int, float]]  # of each seed, at each step
-GREYS = [str(0.15 + i / 15) for i in range(10)]  # of more arms than there are colours
+MANY = [  # colours for more arms than matplotlib has, and greys behind them
+    *(f"C{number}" for number in range(10)),
+    *("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8"),
+]
 SMOOTHED = 10  # logged steps at most that a difference of curves is averaged over
 
 
@@ -20,7 +23,8 @@ def draw_differences(arms: list, name: str, file: io.BytesIO):
     shown = [arm for arm in others if arm.difference]
     shown.reverse()  # the first goes to the top
     height = 1.4 + 0.35 * len(shown)
-    with picture(file, (8, height)) as axes:
+    size = (8, height)
+    with picture(file, size) as axes:
         for place, arm in enumerate(shown):
             found = arm.difference
             both = set(arm.seeds) & set(first.seeds)
@@ -33,7 +37,8 @@ def draw_differences(arms: list, name: str, file: io.BytesIO):
         axes.axvline(0, color="black", linewidth=0.8)
         names = [arm.name for arm in shown]
         top = max(0.6, len(names) - 0.4)
-        axes.set_yticks(range(len(names)), names)
+        rows = range(len(names))
+        axes.set_yticks(rows, names)
         axes.set_ylim(-0.6, top)
         axes.set_xlabel(f"{name}, minus that of {first.name}")
         axes.grid(visible=False, axis="y")
@@ -44,17 +49,20 @@ def draw_arms(arms: list, name: str, file: io.BytesIO):
 
     Bands are what the seeds fill.
     """
-    with picture(file, (12, 4.5), 1, 2) as (left, right):
+    size = (12, 4.5)
+    with picture(file, size, 1, 2) as (left, right):
         if len(arms) > 10:
-            for axes in (left, right):
-                axes.set_prop_cycle(color=[f"C{i}" for i in range(10)] + GREYS)
+            left.set_prop_cycle(color=MANY)
+            right.set_prop_cycle(color=MANY)
         first = curves_of(arms[0])
         for arm in arms:
             curves = curves_of(arm)
             draw_band(left, curves, arm.name)
             draw_band(right, less(curves, first), arm.name)
-        left.set(xlabel="step", ylabel="training loss (nats)")
-        right.set(xlabel="step", ylabel=f"training loss, minus that of {arms[0].name}")
+        left.set_xlabel("step")
+        right.set_xlabel("step")
+        left.set_ylabel("training loss (nats)")
+        right.set_ylabel(f"training loss, minus that of {arms[0].name}")
         beside = (1.02, 0.5)
         right.legend(loc="center left", bbox_to_anchor=beside, fontsize=8)
 

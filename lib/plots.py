@@ -35,11 +35,13 @@ def draw_curves(points: list, name: str, place: io.BytesIO):
     A line for each setting: the mean of its runs, which differ in the seed alone, and the band that
     they fill.
     """
-    with picture(place, (10, 4), 1, 2, sharey=True) as panels:
-        _draw_settings(panels, points, name)
+    size = (10, 4)
+    with picture(place, size, 1, 2, sharey=True) as panels:
+        draw_settings(panels, points, name)
 
 
-def _draw_settings(panels, points: list, name: str):
+def draw_settings(panels, points: list, name: str):
+    by_steps, by_tokens = panels
     for setting in dict.fromkeys(point.setting for point in points):
         chosen = [point for point in points if point.setting == setting]
         label = ", ".join(dict.fromkeys(point.run for point in chosen))
@@ -55,9 +57,9 @@ def _draw_settings(panels, points: list, name: str):
             (line,) = axes.plot(places, means, "o-", linewidth=1, label=label)
             axes.fill_between(places, lows, highs, alpha=0.2, color=line.get_color())
             axes.set(xlabel=axis, ylabel=name)
-    panels[0].set_title(f"{name}, by step")
-    panels[1].set_title("by tokens read")
-    panels[0].legend()
+    by_steps.set_title(f"{name}, by step")
+    by_tokens.set_title("by tokens read")
+    by_steps.legend()
 
 
 SIDES = {  # of bench.py, as a reader knows them
@@ -70,25 +72,50 @@ SIDES = {  # of bench.py, as a reader knows them
 def draw_speeds(results: dict, title: str, place: io.BytesIO):
     """What bench.py measured, as a .png: a dot for every round and a bar for their median, of the
     rows that were measured in turns if there were such."""
-    last = {row["name"]: row for row in results["rows"]}  # a contest comes after the trials
     contests = results.get("contests", [])
-    names = list(dict.fromkeys(name for one in contests for name in one["of"])) or list(last)
-    rows = [last[name] for name in reversed(names)]  # the first goes to the top
+    rows = compared_rows(results["rows"], contests)
+    rows.reverse()  # the first goes to the top
+    height = 1.2 + 0.45 * len(rows)
+    size = (9, height)
     labels = []
-    with picture(place, (9, 1.2 + 0.45 * len(rows))) as axes:
+    with picture(place, size) as axes:
         for height, row in enumerate(rows):
             speed, seconds = row["tokens_per_s"], row["seconds"]
-            rounds = [speed * np.median(seconds) / one for one in seconds]
+            tokens = speed * np.median(seconds)
+            rounds = [tokens / one for one in seconds]
+            heights = [height] * len(rounds)
             bar = axes.barh(height, speed, height=0.6, alpha=0.5, color="C0")
             axes.bar_label(bar, fmt="{:,.0f}", padding=8)
-            axes.plot(rounds, [height] * len(rounds), "o", color="black", markersize=3)
-            side = row["name"].split(row["dtype"])[0].strip()
-            rest = row["name"].removeprefix(side).strip()
-            labels.append(f"{SIDES.get(side, side)}\n{rest}")
+            axes.plot(rounds, heights, "o", color="black", markersize=3)
+            side, setting = side_and_setting(row["name"], row["dtype"])
+            labels.append(f"{side}\n{setting}")
         for one in contests:
-            ratios = one["ratios"]
-            against = SIDES.get(one["of"][1].split(" fp32")[0].split(" bf16")[0], one["of"][1])
-            title += f"\n{one['ratio']:.2f} × {against} ({min(ratios):.2f} to {max(ratios):.2f})"
-        axes.set_yticks(range(len(rows)), labels)
-        axes.set(xlabel="tokens a second; a dot is a round", title=title)
+            low, high = min(one["ratios"]), max(one["ratios"])
+            other = one["of"][1]
+            dtype = next(row["dtype"] for row in rows if row["name"] == other)
+            side, _ = side_and_setting(other, dtype)
+            title += f"\n{one['ratio']:.2f} × {side} ({low:.2f} to {high:.2f})"
+        places = range(len(rows))
+        axes.set_yticks(places, labels)
+        axes.set_xlabel("tokens a second; a dot is a round")
+        axes.set_title(title)
         axes.margins(x=0.15)
+
+
+def compared_rows(rows: list[dict], contests: list[dict]) -> list[dict]:
+    """The rows that were measured in turns, which come after their trials, or all."""
+    if not contests:
+        return list(rows)
+    last = {row["name"]: row for row in rows}
+    names = []
+    for one in contests:
+        names += one["of"]
+    names = dict.fromkeys(names)
+    return [last[name] for name in names]
+
+
+def side_and_setting(name: str, dtype: str) -> tuple[str, str]:
+    """The two parts of a row's name, the side in words."""
+    side, _, rest = name.partition(f" {dtype}")
+    setting = f"{dtype}{rest}"
+    return SIDES.get(side, side), setting

@@ -140,7 +140,10 @@ class Report:
         self.logged, self.clock = done, time.perf_counter()
         loss, (_, targets, without) = outcome.loss.item(), outcome.counts.tolist()
         scores = self.objective.scores(outcome.means.tolist())
-        losses = [taken.loss for _, _, taken in self.pending if not taken.bad]
+        losses = []
+        for _, _, taken in self.pending:
+            if not taken.bad:
+                losses.append(taken.loss)
         amounts = {self.unit: done * self.in_step}
         amounts[f"{self.unit}_per_s"] = round(speed, 0 if speed > 100 else 2)
         self.write(
@@ -169,7 +172,9 @@ class Report:
     def val_loss_of(self, step: int) -> float | None:
         """The validation loss at a step, where that was the last to be validated."""
         done, loss = self.validated
-        return loss if done == step else None
+        if done != step:
+            return None
+        return loss
 
     def sample(self, done: int, text: str):
         """What the model writes by now; at the end of a run of text sample.py prints another one."""
@@ -240,4 +245,6 @@ class Report:
 
 
 def mean(losses: list[torch.Tensor]) -> float | None:
-    return torch.stack(losses).mean().item() if losses else None
+    if not losses:
+        return None
+    return torch.stack(losses).mean().item()

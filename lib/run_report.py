@@ -1,5 +1,6 @@
 """A run told by its files: loss.png, report.md, and several runs in one picture."""
 
+import textwrap
 from pathlib import Path
 
 from lib.errors import BadInput
@@ -14,7 +15,10 @@ def vocab_size_of(record: dict) -> int:
 
 
 def unit_of(rows: list[dict]) -> str:
-    return "pair" if any("pairs" in row for row in rows) else "token"
+    for row in rows:
+        if "pairs" in row:
+            return "pair"
+    return "token"
 
 
 def draw_run(folder: Path):
@@ -31,7 +35,8 @@ def draw_together(places: tuple[str, ...]) -> Path:
     for place in places:
         sizes.add(vocab_size_of(read_run(Path(place))))
         runs[place] = read_log(Path(place) / "log.jsonl")
-        if not any("loss" in row for row in runs[place]):
+        losses = [row for row in runs[place] if "loss" in row]
+        if not losses:
             raise BadInput(f"--draw {place}: its log.jsonl has no losses yet")
     units = {unit_of(rows) for rows in runs.values()}
     if len(units) > 1:
@@ -56,32 +61,53 @@ def seconds_of(rows: list[dict]) -> float:
 def write_report(folder: Path):
     """report.md of the run in a folder: command, scores, time, commit and samples."""
     rows, record = read_log(folder / "log.jsonl"), read_run(folder)
+    command = record.get("command")
+    lines = [f"# {folder.name}", "", f"    {command}", "", "| | |", "| --- | --- |"]
+    for name, value in facts_of(record, rows).items():
+        lines.append(f"| {name} | {value} |")
+    lines += validations(rows)
+    lines += ["", "![Training and validation loss](loss.png)"]
+    sampled = [row for row in rows if "sample" in row]
+    for row in sampled[-3:]:
+        text = textwrap.indent(row["sample"], "    ")
+        lines += ["", f"A sample after step {row['step']}:", "", text]
+    text = "\n".join(lines)
+    write_whole(folder / "report.md", f"{text}\n")
+
+
+def facts_of(record: dict, rows: list[dict]) -> dict[str, str]:
+    """What a run was, from its record and its log."""
     trained = [row for row in rows if "loss" in row]
-    validated = [row for row in rows if "val_loss" in row]
-    last = trained[-1]["step"] if trained else 0
+    last = trained[-1] if trained else {"step": 0}
+    steps = record["config"].get("steps")
+    minutes = seconds_of(rows) / 60
     facts = {
-        "step": f"{last} of {record['config'].get('steps')}",
+        "step": f"{last['step']} of {steps}",
         "parameters": f"{record.get('parameters', 0):,}",
-        "time of the steps": f"{seconds_of(rows) / 60:.1f} minutes on {record.get('device')}",
+        "time of the steps": f"{minutes:.1f} minutes on {record.get('device')}",
         "code": record.get("git_commit"),
         "begun with": record["init_from"] or "random weights",
     }
-    if unit_of(rows) == "token" and trained:
-        facts["tokens"] = f"{trained[-1].get('tokens', 0):,}"
-    lines = [f"# {folder.name}", "", f"    {record.get('command')}", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    if validated:
-        lines += ["", "| validation | step | loss | other scores |", "| --- | --- | --- | --- |"]
-        best = min(validated, key=of_validation)
-        for name, row in (("last", validated[-1]), ("best", best)):
-            others = {key: value for key, value in row.items() if key not in ("step", "val_loss")}
-            told = ", ".join(f"{key} {value:.4g}" for key, value in others.items())
-            lines.append(f"| {name} | {row['step']} | {row['val_loss']:.4f} | {told} |")
-    lines += ["", "![Training and validation loss](loss.png)"]
-    for row in [row for row in rows if "sample" in row][-3:]:
-        text = "\n".join(f"    {line}" for line in row["sample"].splitlines())
-        lines += ["", f"A sample after step {row['step']}:", "", text]
-    write_whole(folder / "report.md", "\n".join(lines) + "\n")
+    if "tokens" in last:
+        facts["tokens"] = f"{last['tokens']:,}"
+    return facts
+
+
+def validations(rows: list[dict]) -> list[str]:
+    """A table of the last validation and the best."""
+    validated = [row for row in rows if "val_loss" in row]
+    if not validated:
+        return []
+    lines = ["", "| validation | step | loss | other scores |", "| --- | --- | --- | --- |"]
+    best = min(validated, key=of_validation)
+    for name, row in (("last", validated[-1]), ("best", best)):
+        others = []
+        for key, value in row.items():
+            if key not in ("step", "val_loss"):
+                others.append(f"{key} {value:.4g}")
+        told = ", ".join(others)
+        lines.append(f"| {name} | {row['step']} | {row['val_loss']:.4f} | {told} |")
+    return lines
 
 
 def of_validation(row: dict) -> float:

@@ -53,7 +53,7 @@ def test_a_loss_is_smoothed_over_a_faint_one_with_validation_from_step_0(figures
     faint, smooth, validation, guess = axes.get_lines()
     assert faint.get_alpha() < 0.5 and list(faint.get_ydata()) == [r["mean_loss"] for r in rows if "lr" in r]
     spread = lambda line: max(abs(a - b) for a, b in zip(line.get_ydata()[40:], line.get_ydata()[41:]))
-    assert spread(smooth) < 0.3 * spread(faint)
+    assert spread(smooth) < 0.4 * spread(faint)
     assert list(validation.get_xdata()) == [0, 1000] and list(validation.get_ydata()) == [8.0, 2.1]
     assert guess.get_ydata()[0] == math.log(4096)
     assert labels(axes) == ["training", "validation", "ln V = 8.32, a guess at random"]
