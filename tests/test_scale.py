@@ -168,7 +168,8 @@ def test_a_plan_needs_no_data_and_says_whether_it_fits(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(optimizer="muon"), dict(freeze=("blocks.0.*",)), dict(lora_rank=128),  # where small, headers would count
+    dict(), dict(optimizer="muon"), dict(freeze=("blocks.0.*",)),
+    dict(lora_rank=128),  # of less the files' headers would be a good part
 ])  # fmt: skip
 def test_the_forecast_of_a_checkpoint_is_what_one_takes_on_disk(options, tiny_run):
     shape = dict(dim=128, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=256, steps=2)
