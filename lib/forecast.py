@@ -1,4 +1,4 @@
-"""What a run will need: bytes on each GPU at the peak of a step."""
+"""What a run will need: bytes on each GPU at the peak of a step, and those of a checkpoint."""
 
 from typing import NamedTuple
 
@@ -195,6 +195,13 @@ def _moments(model: nn.Module, config, whole: Tally, sharers: int) -> int:
     if config.optimizer == "muon":  # one moment for the blocks' matrices instead of two
         moments -= 4 * sum(p.numel() for p in matrices(model.blocks)) // sharers
     return moments
+
+
+def checkpoint_bytes(model: nn.Module, config) -> int:
+    """Bytes on disk of a checkpoint: all weights, with LoRA only the adapters, and the moments."""
+    whole = tally(model, 4)
+    weights = 4 * whole.trained if config.lora_rank else whole.stored
+    return weights + _moments(model, config, whole, 1)
 
 
 def _gathered(shape, config, whole: Tally, block: Tally, size: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from lib.errors import BadInput
-from lib.forecast import forecast
+from lib.forecast import checkpoint_bytes, forecast
 from lib.gpus import GPUS
 from lib.meta import read_meta
 from lib.naming import shapes
@@ -22,7 +22,8 @@ PLAN = """\
 GiB a GPU: {parts}
 together {need:.1f} of {memory} GiB: {verdict} ({reserve:.0f} GiB are kept in reserve)
 about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak:.0f} TFLOP/s are reached, \
-{hours:,.1f} hours for {steps:,} steps of {length} ({tokens:,} tokens)"""
+{hours:,.1f} hours for {steps:,} steps of {length} ({tokens:,} tokens)
+disk: {disk:,.1f} GB a checkpoint, the first before step 1, up to {checkpoints} at a time"""
 
 
 def in_steps(config, epoch: float):
@@ -102,6 +103,7 @@ def plan(model: nn.Module, config, data=None) -> str:
     tokens = config.steps * config.batch_size * config.seq_len
     speed = gpu.efficiency * gpu.peak / flops_with_recomputation(model.config, config)
     hours = tokens / (speed * config.gpus) / 3600
+    for_good = config.steps // config.keep_every if config.keep_every else 0
     facts = {
         "name": config.init_from or config.size,
         "parameters": count_parameters(model.config),
@@ -121,6 +123,8 @@ def plan(model: nn.Module, config, data=None) -> str:
         "steps": config.steps,
         "length": length,
         "tokens": tokens,
+        "disk": checkpoint_bytes(model, config) / 1e9,
+        "checkpoints": config.keep + for_good + 2,  # the best, and one that is being written
     }
     return PLAN.format(**facts)
 

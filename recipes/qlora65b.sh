@@ -11,7 +11,7 @@
 # Expected  about 214 tokens/s a GPU, 19.9 hours, 40.6 of 47.5 GiB. This is the forecast of
 #           python train.py --plan --size 65B --lora_rank 32 --lora_dropout 0.05 --quantize nf4 --checkpointing full \
 #               --seq_len 512 --batch_size 16 --micro_batch 1 --steps 1875 --gpus 1 --gpu A6000-48GB
-#           With rank 64 it is 1.0 GiB too much: adapters, their gradients and moments are fp32, 16 bytes a parameter.
+#           With rank 64 it is 1.1 GiB too much: adapters, their gradients and moments are fp32, 16 bytes a parameter.
 #
 # Published QLoRA trains 65B on one GPU of 48 GB; the paper has the scores of Guanaco 65B.
 #

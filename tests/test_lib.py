@@ -7,7 +7,9 @@ import os
 from typing import TypedDict
 
 import pytest
+import torch
 
+from lib import gpus
 from lib.cli import run_command
 from lib.errors import BadInput
 from lib.files import lock, new_folder, write_whole
@@ -96,6 +98,20 @@ def test_half_of_a_character_in_a_question_is_named(tmp_path):
         read_bbh(tmp_path / "bbh.json")
     with pytest.raises(UnicodeEncodeError):
         list(parse_choices({"subject": "\ud800", "context": "c", "choices": ["a", "b"], "answer": 0}))
+
+
+@pytest.mark.parametrize("found, name", [
+    ("NVIDIA GeForce RTX 4090", "RTX4090-24GB"), ("NVIDIA GeForce RTX 3090", "RTX3090-24GB"),
+    ("NVIDIA A10G", "A10G-24GB"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA A100 80GB PCIe", "A100-80GB"),
+    ("NVIDIA H100 80GB HBM3", "H100-80GB"), ("NVIDIA H200", "H200"), ("NVIDIA RTX A6000", "A6000-48GB"),
+    ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H100 PCIe", None), ("NVIDIA A10", None),
+    ("NVIDIA RTX 6000 Ada Generation", None),
+])  # fmt: skip
+def test_a_gpu_is_known_by_the_name_that_cuda_gives_it_and_no_other_card_is_taken_for_it(found, name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: found)
+    assert gpus.gpu_peak(torch.device("cuda")) == (gpus.GPUS[name].peak if name else None)
+    assert gpus.gpu_peak(torch.device("cpu")) is None
 
 
 def test_a_pause_in_which_a_run_goes_back_is_not_counted_twice():

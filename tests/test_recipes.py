@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 
 import eval
 import model
 import train
-from conftest import ROOT, random_model
+from conftest import ROOT, command, random_model
 from data import Tokenizer
 from lib import train_flags
 
@@ -32,6 +33,7 @@ def command_lines(name: str) -> list[str]:
 
 FINE_TUNING = ["goat7b.sh", "alpaca7b.sh", "vicuna7b.sh", "lima.sh"]
 QLORA = ["qlora65b.sh", "qlora70b.sh"]
+ONE_CARD = ["lora7b.sh", "qlora7b.sh"]
 
 
 def parse(words: str) -> train.Config:
@@ -39,7 +41,7 @@ def parse(words: str) -> train.Config:
     return tyro.cli(train.Config, args=args, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
 
 
-@pytest.mark.parametrize("name", ["slurm.sh", "skypilot.yaml", *FINE_TUNING, *QLORA])
+@pytest.mark.parametrize("name", ["slurm.sh", "skypilot.yaml", *FINE_TUNING, *QLORA, *ONE_CARD])
 def test_a_recipe_uses_flags_that_exist_and_promises_what_the_forecast_says(name):
     lines = command_lines(name)
     for line in lines:
@@ -69,6 +71,47 @@ def test_a_recipe_for_fine_tuning_trains_what_it_forecasts_and_evaluates_it(name
         evaluated = tyro.cli(eval.Config, args=words, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
         assert evaluated.model == (config.out,) and evaluated.protocol == "instructeval"
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("name", ONE_CARD)
+def test_a_recipe_for_one_card_trains_what_it_forecasts(name):
+    script = (RECIPES / name).read_text()
+    defaults = dict(re.findall(r"^(\w+)=\$\{\w+:-(.*?)\}", script, re.M))
+    (line,) = (line for line in command_lines(name) if not line.startswith("--plan"))
+    for variable, value in defaults.items():
+        line = line.replace(f'"${variable}"', value)
+    trained = parse(line.replace('"${EXTRA_FLAGS[@]}"', ""))
+    planned = [parse(line) for line in command_lines(name) if line.startswith("--plan")]
+    assert {config.gpu for config in planned} == {"RTX4090-24GB", "A10G-24GB"}
+    shape = ("seq_len", "batch_size", "micro_batch", "checkpointing", "optimizer")
+    for flag in (*shape, "lora_rank", "lora_dropout", "lora_targets", "quantize"):
+        assert {getattr(config, flag) for config in planned} == {getattr(trained, flag)}, flag
+    train_flags.check_flags(trained, 1)
+    assert trained.epochs == 1 and f"recipes/{name}\n" in script
+
+
+@pytest.mark.parametrize("name", ONE_CARD)
+def test_a_recipe_for_one_card_goes_from_chats_to_a_folder_that_answers(name, tiny_data, tmp_path):
+    if name == "qlora7b.sh":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes makes NF4")
+    for script in ("data.py", "train.py", "sample.py"):
+        (tmp_path / script).symlink_to(ROOT / script)
+    base = random_model(model.ModelConfig(64, 2, 4, 2, 128, 259, 128))
+    model.save(base, tmp_path / "base", Tokenizer(tiny_data))
+    chats = [{"instruction": f"Add 1 and {i}.", "output": f"That is {i + 1}."} for i in range(200)]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    env = environment(
+        tmp_path, MODEL="base", CHATS="chats.json", OUT="run", SEQ_LEN="128", MICRO_BATCH="2",
+        EXTRA_FLAGS="--eval_tokens 128 --compile off --log_every 1 --sample=",
+    )  # fmt: skip
+    done = subprocess.run(["bash", str(RECIPES / name)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "last").exists()
+    tuned = dict(model.load(tmp_path / "run-hf").named_parameters())
+    assert not torch.equal(tuned["blocks.1.feed_forward.down.weight"], base.blocks[1].feed_forward.down.weight)
+    question = ["--prompt", "Add 1 and 1.", "--max_new_tokens", "4", "--temperature", "0"]
+    answers = [command("sample.py", "--model", path, *question, cwd=tmp_path).stdout for path in ("run", "run-hf")]
+    assert answers[0] == answers[1] and answers[0].startswith("Add 1 and 1.")
 
 
 def test_the_scripts_of_the_recipes_are_shell():

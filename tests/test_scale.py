@@ -1,5 +1,6 @@
 """Training at full scale: gradients under every way to save memory, many processes, and what goes wrong in a month."""
 
+import dataclasses
 import json
 import os
 import random
@@ -147,8 +148,6 @@ def test_the_forecast_of_memory_is_within_a_tenth_of_what_a_real_step_allocates(
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_the_forecast_knows_what_a_block_keeps_for_its_backward_pass(compiled, dtype, num_kv_heads):
     """Counted by autograd's hooks; compiled without code generation, but with the same choice of what to keep."""
-    import dataclasses
-
     from model import Block, rope_table
 
     shape = dataclasses.replace(CONFIG, dim=64, ffn_dim=176, num_kv_heads=num_kv_heads)
@@ -166,6 +165,34 @@ def test_a_plan_needs_no_data_and_says_whether_it_fits(tmp_path):
     assert "6,738,415,616 parameters on 8 × A100-80GB" in done and ": fits" in done and "hours for 1,000 steps" in done
     done = command("train.py", *words, "--gpu", "A100-40GB", cwd=tmp_path).stdout
     assert "does not fit" in done and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(optimizer="muon"), dict(freeze=("blocks.0.*",)),
+    dict(lora_rank=128),  # of less the files' headers would be a good part
+])  # fmt: skip
+def test_the_forecast_of_a_checkpoint_is_what_one_takes_on_disk(options, tiny_run):
+    shape = dict(dim=128, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=256, steps=2)
+    run = tiny_run("base", **shape)
+    if "lora_rank" in options:
+        run = tiny_run("adapted", init_from=str(run), steps=2, **options)
+    elif options:
+        run = tiny_run("run", **shape, **options)
+    config = Config(dtype="fp32", **options)
+    model = train.empty_model(load(run).config, config)
+    assert forecast.checkpoint_bytes(model, config) == pytest.approx(size_of(run / "step_00000002"), rel=0.05)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*"))
+
+
+def test_a_plan_says_how_much_disk_a_run_takes():
+    config = Config(size="7B", seq_len=512, batch_size=8, micro_batch=1)
+    assert "disk: 80.9 GB a checkpoint, the first before step 1, up to 4 at a time" in train.plan(config)
+    config = dataclasses.replace(config, keep=1, keep_every=100, steps=1000)
+    assert "up to 13 at a time" in train.plan(config)
+    assert "disk: 0.5 GB a checkpoint" in train.plan(dataclasses.replace(config, lora_rank=16))
 
 
 def test_gloo_does_not_start_threads_that_slow_training_down(tmp_path):
@@ -217,8 +244,6 @@ def test_any_number_of_processes_starts_from_the_same_weights(options, tmp_path)
 
 
 def test_each_process_reads_its_rows_of_a_hugging_face_folder(options, tmp_path):
-    import dataclasses
-
     model = Transformer(dataclasses.replace(CONFIG, vocab_size=259))
     model.init_weights(5)
     save(model, tmp_path / "folder", max_shard_bytes=20_000)
