@@ -85,7 +85,7 @@ def draw_speeds(results: dict, title: str, place: io.BytesIO):
             rounds = [tokens / one for one in seconds]
             heights = [height] * len(rounds)
             bar = axes.barh(height, speed, height=0.6, alpha=0.5, color="C0")
-            axes.bar_label(bar, fmt="{:,.0f}", padding=8)
+            axes.bar_label(bar, fmt="{:,.0f}", label_type="center")
             axes.plot(rounds, heights, "o", color="black", markersize=3)
             side, setting = side_and_setting(row["name"], row["dtype"])
             labels.append(f"{side}\n{setting}")

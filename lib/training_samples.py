@@ -17,7 +17,7 @@ from lib.template_forms import form_of
 from lib.templates import end_of_answer, render_prompt
 from lib.tokenizer import Tokenizer
 
-NEW_TOKENS = 100
+NEW_TOKENS, TEMPERATURE = 100, 0.8
 
 
 @dataclass
@@ -60,18 +60,20 @@ class Sampler:
 
     @torch.no_grad()
     def write(self, model: nn.Module, device: torch.device, most: int = NEW_TOKENS) -> str:
-        """The prompt and the likeliest continuation.
+        """The prompt and a continuation, drawn at the temperature of sample.py, always alike.
 
         Every token is one more forward pass over all before it, of one shape, on all ranks: slow,
         but it needs nothing of a model that is sharded and compiled for training.
         """
         tokens = torch.zeros(1, self.width, dtype=torch.long, device=device)
-        ids = list(self.ids)
+        ids, generator = list(self.ids), torch.Generator().manual_seed(self.config.seed)
         while len(ids) < min(self.width, len(self.ids) + most):
             tokens[0, : len(ids)] = torch.tensor(ids)
-            likeliest = model(tokens)[0, len(ids) - 1].argmax()
-            dist.broadcast(likeliest, 0)
-            ids.append(likeliest.item())
+            logits = model(tokens)[0, len(ids) - 1].float().cpu()
+            chances = (logits / TEMPERATURE).softmax(-1)
+            drawn = torch.multinomial(chances, 1, generator=generator).to(device)
+            dist.broadcast(drawn, 0)
+            ids.append(drawn.item())
             if ids[-1] in self.ends:
                 break
         return self.tokenizer.decode(ids)
