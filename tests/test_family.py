@@ -118,6 +118,27 @@ def test_metas_file_of_llama_3_is_no_sentencepiece_model(shared, tmp_path):
     assert llama.special("<|eot_id|>") == 128_009
 
 
+def test_a_token_added_to_a_sentencepiece_model_is_in_tokenizer_json_alone(shared, tmp_path):
+    """Of both files tokenizer.model counts, which other programs prefer, unless the other has more."""
+    plain = Tokenizer(shared("llama2_tokenizer/tokenizer.model"))
+    model = Transformer(ModelConfig(8, 1, 2, 2, 8, plain.vocab_size, 16))
+    save(model, tmp_path / "m", plain)
+    assert Tokenizer(tmp_path / "m").file == "tokenizer.model"
+    (tmp_path / "more").mkdir()
+    for path in (tmp_path / "m").glob("tokenizer*"):
+        (tmp_path / "more" / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "more" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": 32_000, "content": "<|im_end|>"})
+    file.write_text(json.dumps(values))
+    larger = Tokenizer(tmp_path / "more")
+    assert larger.file == "tokenizer.json" and larger.special("<|im_end|>") == 32_000
+    assert larger.encode(TYPED) == plain.encode(TYPED) and larger.vocab_size == 32_001
+    (tmp_path / "copy").mkdir()
+    larger.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.model").exists() and Tokenizer(tmp_path / "copy").sha256 == larger.sha256
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(model={"type": "WordPiece", "vocab": {"[UNK]": 0, "a": 1}, "unk_token": "[UNK]",
                  "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}), "model WordPiece cannot be"),

@@ -74,6 +74,10 @@ def test_a_folder_of_transformers_5_comes_back_as_a_chat_model(smol):
     written = theirs.generate(tokens, do_sample=False, max_new_tokens=24)[0, len(ids) :]
     answer = cut.decode(written, skip_special_tokens=True)
     assert said.stdout.strip() == answer.strip() != ""
+    assert (smol / "out" / "tokenizer.json").read_bytes() == (smol / "hf" / "tokenizer.json").read_bytes()
+    kept, base = (json.loads((smol / name / "tokenizer_config.json").read_text()) for name in ("out", "hf"))
+    changed = {name for name in kept.keys() | base.keys() if kept.get(name) != base.get(name)}
+    assert changed == {"chat_template", "plainllama_template"}
     generation = json.loads((smol / "out" / "generation_config.json").read_text())
     assert tokenizer.special("<|im_end|>") in generation["eos_token_id"]
 
