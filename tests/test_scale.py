@@ -497,8 +497,8 @@ def full_disk(monkeypatch, first: int, last: int):
     original, before = train.learning_rate, resource.getrlimit(resource.RLIMIT_FSIZE)
     begin = train.Checkpoints.begin
 
-    def begin_and_wait(self, step: int):
-        begin(self, step)
+    def begin_and_wait(self, step: int, loss: float | None = None):
+        begin(self, step, loss)
         wait([self.saving[1]])
 
     monkeypatch.setattr(train.Checkpoints, "begin", begin_and_wait)
