@@ -56,6 +56,8 @@ def by_kind(first):
     changes = dict(BY_KIND[kind_of_run(first, found)])
     if any(word.partition("=")[0] == "--steps" for word in sys.argv):
         changes.pop("epochs", None)
+    if first.plan and not metas:  # how long an epoch is, nobody knows
+        changes.pop("epochs", None)
     if seq_len := length(first, metas, found):
         changes["seq_len"] = seq_len
     return kind(**changes)

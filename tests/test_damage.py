@@ -17,8 +17,9 @@ import sample
 import train
 from conftest import TINY_RUN, checkpoints_of, random_model, run_ranks
 from data import Tokenizer
-from lib import formats, opening, peft, train_flags
+from lib import formats, opening, peft
 from lib.checkpoints import checkpoint_folder
+from lib.defaults import by_kind
 from lib.errors import BadInput
 from lib.weights import read_config
 from lib.world import join_world, local
@@ -53,7 +54,7 @@ def copy(a_run, tmp_path, monkeypatch):
 
 def resume(run, **flags) -> int:
     """Continue a run in this process; returns the step of its last checkpoint."""
-    resumed = train_flags.resumed(Config(resume=run.name))
+    resumed = by_kind(Config(resume=run.name))
     train.main(dataclasses.replace(resumed, **flags))
     return int((run / "last").read_text()[5:])
 
@@ -318,7 +319,7 @@ def test_a_run_is_never_begun_anew_over_its_checkpoints(again, copy, tiny_data):
     for step in copy.glob("step_*"):
         (step / ".metadata").unlink()
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    config = train_flags.resumed(Config(resume="run"))
+    config = by_kind(Config(resume="run"))
     if again != "resume":
         config.resume = ""
     with pytest.raises(ValueError, match="cannot be read"):

@@ -257,7 +257,7 @@ def test_a_checkpoint_under_way_is_finished_when_a_run_ends_with_an_error(tiny_d
         save(*args, **kwargs)
 
     monkeypatch.setattr(saving.dcp, "save", slowly)
-    monkeypatch.setattr(train.Checkpoints, "begin", lambda self, step: asked.clear() or begin(self, step))
+    monkeypatch.setattr(train.Checkpoints, "begin", lambda self, *what: asked.clear() or begin(self, *what))
     monkeypatch.setattr(train.Checkpoints, "finish", lambda self: asked.set() or finish(self))
     options = TINY_RUN | {"data": (str(tiny_data),), "out": "run", "steps": 40, "max_bad_steps": 4, "micro_batch": 2}
     with pytest.raises(ValueError, match="4 steps in a row up to 12"):

@@ -326,7 +326,8 @@ def test_a_question_has_the_same_hash_for_every_tokenizer_and_prompt(ask, shared
     Path("a.md").write_text("One text.")
     write_lines("gsm8k.jsonl", [{"question": f"{i}?", "answer": "#### 2"} for i in (1, 2)])
     for task, data, changes in (
-        ("choices", "ours.jsonl", {"chat": True}), ("gsm8k", "gsm8k.jsonl", {"shots": 1}), ("perplexity", "a.md", {}),
+        ("choices", "ours.jsonl", {"chat": True, "template": "llama2-chat"}),
+        ("gsm8k", "gsm8k.jsonl", {"shots": 1}), ("perplexity", "a.md", {}),
         ("passkey", "", {"lengths": "300"}), ("bbh", shared("bbh"), {"subjects": "snarks", "limit": 3}),
         ("mmlu", shared("mmlu/data"), {"subjects": "virology", "limit": 3}),
     ):  # fmt: skip
@@ -364,7 +365,7 @@ def test_a_comparison_pairs_questions_by_their_text(ask):
 def test_a_comparison_refuses_results_that_were_asked_in_another_way(ask):
     ask(out="a.json")
     for name, change in (
-        ("chat", {"chat": True}),
+        ("chat", {"chat": True, "template": "llama2-chat"}),
         ("bos", {"bos": False}),
         ("max_prompt", {"max_prompt": 99}),
     ):
