@@ -40,7 +40,7 @@ class Report:
         self.config, self.shape, self.data = config, shape, data
         self.objective, self.guard, self.device = objective, guard, device
         self.folder, self.wandb, self.pending = Path(config.out), None, []
-        self.validated = (-1, 0.0)  # the step that was last, and its loss
+        self.validated, self.drawn = (-1, 0.0), time.monotonic()  # the last step that was, and its loss; a time
         self.quiet = dist.get_rank() != 0
         self.unit, self.in_step = objective.unit, config.batch_size
         self.mfu_of_speed = None
@@ -172,9 +172,7 @@ class Report:
     def val_loss_of(self, step: int) -> float | None:
         """The validation loss at a step, where that was the last to be validated."""
         done, loss = self.validated
-        if done != step:
-            return None
-        return loss
+        return loss if done == step else None
 
     def sample(self, done: int, text: str):
         """What the model writes by now; at the end of a run of text sample.py prints another one."""
@@ -232,9 +230,10 @@ class Report:
             terminal = sys.stdout.isatty()
             print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
 
-    def draw(self):
-        """loss.png and report.md, from log.jsonl and run.json."""
-        if not self.quiet:
+    def draw(self, ends: bool):
+        """loss.png and report.md, from log.jsonl and run.json; twice a minute at most until the run ends."""
+        if not self.quiet and (ends or time.monotonic() > self.drawn + 30):
+            self.drawn = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
                 draw_run(self.folder)
                 write_report(self.folder)

@@ -84,7 +84,7 @@ class Checkpoints:
         if problem := self.finish():
             report.say(f"{problem}; the run goes on")
         self.begin(step, report.val_loss_of(step))
-        report.draw()
+        report.draw(ends)
         if ends:
             if problem := self.finish():
                 raise problem

@@ -28,13 +28,13 @@ KINDS = {
 }
 
 
-def real_texts(shared, size: int = 1500) -> list[str]:
+def real_texts(shared, size: int = 1000) -> list[str]:
     """Pieces of all shared texts and chats."""
     texts = []
     for folder in ("text", "chat"):
         for path in sorted(shared(folder).glob("**/*")):
             if path.suffix in (".txt", ".json", ".jsonl") or path.is_file() and not path.suffix:
-                text = path.read_bytes()[:15_000].decode(errors="ignore")
+                text = path.read_bytes()[:6_000].decode(errors="ignore")
                 texts += [text[i : i + size] for i in range(0, len(text), size)]
     assert len(texts) > 100
     return texts
@@ -67,7 +67,7 @@ def test_transformers_cuts_texts_as_we_do(kind, shared, tmp_path):
     ours = of_kind(kind, shared, tmp_path)
     save(tiny(ours), tmp_path / "m", ours)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
-    texts = real_texts(shared) + [" ", "", "\n\n", " a", "▁ a", "x" * 50]
+    texts = real_texts(shared)[::3] + [" ", "", "\n\n", " a", "▁ a", "x" * 50]
     for text in texts:
         ids = ours.encode(text, bos=True)
         assert theirs(text, split_special_tokens=True).input_ids == ids, text
@@ -164,3 +164,37 @@ def test_llama_cpp_finds_the_template_and_the_ends(shared, tmp_path):
     config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     assert config["add_prefix_space"] is False  # or it would put a blank before every prompt
     assert (tmp_path / "m" / "tokenizer.model").read_bytes() == ours.data
+
+
+def test_a_template_of_your_own_is_exported_and_known_again(shared, tmp_path):
+    from transformers import AutoTokenizer
+
+    from lib.template_forms import spelled
+
+    (tmp_path / "mine.toml").write_text('question = "{system}Q: {question}\\nA:"\nanswer = " {answer}"\nlater = "\\n"')
+    ours, template = of_kind("llama2", shared, tmp_path), spelled(str(tmp_path / "mine.toml"))
+    save(tiny(ours), tmp_path / "m", ours, template)
+    assert chosen_template("", str(tmp_path / "m"), Tokenizer(tmp_path / "m")) == template
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
+    messages = [{"role": "user", "content": TYPED[0]}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids == render_prompt([Turn("user", TYPED[0])], template, ours)
+    config = tmp_path / "m" / "tokenizer_config.json"  # another template was put in its place
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ messages[0]['content'] }}"}))
+    with pytest.raises(ValueError, match="names no template that is known here; name one of llama2-chat"):
+        chosen_template("", str(tmp_path / "m"), Tokenizer(tmp_path / "m"))
+
+
+def test_a_tokenizer_that_no_tokenizer_json_can_say_is_left_as_it_is(shared, tmp_path, capsys):
+    import sentencepiece
+
+    text = next(shared("text/tinyshakespeare").glob("*.txt"))
+    with open(tmp_path / "u.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text), model_writer=file, model_type="unigram", vocab_size=400, byte_fallback=True,
+            input_sentence_size=2000, minloglevel=2,
+        )  # fmt: skip
+    ours = Tokenizer(tmp_path / "u.model")
+    save(tiny(ours), tmp_path / "m", ours)
+    assert "no tokenizer.json: u.model is cut in a way it cannot say" in capsys.readouterr().err
+    assert not (tmp_path / "m" / "tokenizer.json").exists() and (tmp_path / "m" / "tokenizer.model").exists()
