@@ -40,7 +40,8 @@ class Report:
         self.config, self.shape, self.data = config, shape, data
         self.objective, self.guard, self.device = objective, guard, device
         self.folder, self.wandb, self.pending = Path(config.out), None, []
-        self.validated, self.drawn = (-1, 0.0), time.monotonic()  # the last step that was, and its loss; a time
+        self.validated = {}  # the loss at the last step that was
+        self.drawn = time.monotonic()
         self.quiet = dist.get_rank() != 0
         self.unit, self.in_step = objective.unit, config.batch_size
         self.mfu_of_speed = None
@@ -163,16 +164,11 @@ class Report:
         self.say(f"{progress}  {speed}", passing=True)
 
     def validation(self, done: int, scores: dict[str, float]):
-        self.validated = done, scores["val_loss"]
+        self.validated = {done: scores["val_loss"]}
         self.write(step=done, **scores)
         more = self.objective.in_words(scores)
         words = f"validation {scores['val_loss']:.4f} nats a {self.unit[:-1]}, {more}"
         self.say(f"step {done}/{self.config.steps}  {words}")
-
-    def val_loss_of(self, step: int) -> float | None:
-        """The validation loss at a step, where that was the last to be validated."""
-        done, loss = self.validated
-        return loss if done == step else None
 
     def sample(self, done: int, text: str):
         """What the model writes by now; at the end of a run of text sample.py prints another one."""

@@ -79,10 +79,12 @@ def facts_of(record: dict, rows: list[dict]) -> dict[str, str]:
     """What a run was, from its record and its log."""
     trained = [row for row in rows if "loss" in row]
     last = trained[-1] if trained else {"step": 0}
-    steps = record["config"].get("steps")
+    asked = f"{record['config'].get('steps')} steps"
+    if record["config"].get("epochs"):
+        asked = f"{record['config']['epochs']:g} epochs"
     minutes = seconds_of(rows) / 60
     facts = {
-        "step": f"{last['step']} of {steps}",
+        "length": f"{last['step']} steps of {asked}",
         "parameters": f"{record.get('parameters', 0):,}",
         "time of the steps": f"{minutes:.1f} minutes on {record.get('device')}",
         "code": record.get("git_commit"),

@@ -83,7 +83,7 @@ class Checkpoints:
         """Begin a checkpoint. One that failed is reported and the run goes on, but at its end that is an error."""
         if problem := self.finish():
             report.say(f"{problem}; the run goes on")
-        self.begin(step, report.val_loss_of(step))
+        self.begin(step, report.validated.get(step))
         report.draw(ends)
         if ends:
             if problem := self.finish():

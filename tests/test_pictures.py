@@ -120,7 +120,7 @@ def test_a_run_tells_of_itself(tiny_run, figures):
     text = (run / "report.md").read_text()
     best = min(row["val_loss"] for row in rows if "val_loss" in row)
     record = json.loads((run / "run.json").read_text())
-    for part in ("# run", record["command"], record["git_commit"], "| step | 20 of 20 |", f"| {best:.4f} |",
+    for part in ("# run", record["command"], record["git_commit"], "| length | 20 steps of 20 steps |", f"| {best:.4f} |",
                  "A sample after step 20:", "    The ", "![Training and validation loss](loss.png)"):  # fmt: skip
         assert part in text
     assert seconds_of(rows) > 0
