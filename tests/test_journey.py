@@ -53,6 +53,7 @@ def test_a_folder_of_transformers_5_comes_back_as_a_chat_model(smol):
     rows = [row for row in read_log(smol / "lora" / "log.jsonl") if "sample" in row]
     assert [row["step"] for row in rows][0] == 10 and rows[-1]["step"] > 10
     assert all(row["sample"].startswith("user\nQ") for row in rows) and "sample.py" not in done.stdout
+    assert Tokenizer(smol / "lora").sha256 == Tokenizer(smol / "hf").sha256
     command("sample.py", "--model", "lora", "--export", "out", cwd=smol)
     words = [sys.executable, str(ROOT / "sample.py"), "--model", "out", "--chat", "--temperature", "0"]
     more = ["--max_new_tokens", "24", "--dtype", "fp32"]
@@ -162,7 +163,3 @@ def test_going_back_forgets_a_best_checkpoint_that_is_yet_to_come(tiny_run):
     tiny_run(resume=str(run), stop_at=4, eval_every=100)
     with pytest.raises(ValueError, match="no best checkpoint"):
         place_of(f"{run}:best")
-
-
-def test_a_tokenizer_of_transformers_is_the_same_after_a_run(smol):
-    assert Tokenizer(smol / "lora").sha256 == Tokenizer(smol / "hf").sha256
