@@ -609,6 +609,14 @@ MUTANTS = [
            '"stop" if ended else "length"', '"stop"', "serve: client_of_openai"),
     Mutant("stop strings do nothing in a chat", "lib/conversation.py",
            "            return stream.finished", "            return False", "serve: what_a_request_says"),
+    # ---- pictures and reports ----
+    Mutant("validation begins after the first steps", "lib/opening.py",
+           "    run.report.validation(0, scores)", "    pass", "pictures: tells_of_itself"),
+    Mutant("a mean loss is the last step's", "lib/report.py",
+           "return torch.stack(losses).mean().item()", "return losses[-1].item()",
+           "pictures: tells_of_itself"),
+    Mutant("trials are drawn beside rounds in turn", "lib/plots.py",
+           "    if not contests:", "    if True:", "pictures: bar_a_side"),
 ]  # fmt: skip
 
 
