@@ -669,6 +669,7 @@ def prepare_100_mb(shared, tmp_path, workers: int) -> tuple[float, float]:
     return tuple(map(float, done.stdout.split()[-2:]))
 
 
+@pytest.mark.slow
 def test_preparing_100_mb_stays_under_1_gb(shared, tmp_path):
     seconds, peak = prepare_100_mb(shared, tmp_path, 2)
     meta = json.loads((tmp_path / "out2" / "meta.json").read_text())

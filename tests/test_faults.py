@@ -214,6 +214,12 @@ def test_a_disk_that_is_full_for_a_moment_costs_a_checkpoint_and_a_line(tiny_run
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, no_limit[1]))
         return learning_rate(step, config)
 
+    def begin_and_wait(self, *what):  # so that it is written while there is no room
+        begin(self, *what)
+        self.saving[1].exception()
+
+    begin = train.Checkpoints.begin
+    monkeypatch.setattr(train.Checkpoints, "begin", begin_and_wait)
     monkeypatch.setattr(train, "learning_rate", rate)
     run = tiny_run("run", steps=12, save_every=3, stop_at=9)
     said = capsys.readouterr()

@@ -225,6 +225,7 @@ def stopped_after(lines: int, words: list[str], folder, env: dict) -> str:
     return job.communicate(timeout=300)[0]
 
 
+@pytest.mark.slow
 def test_the_slurm_job_of_a_fine_tuning_queues_up_until_its_epochs_are_done(tiny_data, tmp_path):
     """Under one process, which tells nothing else apart."""
     commands(tmp_path, torchrun='while [[ $1 != train.py ]]; do shift; done\nexec python "$@"')

@@ -314,8 +314,10 @@ def ends_as_under_torchrun(processes: list) -> set[int]:
     return {process.exitcode for process in processes}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number, kills", [
+    (signal.SIGKILL, 2), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    pytest.param(signal.SIGTERM, 20, marks=pytest.mark.slow), pytest.param(signal.SIGKILL, 20, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_run_that_is_killed_and_started_again_equals_the_straight_run(number, kills, options, tmp_path):
     """Traps 20 and 24, two processes: weights, moments, and what the guard has seen, bit for bit."""
     long = options | {"steps": 50 * kills, "save_every": 7, "eval_every": 500, "log_every": 20, "micro_batch": 1}

@@ -95,7 +95,7 @@ def test_lines_logged_after_the_last_checkpoint_are_dropped_on_resuming(tiny_run
 
 @pytest.fixture(scope="module")
 def alone_and_in_company(tiny_data, tmp_path_factory):
-    """The same 12 steps on 1, 2 and 4 processes; what 2 saved after step 6 is continued on 1 and on 4."""
+    """The same 12 steps on 1 and 4 processes; what 2 saved after step 6 is continued on 1."""
     folder = tmp_path_factory.mktemp("world")
     options = TINY_RUN | {
         "data": tiny_data,
@@ -105,14 +105,12 @@ def alone_and_in_company(tiny_data, tmp_path_factory):
     }  # 34 windows, uneven over 4
     command("train.py", *flags(options | {"out": "one"}), cwd=folder)
     torchrun(4, "train.py", *flags(options | {"out": "four"}), cwd=folder)
-    torchrun(2, "train.py", *flags(options | {"out": "two_four", "stop_at": 6}), cwd=folder)
-    shutil.copytree(folder / "two_four", folder / "two_one")
-    torchrun(4, "train.py", "--resume", "two_four", "--stop_at", "12", cwd=folder)
+    torchrun(2, "train.py", *flags(options | {"out": "two_one", "stop_at": 6}), cwd=folder)
     command("train.py", "--resume", "two_one", "--stop_at", "12", cwd=folder)
     return folder
 
 
-@pytest.mark.parametrize("other", ["four", "two_four", "two_one"])
+@pytest.mark.parametrize("other", ["four", "two_one"])
 def test_any_number_of_processes_gives_the_same_losses_and_norms(other, alone_and_in_company):
     """Traps 13, 15 and 21, and the fixed validation set."""
     one, other = alone_and_in_company / "one", alone_and_in_company / other
