@@ -54,9 +54,8 @@ def by_kind(first):
     kinds = {meta.get("kind", "text") for meta in metas}
     found = next((name for name in ("preference", "chat") if name in kinds), "text")
     changes = dict(BY_KIND[kind_of_run(first, found)])
-    if any(word.partition("=")[0] == "--steps" for word in sys.argv):
-        changes.pop("epochs", None)
-    if first.plan and not metas:  # how long an epoch is, nobody knows
+    said = any(word.partition("=")[0] == "--steps" for word in sys.argv)
+    if said or first.plan and not metas:  # without data nobody knows how long an epoch is
         changes.pop("epochs", None)
     if seq_len := length(first, metas, found):
         changes["seq_len"] = seq_len

@@ -211,26 +211,26 @@ def without_times(folder: Path) -> dict[str, str]:
 
 
 def test_a_grid_that_was_killed_ends_with_the_report_of_one_that_was_not(tiny_data, tmp_path):
-    """Two variants, two learning rates, two seeds. One variant changes nothing, and makes a difference of exactly 0."""
+    """Two variants, two seeds. One variant changes nothing, and makes a difference of exactly 0."""
     same = tmp_path / "same.py"
     same.write_text("import model\n\n\nclass FeedForward(model.FeedForward):\n    pass\n")
 
     def grid(out: str, steps: int = 6) -> list[str]:
         own = ["--data", str(tiny_data), "--seeds", "2", "--steps", str(steps), "--out", out, "--jobs", "2"]
-        return ["recipes/ablate.py", *own, "--vary", f"variant=none,{same}", "learning_rate=1e-2,2e-2", *REST]
+        return ["recipes/ablate.py", *own, "--vary", f"variant=none,{same}", *REST]
 
     seed = random.randrange(2**32)
     print("random seed", seed)
     script, *words = grid("broken_off")
     process = subprocess.Popen([sys.executable, str(ROOT / script), *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    time.sleep(random.Random(seed).uniform(5, 20))
+    time.sleep(random.Random(seed).uniform(4, 10))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     again = command(*grid("broken_off"), cwd=tmp_path)
     assert "wrote report.html" in again.stdout and "same is the same as none" in again.stdout
     command(*grid("in_one_go"), cwd=tmp_path)
     mine, theirs = without_times(tmp_path / "broken_off"), without_times(tmp_path / "in_one_go")
-    assert mine == theirs and len(mine) == 2 + 1 + 8
+    assert mine == theirs and len(mine) == 2 + 1 + 4
     none, equal = read_json(tmp_path / "in_one_go" / "results.json")["arms"]
     assert none["values"] == equal["values"] and len(none["values"]) == 2
     assert equal["mean"] == equal["low"] == equal["high"] == 0 and equal["p"] == 1
@@ -243,7 +243,7 @@ def test_a_grid_that_was_killed_ends_with_the_report_of_one_that_was_not(tiny_da
     compared = read_json(tmp_path / "compared" / "results.json")["arms"]
     assert [row["values"] for row in compared] == [none["values"], equal["values"]]
     table = command("recipes/ablate.py", "--history", "in_one_go", cwd=tmp_path).stdout
-    assert table.count("| 6/6 |") == 8 and "learning_rate=0.02" in table and "variant=" in table
+    assert table.count("| 6/6 |") == 4 and "variant=" in table
 
 
 def compare(folder: str, out: Path):

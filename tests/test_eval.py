@@ -102,6 +102,7 @@ def test_the_other_protocols_differ_where_their_references_do(shared, llama):
     assert llama.decode(chat.context) == f"[INST] {PROMPT} [/INST]" and chat.choices[0][1] == [319]
 
 
+@pytest.mark.slow
 def test_all_prompts_of_mmlu_have_their_known_lengths(shared, llama):
     questions = questions_of(llama, shared("mmlu/data"))
     assert len(questions) == 14_042

@@ -60,7 +60,7 @@ def tiny(tokenizer: Tokenizer, window: int = 256, seed: int = 0) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "stories"])
 def test_transformers_cuts_texts_as_we_do(kind, shared, tmp_path):
     from transformers import AutoTokenizer
 

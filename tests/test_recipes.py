@@ -90,7 +90,8 @@ def test_a_recipe_for_one_card_trains_what_it_forecasts(name):
     assert trained.epochs == 1 and f"recipes/{name}\n" in script
 
 
-@pytest.mark.parametrize("name", [pytest.param("lora7b.sh", marks=pytest.mark.slow), "qlora7b.sh"])
+@pytest.mark.parametrize("name", ONE_CARD)
+@pytest.mark.slow
 def test_a_recipe_for_one_card_goes_from_chats_to_a_folder_that_answers(name, tiny_data, tmp_path):
     if name == "qlora7b.sh":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes makes NF4")

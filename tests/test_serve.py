@@ -13,7 +13,7 @@ import time
 import openai
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, command
 from data import Tokenizer
 from lib.sampling import Sampling
 from model import load, save
@@ -166,8 +166,7 @@ def test_broken_clients_harm_nobody(port, client, folder):
 
 def test_a_port_that_is_taken_is_one_sentence(port, folder):
     for taken, message in ((port, "Address already in use"), (70_000, "--serve 70000 is no port")):
-        words = [sys.executable, str(ROOT / "sample.py"), "--model", str(folder), "--serve", str(taken)]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = command("sample.py", "--model", str(folder), "--serve", str(taken), check=False)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
