@@ -68,7 +68,7 @@ def test_a_tokenizer_json_gives_the_ids_of_transformers(kind, shared, tmp_path):
     assert not (tmp_path / "tokenizer.model").exists()
     ours = Tokenizer(tmp_path)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
-    for text in [*real_texts(shared), TYPED, "", " ", "\n\n \n"]:
+    for text in [*real_texts(shared)[::3], TYPED, "", " ", "\n\n \n"]:
         ids = ours.encode(text)
         assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert ours.decode(ids) == text
