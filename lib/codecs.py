@@ -100,7 +100,7 @@ class TiktokenCodec:
             raise BadInput(f"{name} has {len(ranks)} ranks; {kinds}")
         check_ranks(ranks, name)
         pattern, specials, self.bos_id, self.eos_id, self.vocab_size = known[len(ranks)]
-        self.pattern, self.ranks, self.specials = pattern, ranks, specials
+        self.ranks, self.specials = ranks, specials
         self.num_ranks = len(ranks)
         self.model = tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
@@ -147,7 +147,8 @@ class JsonCodec:
         except Exception as error:  # the library raises no narrower kind
             raise BadInput(f"{name} cannot be read ({error})") from None
         self.model.encode_special_tokens = True  # as ordinary text
-        self.model.no_padding(), self.model.no_truncation()
+        self.model.no_padding()
+        self.model.no_truncation()
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
         self.bos_id, self.eos_id = map(self.model.token_to_id, ends)
         self.vocab_size = max(self.model.get_vocab(True).values()) + 1

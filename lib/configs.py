@@ -128,11 +128,11 @@ def config_from_hugging_face(config_class: type, path: Path):
     Raises ValueError for what computes something else than LLaMA.
     """
     where = path / "config.json"
-    values = read_json(where)
-    for name in (*_Needed.__annotations__,):
-        if not isinstance(values.get(name), (int, float)):
+    everything, own = read_json(where), {}
+    for name in _Needed.__annotations__:
+        if not isinstance(everything.get(name), (int, float)):
             raise BadInput(f"{path}: config.json has no number {name}")
-    values, own = checked(values, HuggingFace, where), {}
+    values = checked(everything, HuggingFace, where)
     if values.get("model_type") == VARIANT:
         own = checked(values.get("variant", {}), dict[str, Any], where)
         config_class = variants.load_trusted(path, config_class)
@@ -140,7 +140,6 @@ def config_from_hugging_face(config_class: type, path: Path):
         raise BadInput(f"{path}: model_type {values['model_type']} is not LLaMA-2's")
     if values.get("hidden_act", "silu") != "silu":
         raise BadInput(f"{path}: hidden_act {values['hidden_act']} is not LLaMA-2's")
-    everything = read_json(where)
     for name in CHANGING:
         value = everything.get(name)
         if value is True or value not in (None, False, 1, [], {}):  # a factor of 1 changes nothing

@@ -10,13 +10,12 @@ from lib.chat_formats import INPUT, Turn, messages_of
 from lib.errors import BadInput
 from lib.files import write_whole
 from lib.identity import weights_sha256
-from lib.jinja_template import known_template
 from lib.record_files import read_records
 from lib.records import parse_json
 from lib.results import append_lines
 from lib.sampling import Sampling
 from lib.templates import end_ids, render_prompt
-from lib.with_model import run_template
+from lib.with_model import found_template
 
 BATCH = 16  # prompts that are answered together
 ASKED_IN = ("prompt", "question", "instruction", "text")
@@ -31,8 +30,8 @@ def answer_file(config, model, tokenizer, complete: Callable[..., list[str]]):
     """
     from tqdm import tqdm
 
-    template = run_template(config.template, config.model) or known_template(tokenizer)
-    ends = end_ids(template, tokenizer) if template else ()
+    template = found_template(config.template, config.model, tokenizer)
+    ends = end_ids(template, tokenizer)
     window = model.config.max_seq_len
     records, prompts = [], []
     for place, record in read_records(Path(config.prompts)):

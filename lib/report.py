@@ -16,7 +16,7 @@ from lib.errors import BadInput
 from lib.files import write_whole
 from lib.forecast import forecast
 from lib.gpus import gpu_peak
-from lib.run_report import draw_run, write_report
+from lib.run_report import write_report
 from lib.runs import append_row, read_log
 from lib.world import memory
 
@@ -230,8 +230,8 @@ class Report:
         """loss.png and report.md, from log.jsonl and run.json; twice a minute at most until the run ends."""
         if not self.quiet and (ends or time.monotonic() > self.drawn + 30):
             self.drawn = time.monotonic()
-            with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
-                draw_run(self.folder)
+            # a full disk or a damaged run.json costs the picture, not the run
+            with contextlib.suppress(OSError, BadInput):
                 write_report(self.folder)
 
     def close(self):

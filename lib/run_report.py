@@ -1,6 +1,7 @@
 """A run told by its files: loss.png, report.md, and several runs in one picture."""
 
 import textwrap
+from operator import itemgetter
 from pathlib import Path
 
 from lib.errors import BadInput
@@ -19,14 +20,6 @@ def unit_of(rows: list[dict]) -> str:
         if "pairs" in row:
             return "pair"
     return "token"
-
-
-def draw_run(folder: Path):
-    """loss.png of the run in a folder."""
-    rows, record = read_log(folder / "log.jsonl"), read_run(folder)
-    name = str(folder)
-    vocab_size = vocab_size_of(record)
-    draw_losses({name: rows}, folder / "loss.png", name, unit_of(rows), vocab_size)
 
 
 def draw_together(places: tuple[str, ...]) -> Path:
@@ -59,8 +52,10 @@ def seconds_of(rows: list[dict]) -> float:
 
 
 def write_report(folder: Path):
-    """report.md of the run in a folder: command, scores, time, commit and samples."""
+    """loss.png and report.md of the run in a folder: command, scores, time, commit and samples."""
     rows, record = read_log(folder / "log.jsonl"), read_run(folder)
+    name, vocab_size = str(folder), vocab_size_of(record)
+    draw_losses({name: rows}, folder / "loss.png", name, unit_of(rows), vocab_size)
     command = record.get("command")
     lines = [f"# {folder.name}", "", f"    {command}", "", "| | |", "| --- | --- |"]
     for name, value in facts_of(record, rows).items():
@@ -101,7 +96,7 @@ def validations(rows: list[dict]) -> list[str]:
     if not validated:
         return []
     lines = ["", "| validation | step | loss | other scores |", "| --- | --- | --- | --- |"]
-    best = min(validated, key=of_validation)
+    best = min(validated, key=itemgetter("val_loss"))
     for name, row in (("last", validated[-1]), ("best", best)):
         others = []
         for key, value in row.items():
@@ -110,7 +105,3 @@ def validations(rows: list[dict]) -> list[str]:
         told = ", ".join(others)
         lines.append(f"| {name} | {row['step']} | {row['val_loss']:.4f} | {told} |")
     return lines
-
-
-def of_validation(row: dict) -> float:
-    return row["val_loss"]

@@ -99,9 +99,12 @@ def end_of_answer(form: Template, tokenizer: Tokenizer) -> int:
 
 
 def end_ids(template: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens at which an answer ends: EOS, BOS of the next, and the template's own."""
-    own = end_of_answer(form_of(template), tokenizer)
-    return tokenizer.eos_id, tokenizer.bos_id, own
+    """The tokens at which an answer ends: EOS, BOS of the next, and the template's own; without a
+    template those at which a text ends."""
+    ends = (tokenizer.eos_id, tokenizer.bos_id)
+    if template:
+        ends += (end_of_answer(form_of(template), tokenizer),)
+    return ends
 
 
 def split_to_fit(
@@ -168,7 +171,7 @@ def bracketed(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
     >>> bracketed([256, 104, 105, 33, 257], [0, 0, 0, 1, 1], Tokenizer("bytes"))
     '<s>hi⟦!</s>⟧'
     """
-    names = {number: text for text, number in tokenizer.codec.specials.items()}
+    names = tokenizer.control_texts()
     kinds = [(counts, names.get(token)) for token, counts in zip(ids, mask)]
     text, inside, begin = "", 0, 0
     for (counts, special), group in itertools.groupby(kinds):

@@ -129,6 +129,10 @@ class Tokenizer:
             raise BadInput(f"the tokenizer {self.name} has no special token {token} (it has {known})")
         return self.codec.specials[token]
 
+    def control_texts(self) -> dict[int, str]:
+        """The names of the control tokens by their ids."""
+        return {number: text for text, number in self.codec.specials.items()}
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special ids give nothing, broken UTF-8 gives U+FFFD."""
         return self.codec.decode([int(i) for i in ids])

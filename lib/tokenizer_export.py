@@ -29,7 +29,7 @@ def write_tokenizer(tokenizer: Tokenizer, template: str, folder: Path):
             files["tokenizer.json"] = made
         else:
             print(f"no tokenizer.json: {tokenizer.name} is cut in a way it cannot say", file=sys.stderr)
-    texts = {number: text for text, number in tokenizer.codec.specials.items()}
+    texts = tokenizer.control_texts()
     bos, eos = texts[tokenizer.bos_id], texts[tokenizer.eos_id]
     names = {"bos_token": bos, "eos_token": eos}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **names}
@@ -37,10 +37,9 @@ def write_tokenizer(tokenizer: Tokenizer, template: str, folder: Path):
     config["add_prefix_space"] = tokenizer.codec.lead != ""
     config = files.setdefault(CONFIG, config)
     files.setdefault("special_tokens_map.json", names)
-    stops = [tokenizer.eos_id, tokenizer.bos_id]
+    stops = end_ids(template, tokenizer)
     if template:
         config["chat_template"], config[OWN] = to_jinja(form_of(template)), template
-        stops = end_ids(template, tokenizer)
         with contextlib.suppress(FileNotFoundError):  # the base's, which would count
             (folder / "chat_template.jinja").unlink()
     generation = files.setdefault("generation_config.json", {})

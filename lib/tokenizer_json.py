@@ -20,13 +20,13 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def special_tokens(codec) -> list[dict]:
-    """The control tokens of a codec as a tokenizer.json lists them, one for every id that is no
+def special_tokens(tokenizer: Tokenizer) -> list[dict]:
+    """The control tokens as a tokenizer.json lists them, one for every id that is no
     other token: there the ids have no gaps."""
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    texts = {number: text for text, number in codec.specials.items()}
-    if first := getattr(codec, "num_ranks", 0):
-        for number in range(first, codec.vocab_size):
+    texts = tokenizer.control_texts()
+    if first := getattr(tokenizer.codec, "num_ranks", 0):
+        for number in range(first, tokenizer.vocab_size):
             texts.setdefault(number, f"<|reserved_{number}|>")
     return [{"id": number, "content": texts[number]} | plain for number in sorted(texts)]
 
@@ -119,9 +119,7 @@ CONVERTERS = {
 
 def to_json(tokenizer: Tokenizer) -> dict:
     """A tokenizer of another kind as a tokenizer.json, which gives the same ids, BOS first."""
-    codec = tokenizer.codec
-    texts = {number: text for text, number in codec.specials.items()}
-    bos = texts[tokenizer.bos_id]
+    codec, bos = tokenizer.codec, tokenizer.control_texts()[tokenizer.bos_id]
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
     first = [special, {"Sequence": {"id": "A", "type_id": 0}}]
     second = [{"Sequence": {"id": "B", "type_id": 1}}]
@@ -131,7 +129,7 @@ def to_json(tokenizer: Tokenizer) -> dict:
         "pair": [*first, *second],
         "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
     }
-    made = {"version": "1.0", "added_tokens": special_tokens(codec), "post_processor": begin}
+    made = {"version": "1.0", "added_tokens": special_tokens(tokenizer), "post_processor": begin}
     return made | NO_STEPS | CONVERTERS[type(codec)](codec)
 
 

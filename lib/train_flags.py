@@ -73,15 +73,13 @@ MAY_CHANGE_ON_RESUME = set(
 def check_flags(config, num_processes: int):
     """Raise ValueError for a flag out of range; the message names the flag, its value and the bound."""
     shape = ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "rope_scale", "lora_rank")
-    terms = ("weight_decay", "neftune", "z_loss")
+    terms = ("weight_decay", "neftune", "z_loss", "sample_every")
     for name in ("epochs", "micro_batch", "stop_at", "keep_every", "shard_over", "warmup", *terms, *shape):
         if not 0 <= getattr(config, name) < math.inf:
             raise BadInput(f"--{name} {getattr(config, name)} must be a number that is not negative")
     lengths = in_steps(config, 1.0)  # how long an epoch is, the data will tell
     every = ("log_every", "eval_every", "save_every")
     finite = ("learning_rate", "lora_alpha", "dpo_beta")
-    if config.sample_every < 0:
-        raise BadInput(f"--sample_every {config.sample_every} must be a number that is not negative")
     positive = ("keep", *finite, "grad_clip", "max_bad_steps", "spike", "gpus")
     for name in ("seq_len", "steps", "batch_size", *every, *positive):
         if not getattr(lengths, name) > 0:

@@ -13,8 +13,7 @@ from lib.chat_formats import Turn
 from lib.cli import ROOT
 from lib.errors import BadInput
 from lib.runs import find_template
-from lib.template_forms import form_of
-from lib.templates import end_of_answer, render_prompt
+from lib.templates import end_ids, render_prompt
 from lib.tokenizer import Tokenizer
 
 NEW_TOKENS, TEMPERATURE = 100, 0.8
@@ -37,11 +36,9 @@ class Sampler:
     def __init__(self, config, val, window: int):
         """val is the data.Mixture of validation. Raises ValueError where the prompt does not fit."""
         self.config, self.tokenizer = config, Tokenizer(val.folders[0])
-        self.ends = {self.tokenizer.eos_id, self.tokenizer.bos_id}
         self.ids, is_chat = [], val.kind != "text"
-        if is_chat:
-            template = next(p.meta["template"] for p in val.parts if "template" in p.meta)
-            self.ends.add(end_of_answer(form_of(template), self.tokenizer))
+        template = next((p.meta["template"] for p in val.parts if "template" in p.meta), "")
+        self.ends = end_ids(template, self.tokenizer)
         if is_chat and config.sample == type(config).sample:
             self.ids = first_question(val)[: max(1, window - NEW_TOKENS)]
         elif is_chat and config.sample:

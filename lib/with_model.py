@@ -36,12 +36,15 @@ def run_template(named: str, path: str) -> str:
     return template and spelled(template)
 
 
-def chosen_template(named: str, path: str, tokenizer: Tokenizer) -> str:
-    """A chat's template: one that is named, that of a run, or that of a model's own folder.
+def found_template(named: str, path: str, tokenizer: Tokenizer) -> str:
+    """A chat's template: one that is named, that of a run, or that of a model's own folder; empty
+    where there is none."""
+    return run_template(named, path) or known_template(tokenizer)
 
-    Raises ValueError where there is none.
-    """
-    template = run_template(named, path) or known_template(tokenizer)
+
+def chosen_template(named: str, path: str, tokenizer: Tokenizer) -> str:
+    """As `found_template`. Raises ValueError where there is none."""
+    template = found_template(named, path, tokenizer)
     if not template:
         known = f"name one of {', '.join(TEMPLATES)} with --template"
         raise BadInput(f"{path} names no template that is known here; {known}")
@@ -53,7 +56,7 @@ def asked_in_chat(config, path: str, tokenizer: Tokenizer, say: bool):
     at path has none; says which, unless another process does."""
     if not config.chat:
         return config
-    template = run_template(config.template, path) or known_template(tokenizer)
+    template = found_template(config.template, path, tokenizer)
     whose = "--template" if config.template else "the model's own"
     if not template:
         template, whose = "llama2-chat", "LLaMA-2's, for the model has none"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -157,4 +158,16 @@ def test_a_report_that_cannot_be_written_does_not_stop_a_run(tiny_run, monkeypat
     assert not (run / "report.md").exists() and (run / "last").exists()
     monkeypatch.undo()
     write_report(run)
-    assert "random weights" in (run / "report.md").read_text() and train
+    assert "random weights" in (run / "report.md").read_text()
+
+
+def test_a_run_json_that_was_damaged_meanwhile_does_not_stop_a_run(tiny_run, monkeypatch):
+    def spoil(step: int, config) -> float:
+        if step == 2:
+            (Path(config.out) / "run.json").write_text("{")
+        return learning_rate(step, config)
+
+    learning_rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", spoil)
+    run = tiny_run(steps=4)
+    assert (run / "last").read_text() == "step_00000004" and not (run / "report.md").exists()

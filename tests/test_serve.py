@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import ThreadingHTTPServer
 
 import openai
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from conftest import ROOT, command
 from data import Tokenizer
 from lib.sampling import Sampling
+from lib.server import Handler
 from model import load, save
 from sample import Chat
 
@@ -162,6 +164,37 @@ def test_broken_clients_harm_nobody(port, client, folder):
     assert answers == [expected] * 3
     for connection in silent:
         connection.close()
+
+
+def test_many_clients_at_once_get_each_its_own_answer(client, folder):
+    """One is answered after the other: they share a model that remembers what it has read."""
+    names = ("Lily", "Tom", "The sun", "A big dog")
+    questions = [f"Once upon a time, {name} was in the park." for name in names] * 2
+    answers = {}
+
+    def talk(number: int):
+        answers[number] = ask(client, questions[number], max_tokens=30).choices[0].message.content
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = [here(folder, question, most=30) for question in questions]
+    assert [answers.get(number) for number in range(len(questions))] == expected and len(set(expected)) > 2
+
+
+def test_a_client_that_says_nothing_is_left():
+    class Hasty(Handler):
+        timeout = 0.3
+
+    assert 0 < Handler.timeout <= 60
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hasty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with socket.create_connection(server.server_address, 30) as silent:
+            silent.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n")
+            assert silent.recv(100) == b""
+        server.shutdown()
 
 
 def test_a_port_that_is_taken_is_one_sentence(port, folder):
