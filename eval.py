@@ -40,6 +40,7 @@ from data import Dataset, Tokenizer
 from lib.answers import Answers, check_free, describe, identify, read_finished, write_result
 from lib.batches import ScoreBatch, make_batches, rows_to_read
 from lib.comparison import report_difference
+from lib.contrast import ContrastReader
 from lib.curves import draw_runs
 from lib.eval_flags import settled
 from lib.grades import grade_beginning, grade_document, grade_letter
@@ -55,7 +56,7 @@ from lib.stream import TextStreams
 from lib.tables import describe_result
 from lib.with_model import asked_in_chat
 from model import Transformer
-from sample import Decoder, generate, load_model
+from sample import Decoder, generate, load_beside, load_model
 
 Task = Literal[
     "mmlu", "bbh", "gsm8k", "arc", "hellaswag", "truthfulqa", "choices", "perplexity", "passkey", ""
@@ -91,6 +92,8 @@ class Config:
     max_prompt: int = 0
     """tokens; a longer prompt loses examples, then is cut from the left; 0 is the protocol's"""
     bos: bool = True          # begin prompts with BOS
+    amateur: str = ""         # a weaker model: score a choice by what the model likes more
+    beta: float = 0.5         # of --amateur, see lib/contrast.py
     chat: bool = False        # ask as a user of the model's chat template
     template: str = ""        # another one for that
     # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
@@ -324,8 +327,12 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
         world.first(out.parent.mkdir, parents=True, exist_ok=True)
     started = time.perf_counter()
     reader = Reader(model)
-    questions = make_questions(model, tokenizer, config, world)
     model_hash = world.first(weights_sha256, model.named_parameters())
+    if config.amateur:
+        amateur = load_beside(config.amateur, config, model, tokenizer)
+        reader = ContrastReader(reader, Reader(amateur), config.beta)
+        model_hash += world.first(weights_sha256, amateur.named_parameters()) + str(config.beta)
+    questions = make_questions(model, tokenizer, config, world)
     keys, asked = identify(questions, tokenizer, model, model_hash, config.protocol)
     result = describe(config, protocol, path, model, tokenizer) | asked
     if finished:

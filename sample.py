@@ -12,8 +12,10 @@ is the loop of the two. `complete` is about text, `Chat` about turns. Plug in an
 from lib.cli import BadInput, run_command  # isort: skip (first: refuses old Pythons, Windows)
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch import Tensor
 from data import Tokenizer
 from lib import sample_flags
 from lib.chat_formats import Turn
+from lib.contrast import Contrast
 from lib.conversation import Conversation
 from lib.growing import Rows
 from lib.probe import check_code
@@ -28,14 +31,23 @@ from lib.prompt_files import answer_file
 from lib.sample_flags import check_flags
 from lib.sampling import Sampling, UniformNumbers, next_tokens
 from lib.server import serve
+from lib.speculative import Speculation
 from lib.stream import TextStreams, show, talk
 from lib.templates import end_ids, render_prompt
-from lib.with_model import chosen_template, export_adapter, fitting_tokenizer, run_template
+from lib.with_model import (
+    check_alike,
+    chosen_template,
+    export_adapter,
+    fitting_tokenizer,
+    run_template,
+)
 from model import KVCache, ModelConfig, Transformer, load, save
 
 
 class Decoder:
     """A model and what each row has read so far: gives the logits of the next token."""
+
+    draw = staticmethod(next_tokens)  # from logits; lib/speculative.py has another way
 
     def __init__(self, model: Transformer, rows: int, size: int, prefix: "Decoder | None" = None):
         """Room for so many rows and tokens; each row begins with what prefix, of one row, read."""
@@ -49,18 +61,24 @@ class Decoder:
             self.cache.trim([length] * rows)
 
     @torch.no_grad()
-    def read(self, chunks: list[list[int]]) -> Tensor:
-        """Append a chunk, of any length, to each row; fp32 logits (B, V) after its last token.
+    def states(self, chunks: list[list[int]]) -> Tensor:
+        """Append a chunk, of any length, to each row; the residual stream (B, T, D) at its tokens.
 
-        The logits must be finite: to rule a token out, give it a very low one. Shorter chunks are
-        padded, and the padding counts as read: trim it before the next.
+        Shorter chunks are padded, and the padding counts as read: trim it before the next.
         """
-        cache = self.cache
-        sizes = [len(chunk) for chunk in chunks]
-        padded = [chunk + [0] * (max(sizes) - len(chunk)) for chunk in chunks]
-        tokens = torch.tensor(padded, device=cache.lengths.device)
-        hidden = self.model.hidden(tokens, cache)
-        last = hidden[torch.arange(len(chunks)), [size - 1 for size in sizes]]
+        longest = max(map(len, chunks))
+        padded = [chunk + [0] * (longest - len(chunk)) for chunk in chunks]
+        tokens = torch.tensor(padded, device=self.cache.lengths.device)
+        return self.model.hidden(tokens, self.cache)
+
+    @torch.no_grad()
+    def read(self, chunks: list[list[int]]) -> Tensor:
+        """As `states`, but the fp32 logits (B, V) after the last token of each chunk.
+
+        They must be finite: to rule a token out, give it a very low one.
+        """
+        places = [len(chunk) - 1 for chunk in chunks]
+        last = self.states(chunks)[torch.arange(len(chunks)), places]
         return self.model.unembedding(last).float()
 
     def trim(self, lengths: list[int]):
@@ -114,7 +132,7 @@ def generate(
     for step in range(max_new_tokens):
         logits = reader.read(unread)
         seen = [contexts[row] for row in rows]
-        tokens = next_tokens(logits, seen, sampling, uniform.at(step, rows))
+        tokens = reader.draw(logits, seen, sampling, uniform.at(step, rows))
         left = batch.extend(rows, tokens)
         if not left:
             break
@@ -143,13 +161,14 @@ def complete(
     stop: tuple[str, ...] = (),
     on_text: Callable[[int, str], None] | None = None,
     end_ids: tuple[int, ...] = (),
+    decoder: Callable[..., Decoder] = Decoder,
 ) -> list[str]:
     """The texts that follow prompts of ids, up to EOS, BOS, one of end_ids or a stop string;
     on_text(row, text) gets them as they come."""
     texts = TextStreams(tokenizer, prompts, stop, on_text)
     # a model trained on documents that only begin with BOS ends one by beginning the next
     end_ids = (tokenizer.eos_id, tokenizer.bos_id, *end_ids)
-    generate(model, prompts, max_new_tokens, sampling, end_ids, texts.add)
+    generate(model, prompts, max_new_tokens, sampling, end_ids, texts.add, None, decoder)
     return texts.end()
 
 
@@ -205,6 +224,24 @@ def load_model(
     return model, fitting_tokenizer(path, tokenizer, model.config)
 
 
+def load_beside(path: str, config, model: Transformer, tokenizer: Tokenizer) -> Transformer:
+    """A second model, to be used beside the first. Raises ValueError where they do not fit."""
+    other, its_tokenizer = load_model(path, config.tokenizer, config.dtype, config.anyway)
+    check_alike(path, tokenizer, its_tokenizer, model.config, other.config)
+    return other
+
+
+def chosen_decoder(config, model: Transformer, tokenizer: Tokenizer) -> Callable[..., Decoder]:
+    """Decoder, or one with a second model: a draft that guesses, or an amateur to differ from."""
+    if config.draft:
+        draft = load_beside(config.draft, config, model, tokenizer)
+        return Speculation(Decoder, draft, config.draft_tokens, config)
+    if config.amateur:
+        amateur = load_beside(config.amateur, config, model, tokenizer)
+        return Contrast(Decoder, amateur, config.alpha, config.beta)
+    return Decoder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Core:
     """The flags to read first; lib/sample_flags.py has those of chats, files and exports."""
@@ -233,13 +270,16 @@ def print_samples(config: Config, model: Transformer, tokenizer: Tokenizer):
         rows += [row] * config.num
         shown += [tokenizer.decode(row)] * config.num
     check_prompts(model, rows)
-    settings = (config.max_new_tokens, config, config.stop)
+    decoder = chosen_decoder(config, model, tokenizer)
+    write = partial(complete, model, tokenizer, rows, config.max_new_tokens, config, config.stop)
     if len(rows) == 1:  # as it comes
         show(shown[0])
-        complete(model, tokenizer, rows, *settings, on_text=lambda row, text: show(text))
+        write(on_text=lambda row, text: show(text), decoder=decoder)
         print()
+        if config.draft:
+            print(f"[{decoder.described()}]", file=sys.stderr)
         return
-    texts = complete(model, tokenizer, rows, *settings)
+    texts = write(decoder=decoder)
     for number, text in enumerate(texts):
         print(f"--- {number + 1}")
         print(shown[number] + text)

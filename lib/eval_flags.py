@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from lib.contrast import check_contrast
 from lib.errors import BadInput
 
 
@@ -16,8 +17,8 @@ def settled(config, protocols: dict[str, dict]):
     name = config.protocol or next(iter(known))
     if name not in known:
         raise BadInput(f"--protocol {name} is not one of {config.task}'s: {', '.join(known)}")
-    check_task_flags(config)
     protocol, shots = known[name], config.shots
+    check_task_flags(config, protocol)
     fixed = config.task == "bbh" and name == "cot"  # its examples are part of the files
     if shots > protocol.most_shots or fixed and shots not in (-1, 3):
         problem = f"does not fit {config.task} {name}, which has {protocol.shots}"
@@ -39,6 +40,7 @@ def check_out_name(out: str):
 
 def check_flags(config):
     """What any task needs of the flags."""
+    check_contrast(1.0, config.beta)
     for name in ("shots", "limit", "max_prompt", "batch_tokens"):
         number, least = getattr(config, name), 0
         if name == "shots":
@@ -56,7 +58,7 @@ def check_flags(config):
         raise BadInput(f"--model takes one model, {more}")
 
 
-def check_task_flags(config):
+def check_task_flags(config, protocol):
     """What this task needs of the flags, and cannot use."""
     for flag, users in (("subjects", ("mmlu", "bbh")), ("lengths", ("passkey",))):
         if getattr(config, flag) and config.task not in users:
@@ -69,6 +71,8 @@ def check_task_flags(config):
         raise BadInput(f"{flag} does nothing for perplexity, {why}")
     if config.template and not config.chat:
         raise BadInput(f"--template {config.template} is for --chat, which is off")
+    if config.amateur and (protocol.max_new_tokens or config.task == "perplexity"):
+        raise BadInput(f"--amateur {config.amateur} scores choices, and {config.task} has none")
     if config.task == "passkey" and config.data:
         raise BadInput(f"--data {config.data} is not read for passkey, which makes its prompts")
     if config.task != "passkey" and not config.data:

@@ -42,17 +42,39 @@ def choose(
 ) -> Tensor:
     """The next token (B,) from logits (B, V), which are changed.
 
-    uniform (B,), numbers in [0, 1), picks where sampling is random. Nucleus sampling, top_p, is
-    Holtzman et al. 2020, arXiv:1904.09751.
+    uniform (B,), numbers in [0, 1), picks where sampling is random.
     """
-    if sampling.repetition_penalty != 1:
-        penalty = sampling.repetition_penalty
-        for row, context in zip(logits, contexts):
-            seen = torch.tensor(sorted(set(context)), device=logits.device)
-            before = row[seen]
-            row[seen] = torch.where(before > 0, before / penalty, before * penalty)
+    penalise(logits, contexts, sampling.repetition_penalty)
     if sampling.temperature < 1e-5:  # dividing by less would overflow
         return logits.argmax(-1)
+    p, tokens = ranked(logits, sampling)
+    return tokens.gather(-1, pick(p, uniform)[:, None])[:, 0]
+
+
+def distribution(logits: Tensor, contexts: list[list[int]], sampling: Sampling) -> Tensor:
+    """The probabilities (B, V) with which `choose` takes each token; the logits are changed."""
+    penalise(logits, contexts, sampling.repetition_penalty)
+    if sampling.temperature < 1e-5:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    p, tokens = ranked(logits, sampling)
+    return torch.zeros_like(p).scatter_(-1, tokens, p / p.sum(-1, keepdim=True))
+
+
+def penalise(logits: Tensor, contexts: list[list[int]], penalty: float):
+    """Make the tokens of each row's context less likely (Keskar et al. 2019, arXiv:1909.05858)."""
+    if penalty == 1:
+        return
+    for row, context in zip(logits, contexts):
+        seen = torch.tensor(sorted(set(context)), device=logits.device)
+        before = row[seen]
+        row[seen] = torch.where(before > 0, before / penalty, before * penalty)
+
+
+def ranked(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens (B, V), likeliest first, and what each has of the mass, 0 where it is ruled out.
+
+    Nucleus sampling, top_p, is Holtzman et al. 2020, arXiv:1904.09751.
+    """
     logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(logits, dtype=torch.bool)
     if sampling.top_k:  # by rank, so that equal logits do not let more than k through
@@ -61,12 +83,16 @@ def choose(
     p = scaled.softmax(-1)  # top_p counts what top_k leaves
     keep &= p.cumsum(-1) - p < sampling.top_p
     keep &= p >= sampling.min_p * p[:, :1]
-    mass = (p * keep).cumsum(-1)
-    wanted = uniform[:, None] * mass[:, -1:]
-    place = (mass <= wanted).sum(-1)  # of the token whose share of the mass holds `wanted`
-    last = keep.sum(-1) - 1
-    place = torch.minimum(place, last).clamp(min=0)
-    return tokens.gather(-1, place[:, None])[:, 0]
+    return p * keep, tokens
+
+
+def pick(p: Tensor, uniform: Tensor) -> Tensor:
+    """The places (B,) whose share of the mass of p (B, V) holds uniform (B,), never one of 0."""
+    mass = p.cumsum(-1)
+    place = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1)
+    places = torch.arange(p.size(-1), device=p.device)
+    last = torch.where(p > 0, places, 0).amax(-1)
+    return torch.minimum(place, last)
 
 
 def next_tokens(

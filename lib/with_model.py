@@ -30,6 +30,19 @@ def fitting_tokenizer(path: str, named: str, shape) -> Tokenizer:
     return tokenizer
 
 
+def check_alike(path: str, first: Tokenizer, second: Tokenizer, shape, other):
+    """Raise ValueError unless the model at path, of shape `other`, can be used beside one of `shape`:
+    it needs the same tokenizer, as many logits, and a window as long."""
+    if first.sha256 != second.sha256:
+        raise BadInput(f"{path} has another tokenizer than the model: {second.name}")
+    if other.vocab_size != shape.vocab_size:
+        many = f"{other.vocab_size} logits, not {shape.vocab_size}"
+        raise BadInput(f"{path} has {many} as the model")
+    if other.max_seq_len < shape.max_seq_len:
+        short = f"a window of {other.max_seq_len}, less than the model's {shape.max_seq_len}"
+        raise BadInput(f"{path} has {short}")
+
+
 def run_template(named: str, path: str) -> str:
     """The chat template that is named, or that of the run at path; empty where there is none."""
     template = named or find_template(path)

@@ -72,13 +72,13 @@ def tiny_data(tmp_path_factory) -> Path:
     return byte_data(tmp_path_factory.mktemp("tiny"), 300)
 
 
-def random_model(config):
+def random_model(config, seed: int = 0):
     """A model whose weights are large enough that its logits differ clearly."""
     import torch
 
     from model import Transformer
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Transformer(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.dim() > 1 else torch.nn.init.normal_(p, 1.0, 0.3)
