@@ -14,6 +14,11 @@ HTML_ANSWER = re.compile(r"<(?:p|div|ol|ul|pre|h[1-6]|blockquote)\b.*>", re.DOTA
 ABOUT_HTML = re.compile(
     r"\b(?:html|css|xml|svg|jsx|markup|tags?|web ?(?:page|site))\b|<\w", re.IGNORECASE
 )
+# what a page of chats shows beside an answer: which of several it is, and how long it is
+PAGE_NUMBER = re.compile(r"(?:<div\b[^>]*>\s*)*\d+ / \d+\s*(?:</div>\s*)*(?=<(?:div|p)\b)")
+PAGE_LENGTH = re.compile(r"Copy\d+ chars / \d+ words")
+CODE_BAR = re.compile(r"\s*([\w+#-]+)\s*Copy code")
+PAGE_ERROR = re.compile(r"!?Too many requests in 1 hour\. Try again later\.")
 
 
 def _library(name: str, flag: str):
@@ -26,25 +31,33 @@ def _library(name: str, flag: str):
 def html_to_markdown(turns: list[Turn]) -> list[Turn]:
     """Turn the answers that are HTML, as an exported web page has them, into markdown, code into fenced blocks.
 
-    An answer is HTML when it begins with the tag of a block of text and ends with a tag, and its question does not
-    speak of markup, for which HTML itself is the answer. Anything else, `a < b` and `&amp;` in it, stays as it is.
+    An answer is HTML when it begins with the tag of a block of text and ends with a tag, but for
+    what the page shows beside it, and its question does not speak of markup, for which HTML itself
+    is the answer. Anything else, `a < b` and `&amp;` in it, stays as it is.
     """
     asked = ["", *(turn.text for turn in turns)]
-    is_html = [
-        turn.role == "assistant"
-        and HTML_ANSWER.fullmatch(turn.text.strip())
-        and ('<div class="markdown' in turn.text or not ABOUT_HTML.search(question))
-        for turn, question in zip(turns, asked)
-    ]
-    return [
-        turn._replace(text=_markdown(turn.text)) if html else turn
-        for turn, html in zip(turns, is_html)
-    ]
+    changed = []
+    for turn, question in zip(turns, asked):
+        html = _without_labels(turn.text)
+        is_html = (
+            turn.role == "assistant"
+            and HTML_ANSWER.fullmatch(html)
+            and ('<div class="markdown' in turn.text or not ABOUT_HTML.search(question))
+        )
+        changed.append(turn._replace(text=_markdown(html)) if is_html else turn)
+    return changed
+
+
+def _without_labels(html: str) -> str:
+    """An answer's HTML without what the page shows beside it."""
+    html = PAGE_LENGTH.sub("", html).strip()
+    number = PAGE_NUMBER.match(html)
+    return html[number.end() :] if number else html
 
 
 def _code_language(block) -> str:
     """What the class of a block of code says of its language."""
-    found = re.findall(r'class="[^"]*language-(\w+)', str(block))
+    found = re.findall(r'class="[^"]*language-([\w+#-]+)', str(block))
     return found[0] if found else ""
 
 
@@ -57,10 +70,11 @@ def _markdown(html: str) -> str:
             f"an answer is HTML that cannot be read ({str(error).splitlines()[-1].strip()})"
         ) from None
     for block in soup.find_all("pre"):
-        if block.code:
-            block.contents = [
-                block.code
-            ]  # beside the code there may be a bar with its language and a button
+        if block.code:  # above it there may be a bar with its language and a button
+            bar = CODE_BAR.match(block.get_text())
+            if bar and not _code_language(block):
+                block.code["class"] = f"language-{bar[1]}"
+            block.contents = [block.code]
     options = {f"escape_{what}": False for what in ("asterisks", "underscores", "misc")}
     options |= {
         "heading_style": "ATX",
@@ -95,8 +109,14 @@ def _tidy(text: str) -> str:
 
 
 def drop_empty(turns: list[Turn]) -> list[Turn]:
-    """Leave out empty turns, and a conversation in which one side says nothing."""
-    said = [turn for turn in turns if turn.text.strip()]
+    """Leave out empty turns and a service's message that it was asked too often, and a conversation
+    in which one side says nothing."""
+    said = []
+    for turn in turns:
+        text = turn.text.strip()
+        failed = turn.role == "assistant" and PAGE_ERROR.fullmatch(text)
+        if text and not failed:
+            said.append(turn)
     return said if {"user", "assistant"} <= {turn.role for turn in said} else []
 
 

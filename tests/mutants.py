@@ -321,6 +321,12 @@ MUTANTS = [
     Mutant("a refused question stays without its answer", "lib/cleaning_steps.py",
            "next(refused, len(turns) + 1) - 1", "next(refused, len(turns))",
            "cleaning: cut_before_the_first"),
+    Mutant("what a page shows before an answer makes its HTML plain text", "lib/cleaning_steps.py",
+           "return html[number.end() :] if number else html", "return html", "vicuna: cleaned_as"),
+    Mutant("the language above a block of code is lost", "lib/cleaning_steps.py",
+           "if bar and not _code_language(block):", "if False:", "vicuna: cleaned_as"),
+    Mutant("a service's message is learnt as an answer", "lib/cleaning_steps.py",
+           "if text and not failed:", "if text:", "vicuna: cleaned_as"),
     # ---- train.py ----
     Mutant("the warm-up begins at zero", "train.py",
            "config.learning_rate * (step + 1) / (warmup + 1)",

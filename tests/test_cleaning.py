@@ -52,6 +52,12 @@ def test_an_answer_in_html_becomes_markdown_and_its_code_a_fenced_block():
     assert answer.text == f"Use `a < b` & **so** 2 * 3_4:\n\n{code}\n\n- One\n- Two"
 
 
+@pytest.mark.parametrize("html", ["<div>2 / 3 of it</div>", "<div>2 / 3</div>", "<div><p>2 / 3</p><p>of it</p></div>"])
+def test_a_fraction_that_begins_an_answer_in_html_is_not_taken_for_a_page_number(html):
+    (_, answer) = html_to_markdown(chat("Q", html))
+    assert answer.text.startswith("2 / 3")
+
+
 @pytest.mark.parametrize(
     "question, answer",
     [
