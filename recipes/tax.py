@@ -109,7 +109,7 @@ def bits_a_byte(model, windows: int = 96) -> float:
     data = Dataset(text(), "val", model.config.max_seq_len)
     nats, targets = 0.0, 0
     for begin in range(0, windows, 16):
-        batch = data.batch(data.spread_indices(windows)[begin : begin + 16]).to("cpu")
+        batch = data.batch(data.spread_indices(windows)[begin : begin + 16]).to(torch.device("cpu"))
         nats += float(model.loss(batch.tokens, batch.targets))
         targets += batch.targets.numel()
     return nats / targets / np.log(2) / data.bytes_per_target
