@@ -9,7 +9,7 @@ Claim       Between the models before and after alignment lie better bargains of
 Miniature   Rejection sampling with a reward that a program knows exactly: the share of written lines that are comments.
             Three rounds: 8 answers of 64 tokens to each of 128 beginnings of library code, the best kept, 40 steps on
             them. Tax: bits a byte of validation files above the base's. Every point is compared with the training's
-            own path (a checkpoint every 20 steps) at the same tax. Three seeds; answers of 128 new beginnings.
+            own path (a checkpoint every 20 steps) at the same tax. Three seeds; answers to 256 new beginnings.
 Predicted   before the run: averaging above the path; input part better than output part; HMA at least as good as one
             ratio.
 Result      RESULT_HERE
@@ -51,6 +51,7 @@ class Config:
     answers: int = 8        # of each, of which the best is kept
     rounds: int = 3
     steps: int = 40         # of each round
+    tests: int = 256        # new beginnings that the points are measured on
 
 
 def reward(text: str) -> float:
@@ -99,7 +100,7 @@ def align(seed: int, config: Config) -> list[Path]:
         flags = f"--steps {config.steps} --learning_rate 5e-4 --schedule constant --save_every 20 --keep_every 20"
         run = train(HERE / f"run_{seed}_{number}", "--data", data, "--init_from", path[-1], "--seed", seed,
                     "--seq_len", 128, "--eval_tokens", 128, *flags.split())  # fmt: skip
-        path += sorted(run.glob("step_*"))
+        path += sorted(run.glob("step_*[1-9]*"))  # of which step 0 is known
     return path
 
 
@@ -143,7 +144,7 @@ def measure(seed: int, config: Config, rows: list) -> dict[str, np.ndarray]:
     path = align(seed, config)
     first, tokenizer = load_model(str(path[0]))
     second, start = load(path[-1]), bits_a_byte(first)
-    prompts = beginnings(read_split(text()), tokenizer, config.prompts, 64, 77)
+    prompts = beginnings(read_split(text()), tokenizer, config.tests, 64, 77)
 
     def point(name: str, model) -> tuple[float, np.ndarray]:
         rewards = np.array([reward(tokenizer.decode(ids)) for ids in write(model, tokenizer, prompts, 5)])
