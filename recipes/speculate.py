@@ -64,7 +64,7 @@ def trained(name: str) -> Path:
 
 
 def expected_tokens(a: float, n: int) -> float:
-    """Tokens of a round of n guesses, each accepted with probability a (Leviathan et al., equation 1).
+    """Tokens of a round of n guesses, each accepted with probability a (Leviathan et al.).
 
     >>> [round(expected_tokens(0.8, n), 2) for n in (1, 2, 4, 8)]
     [1.8, 2.44, 3.36, 4.33]

@@ -50,18 +50,17 @@ def mix(first: nn.Module, second: nn.Module, alphas: tuple[float, ...]) -> nn.Mo
     return first
 
 
-def task_vector(first: nn.Module, second: nn.Module) -> Tensor:
+def task_vector(before, after) -> Tensor:
     """What training changed, of all parameters one after the other (Ilharco et al. 2022, arXiv:2212.04089)."""
-    return torch.cat([(b - a).detach().flatten() for a, b in zip(first.parameters(), second.parameters())])
+    return torch.cat([(b - a).detach().flatten() for a, b in zip(before, after)])
 
 
 @torch.no_grad()
-def add_vector(model: nn.Module, vector: Tensor) -> nn.Module:
-    """Change the model by a task vector."""
-    parameters = list(model.parameters())
+def add_vector(parameters, vector: Tensor):
+    """Change parameters by a task vector."""
+    parameters = list(parameters)
     for weight, part in zip(parameters, vector.split([weight.numel() for weight in parameters])):
         weight += part.view_as(weight)
-    return model
 
 
 @dataclass
