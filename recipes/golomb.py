@@ -1,4 +1,4 @@
-"""A vector of -m, 0 and +m as a file: the gaps between its places in Golomb's code (Golomb 1966), each with its sign."""
+"""A vector of -m, 0 and +m as a file: the gaps between its places in Golomb's code, each with its sign."""
 
 import math
 import struct
