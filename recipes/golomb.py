@@ -12,6 +12,8 @@ HEADER = "<QQBe"  # numbers, kept ones, the code's parameter, the magnitude in 1
 
 def code_parameter(p: float) -> int:
     """Bits of the fixed part of Golomb's code for places that are taken with probability p."""
+    if not 0 < p < 1:
+        return 0
     golden = (math.sqrt(5) + 1) / 2
     return max(0, 1 + math.floor(math.log2(math.log(golden - 1) / math.log(1 - p))))
 

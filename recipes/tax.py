@@ -108,9 +108,9 @@ def align(seed: int, config: Config) -> list[Path]:
 def bits_a_byte(model, windows: int = 96) -> float:
     """Of validation files of the standard library, in so many windows spread over them."""
     data = Dataset(text(), "val", model.config.max_seq_len)
-    nats, targets = 0.0, 0
-    for begin in range(0, windows, 16):
-        batch = data.batch(data.spread_indices(windows)[begin : begin + 16]).to(torch.device("cpu"))
+    nats, targets, places = 0.0, 0, data.spread_indices(windows)
+    for begin in range(0, len(places), 16):
+        batch = data.batch(places[begin : begin + 16]).to(torch.device("cpu"))
         nats += float(model.loss(batch.tokens, batch.targets))
         targets += batch.targets.numel()
     return nats / targets / np.log(2) / data.bytes_per_target
