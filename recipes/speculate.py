@@ -17,7 +17,6 @@ Result      RESULT_HERE
 
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +26,15 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cloze import read_split
+from guesses import acceptance, expected_tokens, speed, times_of, tokens_a_round
 from study import OUT, Report, text, train
 from writing import beginnings
 
 from lib.cli import run_command
 from lib.runs import read_log
-from lib.sampling import Sampling, distribution
+from lib.sampling import Sampling
 from lib.speculative import Speculation
-from sample import Decoder, generate, load_model
+from sample import Decoder, load_model
 
 HERE = OUT / "speculate"
 SHAPES = {  # layers, width, heads, feed-forward width, learning rate, steps
@@ -54,75 +54,12 @@ class Config:
     seeds: int = 3
     prompts: int = 8   # a seed
     new_tokens: int = 96
-    rounds: int = 5    # of each timing, in turns
 
 
 def trained(name: str) -> Path:
     names = ("--num_layers", "--dim", "--num_heads", "--ffn_dim", "--learning_rate", "--steps")
     shape = [word for pair in zip(names, SHAPES[name]) for word in pair]
     return train(HERE / name, "--data", text(), *shape)
-
-
-def expected_tokens(a: float, n: int) -> float:
-    """Tokens of a round of n guesses, each accepted with probability a (Leviathan et al.).
-
-    >>> [round(expected_tokens(0.8, n), 2) for n in (1, 2, 4, 8)]
-    [1.8, 2.44, 3.36, 4.33]
-    """
-    return (1 - a ** (n + 1)) / (1 - a) if a < 1 else n + 1.0
-
-
-@torch.no_grad()
-def acceptance(model, draft, texts: list[list[int]], sampling: Sampling) -> float:
-    """The mean over positions of the sum of min(p, q), the chance that a guess is accepted."""
-    shares = []
-    for ids in texts:
-        both = (each(torch.tensor([ids]))[0, 63:] for each in (model, draft))  # behind the prompt
-        p, q = (distribution(logits, [[]] * len(logits), sampling) for logits in both)
-        shares.append(torch.minimum(p, q).sum(-1))
-    return float(torch.cat(shares).mean())
-
-
-def timed(work, count: int = 12) -> float:
-    """Milliseconds of a call, the median of so many."""
-    work()
-    times = []
-    for _ in range(count):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return 1000 * statistics.median(times)
-
-
-def times_of(made: Speculation, model, ids: list[int]) -> tuple[float, float]:
-    """Milliseconds of a draft's step and of a verification with its draws, after ids."""
-    decoder = made(model, 1, 256)
-    decoder.read([ids])
-    n, last = made.draft_tokens, ids[-1:]
-
-    def guess():
-        decoder.draft.trim([len(ids) - 1])
-        decoder.guess(ids)
-
-    def verify():
-        decoder.target.trim([len(ids) - 1])
-        logits = model.unembedding(decoder.target.states([last + decoder.guesses])[0]).float()
-        for place in range(1 + round(tokens_a_round(made) - 1)):  # those that are looked at
-            decoder.draw(logits[place : place + 1].clone(), [ids], made.sampling, torch.tensor([0.5]))
-
-    return timed(guess) / n, timed(verify)
-
-
-def tokens_a_round(made: Speculation) -> float:
-    return (made.accepted + made.rounds) / max(1, made.rounds)
-
-
-def speed(model, prompts, config: Config, sampling: Sampling, made: Speculation | None) -> tuple[float, list]:
-    """Tokens a second, and the texts."""
-    began, texts = time.perf_counter(), []
-    for prompt in prompts:
-        texts += generate(model, [prompt], config.new_tokens, sampling, decoder=made or Decoder)
-    return sum(map(len, texts)) / (time.perf_counter() - began), texts
 
 
 @torch.no_grad()
@@ -137,14 +74,14 @@ def main(config: Config):
     for words, sampling in (("greedy", Sampling()), ("temperature 1", Sampling(1.0))):
         plain, texts = [], []
         for some in prompts:
-            fast, wrote = speed(model, some, config, sampling, None)
+            fast, wrote = speed(model, some, config.new_tokens, sampling, None)
             plain.append(fast)
             texts.append([prompt + ids for prompt, ids in zip(some, wrote)])
         for name, draft in drafts.items():
             a = acceptance(model, draft, sum(texts, []), sampling)
             made, seen, same = Speculation(Decoder, draft, 4, sampling), [], True
             for some, known in zip(prompts, texts):
-                fast, wrote = speed(model, some, config, sampling, made)
+                fast, wrote = speed(model, some, config.new_tokens, sampling, made)
                 seen.append(fast)
                 same &= [prompt + ids for prompt, ids in zip(some, wrote)] == known
             step, verify = times_of(made, model, prompts[0][0])
@@ -160,7 +97,7 @@ def main(config: Config):
     a = acceptance(model, draft, sum(texts, []), sampling)
     for n in range(1, 9):
         made = Speculation(Decoder, draft, n, sampling)
-        fast, _ = speed(model, prompts[0], config, sampling, made)
+        fast, _ = speed(model, prompts[0], config.new_tokens, sampling, made)
         grown.append([n, tokens_a_round(made), expected_tokens(a, n), fast])
     report.say(f"By the number of guesses, draft 2x128 at temperature 1, acceptance {a:.3f}:")
     report.table(["guesses", "tokens a round", "formula", "tokens/s"], grown)

@@ -17,7 +17,6 @@ Result      RESULT_HERE
 
 import copy
 import itertools
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +27,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cloze import read_split
-from study import OUT, Report, base, difference, once, text, train
+from rejection import align, reward, write
+from study import Report, difference, text
 from weights import mix
 from writing import beginnings
 
 from data import Dataset
 from lib.cli import run_command
-from lib.sampling import Sampling
 from model import load
-from sample import generate, load_model
+from sample import load_model
 
-HERE = OUT / "tax"
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
 
 
@@ -52,56 +50,6 @@ class Config:
     rounds: int = 3
     steps: int = 40         # of each round
     tests: int = 256        # new beginnings that the points are measured on
-
-
-def reward(text: str) -> float:
-    """The share of a text's lines, blank ones aside, that are comments.
-
-    >>> reward("# one\\n\\nx = 1\\n    # two\\ny")
-    0.5
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return sum(line.startswith("#") for line in lines) / max(1, len(lines))
-
-
-def write(model, tokenizer, prompts: list[list[int]], seed: int, size: int = 64) -> list[list[int]]:
-    """Answers at temperature 1, as ids."""
-    found = []
-    for begin in range(0, len(prompts), 128):
-        rows = prompts[begin : begin + 128]
-        found += generate(model, rows, size, Sampling(1.0, seed=seed + begin), (tokenizer.eos_id, tokenizer.bos_id))
-    return found
-
-
-def best_answers(model, tokenizer, prompts: list[list[int]], count: int, seed: int) -> list[str]:
-    """Each prompt with the answer, of so many, whose reward is highest; the first of equals."""
-    rows = [prompt for prompt in prompts for _ in range(count)]
-    answers = [tokenizer.decode(ids) for ids in write(model, tokenizer, rows, seed)]
-    kept = []
-    for number, prompt in enumerate(prompts):
-        some = answers[count * number : count * (number + 1)]
-        kept.append(tokenizer.decode(prompt) + max(some, key=reward))
-    return kept
-
-
-def align(seed: int, config: Config) -> list[Path]:
-    """Three rounds of rejection sampling; the checkpoints along the path, from the base on."""
-    path, documents = [base(seed)], read_split(text(), "train")
-    for number in range(config.rounds):
-        made = HERE / f"kept_{seed}_{number}.jsonl"
-        if not made.exists():
-            made.parent.mkdir(parents=True, exist_ok=True)
-            model, tokenizer = load_model(str(path[-1]))
-            prompts = beginnings(documents, tokenizer, config.prompts, 64, 1000 * seed + number)
-            kept = best_answers(model, tokenizer, prompts, config.answers, 1000 * seed + number)
-            made.write_text("".join(json.dumps({"text": each}) + "\n" for each in kept))
-        data = made.with_suffix("")
-        once(data, "data.py", "--source", made, "--tokenizer", base(seed), "--val_fraction", 0.05, "--out", data)
-        flags = f"--steps {config.steps} --learning_rate 5e-4 --schedule constant --save_every 20 --keep_every 20"
-        run = train(HERE / f"run_{seed}_{number}", "--data", data, "--init_from", path[-1], "--seed", seed,
-                    "--seq_len", 128, "--eval_tokens", 128, *flags.split())  # fmt: skip
-        path += sorted(run.glob("step_*[1-9]*"))  # of which step 0 is known
-    return path
 
 
 @torch.no_grad()
@@ -141,7 +89,7 @@ def gain(points: list[tuple], tax: float, rewards: np.ndarray) -> np.ndarray:
 
 def measure(seed: int, config: Config, rows: list) -> dict[str, np.ndarray]:
     """The gain over the path of every way to average, by prompt."""
-    path = align(seed, config)
+    path = align(seed, config.rounds, config.prompts, config.answers, config.steps)
     first, tokenizer = load_model(str(path[0]))
     second, start = load(path[-1]), bits_a_byte(first)
     prompts = beginnings(read_split(text()), tokenizer, config.tests, 64, 77)
