@@ -5,7 +5,7 @@ Command     python recipes/contrast_writing.py
 Hardware    two cores, no GPU; MINUTES_HERE
 Claim       Greedy with alpha 0.1 and beta 0.5 solves more of GSM8K (LLaMA-65B: 51.0 to 56.8), and copies less from the
             prompt.
-Miniature   The laptop's model continues 100 pieces of library code by 128 tokens: greedy, greedy with its own step 150 as
+Miniature   The laptop's model continues 100 pieces of library code by 128 tokens: greedy, greedy with its step 150 as
             amateur, and nucleus sampling of 0.95. Judged by the model of another seed, never by the two. Three seeds.
 Predicted   before the run: contrast has more different 3-grams than greedy, and fewer 4-grams of the prompt.
 Result      RESULT_HERE
