@@ -2,7 +2,7 @@
 
 Paper       Yadav et al. 2023, arXiv:2311.13171.
 Command     python recipes/compeft.py
-Hardware    two cores, no GPU; MINUTES_HERE
+Hardware    one core, no GPU; 10 minutes of its time (2026-11-27, AMD EPYC), trainings among them.
 Claim       Of the difference of weights keep the k % largest, and of them the sign alone, times alpha standard
             deviations of the whole: a bit a number or less instead of 16, and large models lose nothing by it.
 Miniature   The laptop's model fine-tuned on chats about 300 functions (recipes/mini.py), all weights or LoRA of rank
@@ -10,7 +10,11 @@ Miniature   The laptop's model fine-tuned on chats about 300 functions (recipes/
             of four measured on others. Files are written with Golomb's code and read again.
 Predicted   before the run: at k = 20 a small loss; at k = 5 alpha between 2 and 5; all weights lose less than LoRA;
             files as long as the formula says, within 1 %.
-Result      RESULT_HERE
+Result      (2 seeds, 594 questions) k = 20 % loses, and not a little: all weights 63.8 to 34.3 % right (-29.5 points,
+            -33.3 to -25.6), LoRA 38.4 to 32.0 (-6.4, -8.7 to -4.1), the base having 30.1. At k = 5 nothing is left at
+            any alpha (0.5 chosen). All weights lose more than LoRA, whose adapter learned less: refuted. Files are 16.6
+            to 17.0 times smaller at k = 20 and 0.4 to 3.2 % longer than the formula, which takes places as independent;
+            at random places they are within 1 % (tests). At k = 50, 10.7 times smaller, all weights keep 55.8 %.
 """
 
 import copy
