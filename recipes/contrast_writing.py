@@ -2,13 +2,16 @@
 
 Paper       O'Brien and Lewis 2023, arXiv:2309.09117, after Li et al. 2022, arXiv:2210.15097.
 Command     python recipes/contrast_writing.py
-Hardware    two cores, no GPU; MINUTES_HERE
+Hardware    one core, no GPU; 1 minute of its time (2026-11-27, AMD EPYC), without the bases.
 Claim       Greedy with alpha 0.1 and beta 0.5 solves more of GSM8K (LLaMA-65B: 51.0 to 56.8), and copies less from the
             prompt.
 Miniature   The laptop's model continues 100 pieces of library code by 128 tokens: greedy, greedy with its step 150 as
             amateur, and nucleus sampling of 0.95. Judged by the model of another seed, never by the two. Three seeds.
 Predicted   before the run: contrast has more different 3-grams than greedy, and fewer 4-grams of the prompt.
-Result      RESULT_HERE
+Result      More different 3-grams than greedy, 26.2 to 16.8 % (+9.4 points, +7.1 to +11.7; by seed +12.4, +5.9, +9.9):
+            confirmed in direction. 4-grams of the prompt 2.65 to 3.15 % (-0.49, -1.60 to +0.62; one seed up): not
+            decided; five times the prompts would see a difference of this size. Nucleus sampling repeats far less than
+            both (96.9 %), and another model finds its text the least likely (1.75 bits a byte to 0.93 and 1.05).
 """
 
 import sys
