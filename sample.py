@@ -25,6 +25,7 @@ from lib import sample_flags
 from lib.chat_formats import Turn
 from lib.contrast import Contrast
 from lib.conversation import Conversation
+from lib.decoding import lay_out
 from lib.growing import Rows
 from lib.probe import check_code
 from lib.prompt_files import answer_file
@@ -221,6 +222,7 @@ def load_model(
         if dtype == "auto":
             bf16 = torch.cuda.is_bf16_supported(False)
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
+    lay_out(model)
     return model, fitting_tokenizer(path, tokenizer, model.config)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.cpu_attention import attend_on_cpu
 from lib.errors import BadInput
@@ -213,3 +213,17 @@ def install(model, config, device_type: str, plain_attention: Callable):
             attention.attend_within = each_alone(plain_attention)
         elif compiled and device_type == "cpu" and not own:
             attention.attend = attend_on_cpu
+
+
+def sharding_units(blocks: nn.ModuleList) -> list[list[nn.Module]]:
+    """Neighbouring blocks that are gathered together, as many as make a million parameters.
+
+    A gathering costs as much time for a small block as for one of a million.
+    """
+    units, size = [[]], 0
+    for block in blocks:
+        if size >= 1_000_000:
+            units, size = [*units, []], 0
+        units[-1].append(block)
+        size += sum(p.numel() for p in block.parameters())
+    return units
