@@ -12,8 +12,8 @@ Miniature   Rejection sampling with a reward that a program knows exactly: the s
             own path (a checkpoint every 20 steps) at the same tax. Three seeds; answers to 256 new beginnings.
 Predicted   before the run: averaging above the path; input part better than output part; HMA at least as good as one
             ratio.
-Result      Averages lie above the path, by 1.7 points of reward at equal tax (+0.7 to +2.6; by seed +1.7, +1.9, +1.4), and
-            averaging the input part beats the output part by 10.9 (+8.1 to +13.7; +14.1, +8.8, +9.8): both confirmed in
+Result      Averages lie above the path, by 1.7 points of reward at equal tax (+0.7 to +2.6; by seed +1.7, +1.9, +1.4),
+            and averaging the input part beats the output part by 10.9 (+8.1 to +13.7; +14.1, +8.8, +9.8): confirmed in
             direction. HMA is worse than one ratio, by 10.5 (-13.5 to -7.5; -11.4, -8.8, -11.2): refuted in direction.
             Likelihood chose the ratios 1, 0, 0.5 for every seed: with four layers a part that is not averaged at all
             clashes with one that is undone. Reward rose from 9 to 30 % of lines, the tax to 0.18 bits a byte.
