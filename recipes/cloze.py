@@ -122,6 +122,7 @@ def main(config: Config):
         write = writer(*load_model(config.writer), config.seed)
     documents, sizes = read_split(Path(config.data)), (config.count, config.context, config.size, config.seed)
     questions = list(make_questions(documents, tokenizer, config.kind, *sizes, write))
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(config.out), "".join(json.dumps(row) + "\n" for row in questions))
     print(f"wrote {len(questions):,} questions to {config.out}")
 

@@ -2,7 +2,7 @@
 
 Paper       Lin et al. 2023, arXiv:2309.06256 (model averaging, and HMA: a ratio for each block).
 Command     python recipes/tax.py
-Hardware    two cores, no GPU; MINUTES_HERE
+Hardware    one core, no GPU; 14 minutes of its time (2026-11-27, AMD EPYC), trainings among them.
 Claim       Between the models before and after alignment lie better bargains of reward and old skills than along
             training; averaging the input part costs least; ratios by part, chosen by the likelihood of the aligned
             model's own answers, beat one ratio (Zephyr-7B-beta: win rate 8.10 to 9.32, reading 37.47 to 38.93).
@@ -12,7 +12,11 @@ Miniature   Rejection sampling with a reward that a program knows exactly: the s
             own path (a checkpoint every 20 steps) at the same tax. Three seeds; answers to 256 new beginnings.
 Predicted   before the run: averaging above the path; input part better than output part; HMA at least as good as one
             ratio.
-Result      RESULT_HERE
+Result      Averages lie above the path, by 1.7 points of reward at equal tax (+0.7 to +2.6; by seed +1.7, +1.9, +1.4),
+            and averaging the input part beats the output part by 10.9 (+8.1 to +13.7; +14.1, +8.8, +9.8): confirmed in
+            direction. HMA is worse than one ratio, by 10.5 (-13.5 to -7.5; -11.4, -8.8, -11.2): refuted in direction.
+            Likelihood chose the ratios 1, 0, 0.5 for every seed: with four layers a part that is not averaged at all
+            clashes with one that is undone. Reward rose from 9 to 30 % of lines, the tax to 0.18 bits a byte.
 """
 
 import copy
