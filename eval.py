@@ -42,6 +42,7 @@ from lib.batches import ScoreBatch, make_batches, rows_to_read
 from lib.comparison import report_difference
 from lib.contrast import ContrastReader
 from lib.curves import draw_runs
+from lib.decoding import Quantize
 from lib.eval_flags import settled
 from lib.grades import grade_beginning, grade_document, grade_letter
 from lib.identity import weights_sha256
@@ -100,6 +101,7 @@ class Config:
     # GPU, 2,048 on a CPU
     batch_tokens: int = 0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    quantize: Quantize = "none"  # int8: matrices as whole numbers, on a CPU
     anyway: bool = False      # also measure a run whose model.py computed something else
     trust_variant: bool = False  # run the code that a variant's folder brings; read it first
 
@@ -321,7 +323,8 @@ def evaluate(config: Config, path: str, world: World) -> dict | None:
     finished = config.checkpoints == "all" and world.first(out.exists)
     if config.out and not finished:
         world.first(check_free, out, config.task, config.protocol)
-    model, tokenizer = load_model(path, config.tokenizer, config.dtype, config.anyway)
+    settings = (config.tokenizer, config.dtype, config.anyway, config.quantize)
+    model, tokenizer = load_model(path, *settings)
     config = asked_in_chat(config, path, tokenizer, world.rank == 0)
     if config.out:
         world.first(out.parent.mkdir, parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from lib import sample_flags
 from lib.chat_formats import Turn
 from lib.contrast import Contrast
 from lib.conversation import Conversation
-from lib.decoding import lay_out
+from lib.decoding import Quantize, prepare
 from lib.growing import Rows
 from lib.probe import check_code
 from lib.prompt_files import answer_file
@@ -208,6 +208,7 @@ def load_model(
     tokenizer: str = "",
     dtype: str = "auto",
     anyway: bool = False,
+    quantize: Quantize = "none",
 ) -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer.
 
@@ -222,13 +223,13 @@ def load_model(
         if dtype == "auto":
             bf16 = torch.cuda.is_bf16_supported(False)
     model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
-    lay_out(model)
-    return model, fitting_tokenizer(path, tokenizer, model.config)
+    return prepare(model, quantize), fitting_tokenizer(path, tokenizer, model.config)
 
 
 def load_beside(path: str, config, model: Transformer, tokenizer: Tokenizer) -> Transformer:
     """A second model, to be used beside the first. Raises ValueError where they do not fit."""
-    other, its_tokenizer = load_model(path, config.tokenizer, config.dtype, config.anyway)
+    settings = (config.tokenizer, config.dtype, config.anyway, config.quantize)
+    other, its_tokenizer = load_model(path, *settings)
     check_alike(path, tokenizer, its_tokenizer, model.config, other.config)
     return other
 
@@ -296,7 +297,8 @@ def main(config: Config):
     dtype = config.dtype
     if config.export and dtype == "auto":
         dtype = "fp32"  # the same folder on any machine
-    model, tokenizer = load_model(config.model, config.tokenizer, dtype, config.anyway)
+    settings = (config.tokenizer, dtype, config.anyway, config.quantize)
+    model, tokenizer = load_model(config.model, *settings)
     if config.export:
         template = run_template(config.template, config.model)
         save(model, config.export, tokenizer, template)

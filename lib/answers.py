@@ -29,7 +29,7 @@ DEFINING = (  # what makes an evaluation this one: two that have all of it in co
 
 def describe(config, protocol, path: str, model, tokenizer) -> dict:
     """How a result is measured: eval.py's flags, the protocol, and what runs it."""
-    names = ("task", "data", *FLAGS[1:], "template")
+    names = ("task", "data", *FLAGS[1:], "template", "quantize")
     beside = ("amateur", "beta") if config.amateur else ()
     return {"model": path} | {name: getattr(config, name) for name in (*names, *beside)} | {
         "max_new_tokens": protocol.max_new_tokens,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lib.contrast import check_contrast
+from lib.decoding import Quantize
 from lib.errors import BadInput
 from lib.sampling import MOST
 
@@ -12,6 +13,8 @@ from lib.sampling import MOST
 class Flags:
     tokenizer: str = ""              # where the model's folder holds none
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    quantize: Quantize = "none"
+    """int8: matrices as whole numbers, on a CPU; faster, and a little less exact"""
     anyway: bool = False             # also take a run whose model.py computed something else
     trust_variant: bool = False      # run the code that a variant's folder brings; read it first
     # a second model with the same tokenizer
@@ -53,6 +56,8 @@ def check_flags(config):
         names = f'--prompts "{config.prompts}" and --out "{config.out}"'
         raise BadInput(f"{names} go together: a file to read, and one to write that ends in .jsonl")
     check_second(config)
+    if config.export and config.quantize != "none":
+        raise BadInput(f"--quantize {config.quantize} does not go with --export")
     if not 0 <= config.serve < 65_536:
         raise BadInput(f"--serve {config.serve} is no port: 1 to 65535, such as 8000")
     if config.prompts and config.num > 1:
