@@ -2,7 +2,7 @@
 
 Paper       Leviathan et al. 2023, arXiv:2211.17192; Yan et al. 2024, arXiv:2402.01528.
 Command     python recipes/speculate.py
-Hardware    two cores, no GPU; MINUTES_HERE
+Hardware    one core, no GPU; 5 minutes (2026-11-27, AMD EPYC), and 15 of its time to train the six models once.
 Claim       The text is the model's own. With acceptance a, a round of n guesses gives (1 - a^(n+1)) / (1 - a) tokens;
             tokens a second are those of a round over n t_draft + t_verify(n). A draft's latency decides, so its depth
             and hardly its width, and its quality as a language model does not predict the gain (Yan et al.).
@@ -12,7 +12,13 @@ Miniature   A target of 8 layers, 256 wide, 400 steps on the standard library; f
             seeds, 96 new tokens, greedy and at temperature 1.
 Predicted   before the run: greedy text equal on all prompts; tokens a round within 15 % of the formula; throughput
             within 15 % of the model of times; the longer trained deep draft slower than the shallow ones all the same.
-Result      RESULT_HERE
+Result      Greedy text equal on all 24 prompts with each draft. Tokens a round 0 to 7 % below the formula: confirmed.
+            Tokens a second from 7 % above to 20 % below the model of times, in which the loop between rounds is not:
+            within 15 % for three of five greedy and four of five sampled arms, refuted for the fastest drafts.
+            Greedy: one layer 1.46 times as fast as the target alone, two layers 1.07, four 0.96, eight 0.65; eight
+            layers trained longer have the best loss (4.66; one layer 5.14) and reach 0.74: confirmed. Speed goes with
+            1 / latency (rank correlation 1.00; sampled 0.60) rather than with loss (-0.40; +0.40). At temperature 1
+            drafts as flat as the target are accepted more: four layers 1.20, one layer 1.08.
 """
 
 import statistics
