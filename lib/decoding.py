@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lib.errors import BadInput
 
 Quantize = Literal["none", "int8"]
-FEW = 4  # rows up to which the product with whole numbers is the faster one
+FEW = 4     # rows up to which the product with whole numbers is the faster one
+WIDTH = 32  # what it wants the matrix's rows to be a multiple of
 
 
 def prepare(model: nn.Module, quantize: Quantize) -> nn.Module:
@@ -65,7 +66,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if len(rows) > FEW:
+        # PyTorch's product reads past rows of another width, and may crash
+        if len(rows) > FEW or rows.size(1) % WIDTH:
             weight = self.codes.bfloat16() * self.scales[:, None]
             return F.linear(x.bfloat16(), weight).to(x.dtype)
         y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scales)

@@ -1,5 +1,6 @@
 """Two models at once: a draft that guesses for the model, an amateur from which it differs."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -14,6 +15,7 @@ from conftest import command, flags, random_model
 from data import Tokenizer
 from lib import speculative
 from lib.contrast import Contrast, contrast
+from lib.decoding import FEW, Int8Linear, prepare
 from lib.sampling import Sampling, choose, distribution, pick
 from lib.speculative import Speculation, accept
 from lib.with_model import check_alike
@@ -237,3 +239,70 @@ def test_choices_are_scored_by_contrast(folders, tmp_path):
     words = flags(dict(model=folders / "model", task="passkey", amateur=folders / "small"))
     refused = command("eval.py", *words, check=False)
     assert refused.returncode == 2 and "scores choices, and passkey has none" in refused.stderr
+
+
+# ---- how matrices lie in memory ----
+
+
+def test_matrices_that_lie_column_by_column_are_the_same_matrices():
+    for tied in (True, False):
+        model = random_model(dataclasses.replace(TINY, tie_embeddings=tied))
+        expected, prompts = copy.deepcopy(model), prompts_of(3)
+        prepare(model, "none")
+        assert all(map(torch.equal, model.parameters(), expected.parameters()))
+        assert model.unembedding.weight.stride() == (1, 258)
+        assert (model.embedding.weight is model.unembedding.weight) == tied
+        assert generate(model, prompts, 20) == generate(expected, prompts, 20)
+
+
+@pytest.mark.parametrize("width", [64, 40])
+def test_a_matrix_in_whole_numbers_is_near_the_matrix(width):
+    """Each number is at most half a step off, and scales are rounded before the numbers are.
+
+    Of a width that is no multiple of 32, PyTorch's product would read what lies behind a row.
+    """
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(width, 24, bias=False)
+    small = Int8Linear(linear)
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    assert ((small.weight - linear.weight).abs() <= 0.51 * step).all()
+    assert sum(p.nbytes for p in small.parameters()) == 24 * width + 24 * 2
+    for rows in (1, FEW, FEW + 1, 30):  # by PyTorch's product, or as a matrix of bf16
+        x = torch.randn(rows, width)
+        y, expected = small(x[None])[0], x @ small.weight.T
+        assert y.dtype == torch.float32 and (y - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_in_whole_numbers_the_stories_lose_little(shared):
+    """Bits a byte rise by less than half a per cent, and cached decoding equals full passes but for rounding."""
+    model = load(shared("stories260K/stories260K.bin"))
+    ids = json.loads(shared("stories260K/expected_greedy.json").read_text())["ids"]
+    tokens = torch.tensor([ids])
+
+    def loss() -> float:
+        return float(torch.nn.functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:]).detach())
+
+    before = loss()
+    prepare(model, "int8")
+    assert abs(loss() / before - 1) < 0.02  # of one text
+    reader = Decoder(model, 1, 201)
+    one_by_one = torch.cat([reader.read([[token]]) for token in ids])
+    difference = (one_by_one - model(tokens)[0]).abs().max()
+    assert difference < 0.05 * one_by_one.abs().max()
+    assert torch.equal(one_by_one.argmax(-1)[:50], tokens[0, 1:51])
+
+
+def test_a_command_writes_and_measures_in_whole_numbers(folders, tmp_path):
+    words = flags(dict(model=folders / "model", quantize="int8"))
+    command("sample.py", *words, *flags(dict(prompt="abc", max_new_tokens=5)))
+    (tmp_path / "t.txt").write_text("some text " * 20)
+    results = []
+    for kind in ("none", "int8"):
+        out = tmp_path / f"{kind}.json"
+        more = dict(model=folders / "model", task="perplexity", data=tmp_path / "t.txt", out=out, quantize=kind)
+        command("eval.py", *flags(more))
+        results.append(json.loads(out.read_text()))
+    first, second = results
+    assert first["weights_sha256"] != second["weights_sha256"] and second["quantize"] == "int8"
+    refused = command("sample.py", *words, *flags(dict(export=tmp_path / "x")), check=False)
+    assert refused.returncode == 2 and "--quantize int8 does not go with --export" in refused.stderr
