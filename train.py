@@ -142,10 +142,9 @@ def shard(model: Transformer, config: Config, mesh: DeviceMesh) -> Transformer:
         if config.compile == "on":
             whole = kernels.in_one_graph(block, config, mesh.device_type)
             block.forward = torch.compile(block.forward, fullgraph=whole)
-    for blocks in kernels.sharding_units(model.blocks):
-        unit(blocks, reshard_after_forward=config.reshard_after_forward)
+    for modules in kernels.sharding_units(model):
+        unit(modules, reshard_after_forward=config.reshard_after_forward)
     if not model.config.tie_embeddings:
-        unit(model.embedding, reshard_after_forward=config.reshard_after_forward)
         unit([model.norm, model.unembedding], reshard_after_forward=False)  # needed next
     unit(model)
     for name in ("loss", "log_probs"):

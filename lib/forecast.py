@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lib.kernels import LOSS_CHUNK
+from lib.kernels import LOSS_CHUNK, blocks_together
 from lib.optimizers import matrices
 
 LOGIT_BYTES = {  # by size of a number and whether the loss is compiled: of a logit, at its own peak
@@ -133,6 +133,7 @@ def forecast(
     shape = model.config
     size = 4 if config.dtype == "fp32" else 2
     whole, block = tally(model, size), tally(model.blocks[0], size)
+    together = min(blocks_together(model.blocks[0]), shape.num_layers)
     sharers = config.shard_over or num_ranks
     shard = whole.trained // sharers
     rows = config.micro_batch or config.batch_size // num_ranks
@@ -140,7 +141,7 @@ def forecast(
 
     kept, again = _activations(shape, config, compiled, size)
     earlier = _earlier_gradients(config, num_ranks, whole, shard)
-    gradients = (4 + size) * block.trained  # as they are computed, and as they are reduced
+    gradients = (4 + size) * together * block.trained  # as they are computed, and as they are reduced
     in_loss = dict(
         gradients=earlier,
         activations=tokens * kept,
@@ -159,7 +160,7 @@ def forecast(
     parts = dict(
         weights=whole.stored // sharers,
         moments=_moments(model, config, whole, sharers),
-        gathered=_gathered(shape, config, whole, block, size),
+        gathered=_gathered(shape, config, whole, block, size, together),
     )
     if pairs and not config.lora_rank:
         parts["reference"] = whole.gathered // sharers
@@ -204,11 +205,13 @@ def checkpoint_bytes(model: nn.Module, config) -> int:
     return weights + _moments(model, config, whole, 1)
 
 
-def _gathered(shape, config, whole: Tally, block: Tally, size: int) -> int:
-    """Bytes of the weights that are there whole: two blocks and an end, or all of them."""
+def _gathered(shape, config, whole: Tally, block: Tally, size: int, together: int) -> int:
+    """Bytes of the weights that are there whole: twice the blocks that are gathered together and an
+    end, or all of them."""
     gathered = whole.gathered
     if config.reshard_after_forward:
-        gathered = 2 * block.gathered + size * shape.vocab_size * shape.dim
+        unit = together * block.gathered
+        gathered = min(gathered, 2 * unit + size * shape.vocab_size * shape.dim)
     if config.quantize == "nf4":  # the largest matrix, unpacked
         gathered += size * shape.dim * max(shape.dim, shape.ffn_dim)
     return gathered

@@ -2,6 +2,7 @@
 targets, whose logits exist for a few tokens at a time.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -215,15 +216,18 @@ def install(model, config, device_type: str, plain_attention: Callable):
             attention.attend = attend_on_cpu
 
 
-def sharding_units(blocks: nn.ModuleList) -> list[list[nn.Module]]:
-    """Neighbouring blocks that are gathered together, as many as make a million parameters.
+def blocks_together(block: nn.Module) -> int:
+    """How many blocks like this one are gathered together: as many as make a million parameters.
 
     A gathering costs as much time for a small block as for one of a million.
     """
-    units, size = [[]], 0
-    for block in blocks:
-        if size >= 1_000_000:
-            units, size = [*units, []], 0
-        units[-1].append(block)
-        size += sum(p.numel() for p in block.parameters())
-    return units
+    return math.ceil(1_000_000 / sum(p.numel() for p in block.parameters()))
+
+
+def sharding_units(model: nn.Module) -> list[list[nn.Module]]:
+    """Modules whose weights are gathered together: neighbouring blocks, see `blocks_together`, and
+    an embedding that is not the output too."""
+    blocks = list(model.blocks)
+    size = blocks_together(blocks[0])
+    units = [blocks[i : i + size] for i in range(0, len(blocks), size)]
+    return units if model.config.tie_embeddings else [*units, [model.embedding]]
