@@ -1,6 +1,8 @@
 """A model takes on the pieces of another tokenizer: recipes/grow.py, and what recipes/cabrita.py measures with."""
 
+import doctest
 import itertools
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +14,17 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from conftest import ROOT, additions, assert_same_but_for_rounding, prepare, random_model
 from data import Tokenizer
+from lib.checkpoints import checkpoints
 from lib.codecs import ODD_TEXTS
 from lib.errors import BadInput
 from lib.tokenizer_training import train_tokenizer
 from model import ModelConfig, load, save
 
 sys.path.insert(0, str(ROOT / "recipes"))
+import cabrita
 import grow
 import languages
+import study
 
 SHAPE = ModelConfig(16, 2, 4, 2, 24, vocab_size=8, max_seq_len=32)
 PROSE = "The old language has words of its own, and the words follow each other as they please.\n"
@@ -312,3 +317,58 @@ def test_the_two_texts_are_files_for_data_py(tmp_path, monkeypatch):
     prose = (tmp_path / "out" / "prose.jsonl").read_text().splitlines()
     assert len(code) == 1 and "return x + 1" in code[0]
     assert len(prose) > 50 and "Adds one." in prose[-1] and "Adds one." not in code[0]
+
+
+@pytest.mark.parametrize("module", [cabrita, grow, languages])
+def test_what_is_written_beside_the_functions_is_true(module):
+    assert doctest.testmod(module).failed == 0
+
+
+# ---- the experiment ----
+
+
+def test_a_curve_is_measured_at_the_steps_asked_and_kept(tiny_run, tiny_data, tmp_path, monkeypatch):
+    run = tiny_run(steps=8, save_every=2, keep_every=2)
+    words = []
+    monkeypatch.setattr(cabrita, "HERE", tmp_path)
+    monkeypatch.setattr(cabrita, "STEPS", (0, 4))
+    monkeypatch.setattr(cabrita, "equal_text", lambda config: 8)
+    monkeypatch.setattr(cabrita, "code_of", lambda *_: tiny_data)
+    monkeypatch.setattr(cabrita, "first_model", lambda *_: "start")
+    monkeypatch.setattr(cabrita, "train", lambda out, *more: words.append((out.name, *more)) or run)
+    monkeypatch.setattr(cabrita, "held_out", lambda count: {"code": ["a"], "prose": ["b", "Document 7."]})
+    model, tokenizer = load(run / "step_00000004"), Tokenizer("bytes")
+    found = cabrita.curve(3, "old", cabrita.Config())
+    assert words[0][0] == "on_old_3" and ("--steps", 8) in zip(words[0], words[0][1:])
+    assert {step: {name: len(bits) for name, bits in row.items()} for step, row in found.items()} == {
+        step: {"code": 1, "prose": 2} for step in ("0", "4", "8")
+    }
+    assert np.allclose(found["4"]["prose"], languages.bits(model, tokenizer, ["b", "Document 7."]))
+    assert [path.name for path in checkpoints(run)] == ["step_00000008"]
+    assert cabrita.curve(3, "old", cabrita.Config()) == found and len(words) == 1
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_predictions_are_judged_by_the_sides_on_which_curves_lie(good, tmp_path, monkeypatch):
+    """Where every prediction is true, and where each is false: the same curves with their order turned."""
+    start = {"old": 4.0, "random": 5.0, "mean": 4.5, "pieces": 3.0, "first": 2.0}
+    end = {"old": 2.0, "random": 1.8, "mean": 1.7, "pieces": 1.5, "first": 1.4}
+    sign = 1 if good else -1
+    for seed in range(2):
+        for arm in cabrita.ARMS:
+            noise = np.array([0.0, 0.01, -0.01])
+            values = {
+                "0": {"code": start[arm], "prose": start[arm]},
+                "200": {"code": end[arm], "prose": 6.0},
+                "244": {"code": 1.6, "prose": 6.0},
+            }
+            rows = {step: {name: list(sign * v + noise) for name, v in row.items()} for step, row in values.items()}
+            (tmp_path / f"curve_{arm}_{seed}.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(cabrita, "HERE", tmp_path)
+    monkeypatch.setattr(cabrita, "STEPS", (0, 200))
+    monkeypatch.setattr(cabrita, "equal_text", lambda config: 244)
+    report = study.Report("x", "X")
+    cabrita.results(report, cabrita.Config())
+    text = "\n".join(report.parts)
+    assert text.count("**confirmed in direction**" if good else "**refuted in direction**") == 7
+    assert f"pieces less old are then {-0.1 * sign:+.4g}" in text
