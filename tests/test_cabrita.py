@@ -292,13 +292,20 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_a_uniform_choice():
 
 
 def test_bits_count_every_token_once_with_what_stands_before_it():
-    """Against the log-probabilities of a text that fits in one window, with BOS."""
+    """Of a text that fits in a window of 32, with BOS; of a longer one the last window has 32 tokens too."""
     tokenizer, model = Tokenizer("bytes"), random_model(replace(SHAPE, vocab_size=258))
-    text = "a word, and more"
-    ids = torch.tensor([tokenizer.encode(text, bos=True)])
-    with torch.no_grad():
-        nats = -model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
-    assert np.isclose(languages.bits(model, tokenizer, [text])[0], float(nats) / np.log(2) / len(text))
+
+    def nats(ids: list[int], last: int) -> float:
+        whole = torch.tensor([ids])
+        with torch.no_grad():
+            each = model(whole[:, :-1]).log_softmax(-1).gather(-1, whole[:, 1:, None])
+        return -float(each[0, -last:].sum())
+
+    short, long = "a word, and more", "all the words of a text that is longer than a window"
+    ids = tokenizer.encode(long, bos=True)
+    assert len(ids) == 53
+    wanted = [nats(tokenizer.encode(short, bos=True), 16), nats(ids[:33], 32) + nats(ids[20:], 20)]
+    assert np.allclose(languages.bits(model, tokenizer, [short, long]), np.array(wanted) / np.log(2) / 34)
 
 
 def test_fertility_is_tokens_a_word_and_bytes_a_token(trained):
