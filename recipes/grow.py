@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 from sentencepiece import SentencePieceProcessor
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # needs protobuf, which wandb brings
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
