@@ -353,6 +353,7 @@ def test_acceptance_is_the_overlap_of_two_distributions():
     assert found == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
+@torch.no_grad()
 def test_tokens_a_round_follow_the_formula_where_guesses_are_accepted_independently():
     """A draft with a flat distribution over as many tokens as the model: each is accepted with chance 1."""
     assert guesses.expected_tokens(1.0, 4) == 5
