@@ -11,10 +11,10 @@ Miniature   The laptop's model, as expert, against its own steps 150 and 450 and
 Predicted   before the run: better on `written`, as HellaSwag's wrong endings were written by a model; not better on
             `other`; step 150 a better amateur than step 450; beta 1 worse than 0.5.
 Result      (beta 0.5 less 0, step 150) better on `written` by 5.0 points (+3.8 to +6.3; by seed +5.7, +5.6, +3.8):
-            confirmed. Better on `other` too, by 6.5 (+5.2 to +7.8): refuted in direction, for whatever the amateur
-            likes as much, common words at any place, says nothing of the context. Step 150 against 450: -0.2 (-1.2 to
-            +0.9), not decided; ten times the questions would tell half a point. Beta 1 is better still, by 2.7 (+1.8 to
-            +3.6): refuted in direction. 47 to 57 % right where chance is 25.
+            confirmed. Better on `other` too, by 6.5 (+5.2 to +7.8): refuted in direction, perhaps as what the amateur
+            likes as much, common words at any place, says nothing of the context (not tested). Step 150 against 450:
+            -0.2 (-1.2 to +0.9), not decided; ten times the questions would tell half a point. Beta 1 is better still,
+            by 2.7 (+1.8 to +3.6): refuted in direction. 47 to 60 % right where chance is 25.
 """
 
 import json
@@ -112,7 +112,9 @@ def choose(report: Report, config: Config):
             gain = difference(arm(kind, amateur, 0.0), arm(kind, amateur, 0.5)).times(100)
             rows.append([kind, amateur, 100 * np.mean(alone), *accuracies, gain])
     header = ["wrong answers", "amateur", "amateur alone", *(f"beta {beta:g}" for beta in (0, *BETAS)), "0.5 less 0"]
-    report.say(f"Right choices in per cent (chance 25), {config.questions:,} questions a kind, {config.seeds} seeds.")
+    report.say(f"Right choices in per cent (chance 25), {config.questions:,} questions a kind, {config.seeds} seeds. "
+               "Wrong answers are from another document (other), from elsewhere in the same (same), or written by the "
+               "model of another seed (written). Beta 0 is the expert alone.")  # fmt: skip
     report.table(header, rows)
 
     def judge(prediction: str, first, second, sign: int):

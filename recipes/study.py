@@ -140,7 +140,9 @@ class Report:
 
     def end(self):
         minutes = (time.perf_counter() - self.began) / 60
-        self.say(f"{time.strftime('%Y-%m-%d')}, {minutes:.1f} minutes; each figure with its 95 % interval in brackets.")
+        day = time.strftime("%Y-%m-%d")
+        self.say(f"{day}, {minutes:.1f} minutes, in which nothing was made again that earlier calls had left. "
+                 "In brackets, where given, 95 % intervals.")  # fmt: skip
         OUT.mkdir(parents=True, exist_ok=True)
         write_whole(OUT / f"{self.name}.md", "\n\n".join(self.parts) + "\n")
         print(f"wrote {OUT / self.name}.md")

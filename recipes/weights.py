@@ -69,11 +69,14 @@ class Config:
 
     mix: tuple[str, str]
     """two models of one shape, of which the second was made from the first"""
-    out: str            # a Hugging Face folder
+    out: str
+    """the Hugging Face folder to write"""
     alpha: tuple[float, ...] = field(default=(0.5,))
-    """how far to go from the first to the second: one number, or one for each part"""
+    """how far to go from the first to the second: one number, or one for each part of the layers, input first"""
     anyway: bool = False
+    """take a tokenizer that cannot be the model's"""
     trust_variant: bool = False
+    """run the Python file that comes with a model"""
 
 
 def main(config: Config):

@@ -25,12 +25,12 @@ import cloze
 import compeft
 import contrast
 import contrast_writing
-import golomb
 import guesses
 import rejection
 import scoring
 import study
 import tax
+import ternary
 import weights
 import writing
 
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
     return where
 
 
-@pytest.mark.parametrize("module", [contrast, golomb, guesses, rejection, study, weights, writing])
+@pytest.mark.parametrize("module", [contrast, guesses, rejection, study, ternary, weights, writing])
 def test_the_examples_in_docstrings_are_right(module):
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0
@@ -225,9 +225,9 @@ def test_the_command_writes_a_model_between_two(folder, tmp_path):
 def test_compression_on_numbers_worked_by_hand():
     """The standard deviation of (3, -1, 0, 1, -3) is sqrt(5); the two of largest magnitude stay."""
     tau = torch.tensor([3.0, -1.0, 0.0, 1.0, -3.0])
-    found = compeft.compress(tau, 0.4, alpha=2.0)
+    found = ternary.compress(tau, 0.4, alpha=2.0)
     assert found.tolist() == pytest.approx([2 * 5**0.5, 0, 0, 0, -2 * 5**0.5])
-    ties = compeft.compress(torch.ones(10) + 1e-3 * torch.eye(10)[0], 0.3, 1.0)
+    ties = ternary.compress(torch.ones(10) + 1e-3 * torch.eye(10)[0], 0.3, 1.0)
     assert (ties != 0).sum() == 3
 
 
@@ -236,18 +236,18 @@ def test_a_file_holds_the_vector_and_is_as_long_as_the_formula_says(share):
     draw = np.random.default_rng(0)
     signs = draw.choice([-1, 0, 1], 100_000, p=[share / 2, 1 - share, share / 2])
     vector = torch.tensor(0.125 * signs, dtype=torch.float32)
-    data = golomb.write_bits(vector)
-    assert torch.equal(golomb.read_bits(data), vector)
-    bits = 8 * (len(data) - struct.calcsize(golomb.HEADER)) + 16
-    assert bits == pytest.approx(golomb.expected_bits(100_000, share), rel=0.01)
+    data = ternary.write_bits(vector)
+    assert torch.equal(ternary.read_bits(data), vector)
+    bits = 8 * (len(data) - struct.calcsize(ternary.HEADER)) + 16
+    assert bits == pytest.approx(ternary.expected_bits(100_000, share), rel=0.01)
     entropy = -(share * math.log2(share / 2) + (1 - share) * math.log2(1 - share))
     assert bits > 100_000 * entropy * 0.99  # no code is shorter
 
 
 def test_what_compeft_is_compared_with():
     tau = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    found = compeft.others(tau, 0.2, seed=0)
-    kept = compeft.compress(tau, 0.2, 1.0) != 0
+    found = ternary.others(tau, 0.2, seed=0)
+    kept = ternary.compress(tau, 0.2, 1.0) != 0
     assert torch.equal(found["pruned"], tau * kept)
     assert found["mean magnitude"][kept].abs().unique().item() == pytest.approx(float(tau[kept].abs().mean()))
     assert (found["random places"] != 0).sum() == 200

@@ -1,4 +1,4 @@
-"""A vector of -m, 0 and +m as a file: the gaps between its places in Golomb's code, each with its sign."""
+"""Task vectors of -m, 0 and +m (ComPEFT), and such a vector as a file: the gaps between its places in Golomb's code."""
 
 import math
 import struct
@@ -8,6 +8,23 @@ import torch
 from torch import Tensor
 
 HEADER = "<QQBe"  # numbers, kept ones, the code's parameter, the magnitude in 16 bits
+
+
+def compress(tau: Tensor, share: float, alpha: float) -> Tensor:
+    """The share of largest magnitude as alpha standard deviations of all with their signs, else 0."""
+    kept = tau.abs().topk(round(share * tau.numel())).indices  # not by a threshold, which ties would pass
+    found = torch.zeros_like(tau)
+    found[kept] = alpha * tau.std() * tau[kept].sign()
+    return found
+
+
+def others(tau: Tensor, share: float, seed: int) -> dict[str, Tensor]:
+    """What ComPEFT is compared with: values kept; the mean magnitude of those kept; signs at random places."""
+    signs = compress(tau, share, 1.0).sign()
+    pruned = tau * signs.abs()
+    shuffled = torch.randperm(len(tau), generator=torch.Generator().manual_seed(seed)) < share * len(tau)
+    mean = pruned.abs().sum() / signs.abs().sum()
+    return {"pruned": pruned, "mean magnitude": mean * signs, "random places": shuffled * tau.std() * tau.sign()}
 
 
 def code_parameter(p: float) -> int:
