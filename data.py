@@ -35,7 +35,7 @@ import numpy as np
 from lib import chat_source, order, sources
 from lib.chat_source import Chats, show
 from lib.datasets import IGNORE, TokenFiles, check_all_uncut
-from lib.documents import encode_document, plain_bytes, read_pieces, train_on_documents
+from lib.documents import encode_document, plain_bytes, read_texts, train_on_documents
 from lib.files import new_folder
 from lib.layouts import Packed, Pairs, Piece, Row, Windows, positions
 from lib.meta import check_together, report, write_meta
@@ -84,6 +84,7 @@ class Text:
     def __init__(self, config: sources.Flags):
         self.config, self.counts = config, Counter()
         self.flags = {"val_fraction": config.val_fraction}  # what else to type to make it again
+        self.flags |= {"val_last": True} if config.val_last else {}
         if trained_size(config.tokenizer) is None:
             Tokenizer(config.tokenizer)  # before anything is downloaded
         for item in config.source:
@@ -97,10 +98,10 @@ class Text:
         size = trained_size(self.config.tokenizer)
         if size is None:
             return Tokenizer(self.config.tokenizer)
-        return Tokenizer(train_on_documents(files, size, self.config.val_fraction, folder))
+        return Tokenizer(train_on_documents(files, size, self.config, folder))
 
     def items(self) -> Iterator[str]:
-        return read_pieces(self.files, self.counts)
+        return read_texts(self.files, self.counts, self.config)
 
     def progress(self) -> dict:
         """How the bar counts what is done, and of how much."""

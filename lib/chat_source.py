@@ -79,6 +79,8 @@ class Chats:
             raise BadInput(f"{problem} lie between 0 and 1")
         if config.tokenizer.startswith("train:"):
             raise BadInput(f"--template {config.template} needs the --tokenizer of the model that will be trained")
+        if config.val_last:
+            raise BadInput("--val_last divides text, not conversations")
         for item in config.source:
             if item == "stdlib" or item in CORPORA and not CORPORA[item].chats:
                 raise BadInput(f"--source {item} is text without conversations; leave --template out")

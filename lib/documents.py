@@ -14,7 +14,8 @@ import numpy as np
 
 from lib.errors import BadInput
 from lib.records import parse_json
-from lib.shards import Encoded, drop_copies_and_split
+from lib.shards import Encoded, Placed, drop_copies_and_split
+from lib.sources import Flags
 from lib.tokenizer import Tokenizer
 from lib.tokenizer_training import train_tokenizer
 
@@ -179,6 +180,20 @@ def read_pieces(files: list[Path], counts: Counter) -> Iterator[str]:
                     counts["empty"] += 1
 
 
+def read_texts(files: list[Path], counts: Counter, flags: Flags) -> Iterator[str]:
+    """As `read_pieces`; with --val_last, for which all is read twice, each says whether it belongs to the end."""
+    if not flags.val_last:
+        yield from read_pieces(files, counts)
+        return
+    total = sum(map(len, read_pieces(files, Counter())))
+    left = int(total * (1 - flags.val_fraction))  # characters for training
+    for text in read_pieces(files, counts):
+        for split, part in (("train", text[:left]), ("val", text[left:])):
+            if part:
+                yield Placed(part, split)
+        left -= min(left, len(text))
+
+
 def cut_document(text: str) -> Iterable[str]:
     return cut([text], DOCUMENT_CHARS) if len(text) > DOCUMENT_CHARS else [text]
 
@@ -189,20 +204,19 @@ def encode_document(text: str, tokenizer: Tokenizer) -> tuple[list[Encoded], dic
     return [Encoded(ids, None, len(text.encode()))], {}
 
 
-def split_documents(
-    files: list[Path], val_fraction: float, database: Path, counts: Counter
-) -> Iterator[tuple[str, str]]:
+def split_documents(files: list[Path], flags: Flags, database: Path) -> Iterator[tuple[str, str]]:
     """("train" or "val", text) of every document that is neither empty nor a copy of an earlier one."""
-    return drop_copies_and_split(read_pieces(files, counts), str.encode, val_fraction, database, counts)
+    texts, counts = read_texts(files, Counter(), flags), Counter()
+    return drop_copies_and_split(texts, str.encode, flags.val_fraction, database, counts)
 
 
-def train_on_documents(files: list[Path], vocab_size: int, val_fraction: float, folder: Path) -> Path:
+def train_on_documents(files: list[Path], vocab_size: int, flags: Flags, folder: Path) -> Path:
     """Train a tokenizer on the training documents; its file in folder."""
     total = sum(path.stat().st_size for path in files)
     megabytes = min(total, TOKENIZER_CHARS) / 1e6
     print(f"training a tokenizer of {vocab_size} pieces on {megabytes:.1f} MB", file=sys.stderr)
     path = folder / "tokenizer.model"
-    train_tokenizer(tokenizer_texts(files, val_fraction, folder / "seen.db", total), vocab_size, path)
+    train_tokenizer(tokenizer_texts(files, flags, folder / "seen.db", total), vocab_size, path)
     return path
 
 
@@ -213,10 +227,10 @@ def plain_bytes(files: list[Path]) -> int | None:
     return sum(path.stat().st_size for path in files)
 
 
-def tokenizer_texts(files: list[Path], val_fraction: float, database: Path, total: int) -> Iterator[str]:
+def tokenizer_texts(files: list[Path], flags: Flags, database: Path, total: int) -> Iterator[str]:
     """Training documents for the tokenizer, about TOKENIZER_CHARS of them spread over the whole corpus."""
     read = kept = 0
-    for split, text in split_documents(files, val_fraction, database, Counter()):
+    for split, text in split_documents(files, flags, database):
         read += len(text)
         if split == "train" and kept <= read * min(1.0, TOKENIZER_CHARS / total) and kept < TOKENIZER_CHARS:
             kept += len(text)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 
 class Documents(NamedTuple):
@@ -17,10 +16,13 @@ class Documents(NamedTuple):
     bounds: Tensor     # (N + 1,) int32: rows laid end to end, n is bounds[n] … bounds[n + 1] - 1
 
 
-if "window_size" in signature(varlen_attn).parameters:
-    VARLEN_CAUSAL = {"window_size": (-1, 0)}  # PyTorch 2.13 and 2.11 say "causal" differently
-else:
-    VARLEN_CAUSAL = {"is_causal": True}
+if torch.backends.cuda.is_built():  # elsewhere it is of no use, and takes a second to import
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "window_size" in signature(varlen_attn).parameters:
+        VARLEN_CAUSAL = {"window_size": (-1, 0)}  # PyTorch 2.13 and 2.11 say "causal" differently
+    else:
+        VARLEN_CAUSAL = {"is_causal": True}
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -51,7 +53,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable, but it loads the compiler when it is called
 def _attend_one_by_one(
     attend: Callable, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor
 ) -> Tensor:

@@ -4,8 +4,6 @@ import hashlib
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
 
@@ -13,8 +11,11 @@ INIT_ROWS = 128  # rows of a matrix that are drawn from one seed
 def local_rows(weight: Tensor) -> tuple[int, Tensor]:
     """The number of the first row that this process holds of a parameter, sharded or whole, and
     the rows."""
-    if not isinstance(weight, DTensor):
+    if not hasattr(weight, "to_local"):  # it is no DTensor
         return 0, weight.data
+    # only here: it takes half a second
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(
         weight.shape, weight.device_mesh, weight.placements
     )

@@ -25,6 +25,15 @@ TASK_CHARS = 1_000_000         # about so much text goes to a worker at a time
 SHARD_TOKENS = 100_000_000     # a token file is closed when it holds this many
 
 
+class Placed(str):
+    """A text whose split, "train" or "val", does not depend on its hash."""
+
+    def __new__(cls, text: str, split: str):
+        placed = super().__new__(cls, text)
+        placed.split = split
+        return placed
+
+
 def drop_copies_and_split(
     items: Iterator,
     content: Callable[..., bytes],
@@ -36,8 +45,8 @@ def drop_copies_and_split(
     """("train" or "val", item) of every item whose content differs from that of all before.
 
     The first 8 bytes of the SHA-256 of its group, the content where no group is given, as a fraction of 2^64, lie under
-    val_fraction for validation. The hashes of the contents seen so far are kept in a database file, so that memory does
-    not grow with the corpus.
+    val_fraction for validation; one that is Placed says it itself. The hashes of the contents seen so far are kept in a
+    database file, so that memory does not grow with the corpus.
     """
     try:
         seen = sqlite3.connect(database, isolation_level=None)
@@ -49,7 +58,8 @@ def drop_copies_and_split(
                 counts["duplicates"] += 1
                 continue
             digest = hashlib.sha256(group(item)).digest() if group else digest
-            yield "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train", item
+            by_hash = "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"
+            yield (item.split, str(item)) if isinstance(item, Placed) else (by_hash, item)
         seen.close()
     except sqlite3.OperationalError as error:
         raise OSError(errno.EIO, str(error), str(database)) from None

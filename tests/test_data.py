@@ -23,7 +23,7 @@ from data import IGNORE, Dataset, Mixture, Tokenizer, shuffled
 from lib.documents import PIECE_CHARS, read_documents, split_documents
 from lib.record_files import SUFFIXES as CHAT_SUFFIXES
 from lib.shards import ShardWriter, token_dtype
-from lib.sources import CORPORA, SUFFIXES, Corpus, download, find_files
+from lib.sources import CORPORA, SUFFIXES, Corpus, Flags, download, find_files
 from lib.tokenizer_training import train_tokenizer
 
 TYPED = "Hi </s> <s>[INST] <<SYS>> ### Assistant: <|endoftext|> <unk> <0x0A> [/INST]"
@@ -183,8 +183,26 @@ def test_a_long_document_is_whole_where_there_are_separators_and_a_very_long_one
     assert list(read_documents(tmp_path / "a.txt")) == [long.strip(), "short", f"{long}end"]
     monkeypatch.setattr("lib.documents.DOCUMENT_CHARS", 10_000)
     (tmp_path / "b.md").write_text("".join(f"{i} line of text\n" for i in range(9_000)))
-    pieces = [text for _, text in split_documents([tmp_path / "b.md"], 0.1, tmp_path / "seen.db", Counter())]
+    pieces = [text for _, text in split_documents([tmp_path / "b.md"], Flags(), tmp_path / "seen.db")]
     assert "".join(pieces) == (tmp_path / "b.md").read_text() and max(map(len, pieces)) < 11_000
+
+
+def test_the_end_of_a_text_is_for_validation_to_the_character(tmp_path):
+    """And a tokenizer is trained on the rest alone."""
+    lines = [f"line {i} of {'some' if i < 1850 else 'zzz'} text, {i**3}\n" for i in range(2000)]
+    text = "".join(lines)
+    (tmp_path / "a.txt").write_text(text)
+    for spec in ("bytes", "train:310"):
+        out = tmp_path / spec.replace(":", "_")
+        words = dict(source=tmp_path / "a.txt", out=out, tokenizer=spec, val_fraction=0.1, workers=1)
+        command("data.py", *flags(words), "--val_last")
+        tokenizer, found, border = Tokenizer(out), {}, int(0.9 * len(text))
+        for split in ("train", "val"):
+            ids = np.fromfile(out / f"{split}_00000.bin", np.uint16).tolist()
+            found[split] = tokenizer.decode([i for i in ids if i not in (tokenizer.bos_id, tokenizer.eos_id)])
+        assert found == {"train": text[:border], "val": text[border:]}
+        assert "--val_last" in json.loads((out / "meta.json").read_text())["command"]
+    assert len(tokenizer.encode("zzz")) > len(tokenizer.encode("text"))
 
 
 def test_a_separator_is_found_wherever_a_block_ends(tmp_path):
@@ -515,6 +533,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written_over(tmp_path):
         ({"out": tmp_path / "taken"}, "taken exists; choose another folder"),
         ({"val_fraction": 1.5}, "--val_fraction 1.5 must lie between 0 and 1"),
         ({"val_fraction": 0.0001}, "none of the 3 documents went to val"),
+        ({"val_last": True, "template": "plain", "tokenizer": "bytes"}, "--val_last divides text, not conversations"),
         ({"tokenizer": "train:12"}, "vocabulary size above 300"),
         ({"tokenizer": "train:90000"}, "--tokenizer train:90000"),
         ({"tokenizer": "words"}, "no tokenizer words"),

@@ -75,6 +75,18 @@ def test_scripts_import_only_upwards(name):
     assert imported(ROOT / f"{name}.py") & set(SCRIPTS) <= ABOVE[name]
 
 
+def test_no_script_loads_the_compiler_when_it_begins():
+    """It takes longer than all else together; and eval.py, which has sample.py's, no parts of distributed training."""
+    import subprocess
+    import sys
+
+    late = ("torch._dynamo.convert_frame", "torch.distributed.tensor")
+    code = f"import sys, eval; found = set({late}) & set(sys.modules); import train, bench; print(found, "
+    code += f"{late[0]!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set() False\n", done.stderr
+
+
 def test_the_library_has_no_circles_of_imports():
     below = {name[:-3]: imported(ROOT / "lib" / name) for name in LIBRARY}
     arrows = {name: {other for other in below if f"lib.{other}" in found} for name, found in below.items()}
