@@ -26,6 +26,7 @@ from lib.packed import Documents, attend_within
 from lib.rows import local_rows
 from lib.world import join_world
 from model import SIZES, ModelConfig, load
+from test_dpo import write_pairs
 from test_train import log, same_bits
 
 CUDA = os.environ.get("PLAINLLAMA_TEST_DEVICE", "cuda") == "cuda"
@@ -338,3 +339,32 @@ def test_muon_trains_on_a_gpu(tiny_data, folder):
     command("train.py", *run_words(tiny_data, "muon", steps=60, optimizer="muon"), cwd=folder)
     losses = log(folder / "muon", "loss")
     assert losses[-1] < losses[0] - 1 and max(losses) < losses[0] + 0.5
+
+
+def tune_words(data, base, out: str, **options) -> list[str]:
+    """As run_words; the model and its shape are those of base."""
+    shape = ("size", "dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
+    run = {name: value for name, value in RUN.items() if name not in shape}
+    return flags(run | {"data": data, "init_from": base, "out": out} | options)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_adapters_train_on_a_gpu(quantize, half_a_run, tiny_data, folder):
+    """LoRA, and QLoRA, whose base is in 4 bits."""
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    out = f"adapters_{quantize}"
+    options = dict(lora_rank=8, quantize=quantize, learning_rate=1e-2, steps=60)
+    command("train.py", *tune_words(tiny_data, half_a_run, out, **options), cwd=folder)
+    losses = log(folder / out, "loss")
+    assert sum(losses[-10:]) < sum(losses[:10])
+    words = ("--model", out, "--prompt", "Document", "--max_new_tokens", "5")
+    assert command("sample.py", *words, cwd=folder).stdout
+
+
+def test_dpo_trains_on_a_gpu(tiny_data, folder):
+    command("train.py", *run_words(tiny_data, "base", seq_len=64, steps=4), cwd=folder)
+    data = write_pairs(folder / "pairs", tiny_data, train=61, val=21)
+    options = dict(seq_len=64, learning_rate=3e-3, steps=40, eval_every=20)
+    command("train.py", *tune_words(data, "base", "dpo", **options), cwd=folder)
+    assert log(folder / "dpo", "val_accuracy")[-1] > 0.9
