@@ -453,7 +453,7 @@ MUTANTS = [
     Mutant("one wild step hides the next", "lib/guard.py",
            "change = values.minimum(limit) - mean", "change = values - mean", "scale: far_above"),
     Mutant("a bad step spoils the level", "lib/guard.py",
-           "torch.where(bad, self.level, level)", "level", "scale: far_above"),
+           "torch.where(sound, level, self.level)", "level", "scale: far_above"),
     Mutant("each process counts its own targets", "train.py",
            "    dist.all_reduce(counts)  ", "    # ", "train: how_a_step_is_divided"),
     Mutant("the loss of many processes is divided by their number twice", "train.py",

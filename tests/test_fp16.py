@@ -12,7 +12,6 @@ from conftest import TINY_RUN, run_ranks
 from lib import kernels
 from lib.packed import attend_within, one_by_one
 from lib.scaling import LossScale
-from lib.tensors import DTYPES
 from model import Transformer, plain_attention
 from sample import load_model
 from test_dpo import pairs  # noqa: F401
@@ -195,7 +194,7 @@ def test_a_run_in_fp16_resumes_bit_for_bit_also_between_overflows(options, restl
     steps = [event["step"] for event in events(straight)]
     assert kinds == ["overflow"] * len(kinds) and 1 in steps and max(steps) > 10
     assert "the gradient overflows fp16, no update; the scale of the loss is now 134,217,728" in told
-    tiny_run("cut", stop_at=steps[-1] - 1, **options)
+    tiny_run("cut", stop_at=steps[-1] - 2, **options)  # a step before the scale grows again
     cut = tiny_run(resume="cut")
     assert same_bits(cut, straight) and log(cut, "loss_scale") == log(straight, "loss_scale")
     saved = read_checkpoint(straight)
@@ -262,7 +261,7 @@ def test_a_model_is_sampled_in_fp16(tiny_run):
     run = str(tiny_run(steps=2))
     tokens = rows()[:, :20]
     exact, half = (load_model(run, dtype=dtype)[0] for dtype in ("fp32", "fp16"))
-    assert {p.dtype for p in half.parameters()} == {DTYPES["fp16"]}
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
     assert half(tokens).dtype == torch.float32
     assert (half(tokens) - exact(tokens)).abs().max() < 0.01 * exact(tokens).abs().max()
 
