@@ -100,7 +100,7 @@ class Config:
     # tokens in a forward pass, padding included; caches may hold 4 times that; 0 is 16,384 on a
     # GPU, 2,048 on a CPU
     batch_tokens: int = 0
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     quantize: Quantize = "none"  # int8: matrices as whole numbers, on a CPU
     anyway: bool = False      # also measure a run whose model.py computed something else
     trust_variant: bool = False  # run the code that a variant's folder brings; read it first

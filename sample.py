@@ -35,6 +35,7 @@ from lib.server import serve
 from lib.speculative import Speculation
 from lib.stream import TextStreams, show, talk
 from lib.templates import end_ids, render_prompt
+from lib.tensors import DTYPES
 from lib.with_model import (
     check_alike,
     chosen_template,
@@ -212,17 +213,16 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer.
 
-    The tokenizer is that of the model's folder unless named. dtype is fp32, bf16 or auto: bf16 on a
-    GPU, else fp32. Raises ValueError when either is missing or they do not fit, and without anyway
-    for a run of code that computes something else.
+    The tokenizer is that of the model's folder unless named. dtype is fp32, bf16, fp16 or auto:
+    bf16 on a GPU that has it, else fp32. Raises ValueError when either is missing or they do not
+    fit, and without anyway for a run of code that computes something else.
     """
     check_code(ModelConfig, path, anyway)
-    device, bf16 = "cpu", dtype == "bf16"
+    device, usual = "cpu", "fp32"
     if torch.cuda.is_available():
         device = "cuda"
-        if dtype == "auto":
-            bf16 = torch.cuda.is_bf16_supported(False)
-    model = load(path, device, torch.bfloat16 if bf16 else torch.float32).eval()
+        usual = "bf16" if torch.cuda.is_bf16_supported(False) else "fp32"
+    model = load(path, device, DTYPES[usual if dtype == "auto" else dtype]).eval()
     return prepare(model, quantize), fitting_tokenizer(path, tokenizer, model.config)
 
 

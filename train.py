@@ -7,8 +7,7 @@
     python train.py --plan --size 7B --seq_len 4096 --gpus 8  # would it fit, how long would it take
 
 Read `train_step`, then `train`. Every run joins a process group and shards its model over it, also
-a run of one process. The batch of a step is a pure function of dataset, seed, batch size and step;
-processes and micro-batches only divide the work.
+one of one process. A step's batch is a function of dataset, seed, batch size and step alone.
 """
 
 from lib.cli import run_command  # isort: skip (first: refuses old Pythons, Windows)
@@ -202,8 +201,8 @@ class Outcome(NamedTuple):
     """What a step came to, on the device until somebody reads it; the same on every rank."""
 
     loss: Tensor    # nats a target, over all ranks and micro-batches
-    norm: Tensor    # of the loss's gradient, before clipping
-    bad: Tensor     # loss or norm is not finite: there was no update
+    norm: Tensor    # of the loss's gradient, before clipping; not finite: there was no update
+    bad: Tensor     # so it is, or the loss, and a smaller scale of the loss would not help
     spike: Tensor   # one of them is far above its level
     losses: Tensor  # (ranks, micro-batches): what each contributed
     counts: Tensor  # what the objective counts, targets, and sequences without any
@@ -233,15 +232,16 @@ def train_step(
         is_last = i == len(batches) - 1                   # gradients are reduced with it
         model.set_requires_gradient_sync(config.reduce_each or is_last)
         sums = objective.sums(model, batch) / (counts[0].clamp(min=1) / size)
-        sums[0].backward()                                # FSDP's mean over ranks divides by size
+        sums[0].backward(guard.scale)                     # FSDP's mean over ranks divides by size
         each[rank, i] = sums.detach() / size
     dist.all_reduce(each)
     losses = each[..., 0]
     loss = losses.sum()
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).full_tensor()
-    bad, spike = guard.judge(loss, norm)
+    excess = (norm / config.grad_clip).clamp(min=guard.scale)  # divides gradients; inf: no update
+    norm /= guard.scale                                   # of the loss itself
+    bad, spike = guard.judge(loss, norm)                  # and moves the scale
     skip = bad | spike & (config.on_spike == "skip")
-    excess = (norm / config.grad_clip).clamp(min=1)       # what clipping divides gradients by
     for optimizer in optimizers:                          # clips, steps unless skip, zeroes them
         guard.update(optimizer, lr, excess, skip)
     return Outcome(loss, norm, bad, spike, losses, counts, each.sum((0, 1)))
@@ -299,8 +299,8 @@ def begin(config: Config, record: dict | None, device: torch.device) -> Run:
     opening.check_data(config, data)
     settled = opening.settle(config, record, data, device, SIZES)
     config, shape, record = settled.config, settled.shape, settled.record
-    model = build(shape, config, device)
-    optimizers, guard = make_optimizers(model, config), Guard(config.spike, device)
+    model, guard = build(shape, config, device), Guard(config.spike, device, config.dtype == "fp16")
+    optimizers = make_optimizers(model, config)
     prepare_folder(config, shape, record, data)
     checkpoints = Checkpoints(config, model, optimizers, guard, settled.probe, record)
     start = checkpoints.restore()  # weights, moments, guard; -1: there is no checkpoint yet

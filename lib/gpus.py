@@ -8,11 +8,17 @@ import torch
 
 
 class GPU(NamedTuple):
-    peak: float        # bf16 FLOP/s without sparsity
-    memory: float      # GiB
+    peak: float        # FLOP/s of bf16, or else fp16, that is added up in fp32, without sparsity
+    memory: float      # GiB that CUDA has of it
     efficiency: float  # the share of its FLOP/s that training is taken to reach
+    bf16: bool = True  # whether it has units for it
 
 
+# Peaks are from NVIDIA's data sheets of A10, A100, H100, H200, L4 (there twice as much, with
+# sparsity), T4 and V100 SXM2, and for the others from the white papers of their architectures
+# (GA102, Ada, RTX Blackwell: "Peak FP16 Tensor TFLOPS with FP32 Accumulate"). They are
+# multiprocessors times boost clock times 1,024 for a clock, 512 for GeForce and A10G, which add up
+# in fp32 at half the speed of fp16. Memory is less than on the box where some keeps errors (ECC).
 GPUS = {
     "A100-40GB": GPU(312e12, 39.5, 0.55),
     "A100-80GB": GPU(312e12, 79.2, 0.55),
@@ -20,11 +26,19 @@ GPUS = {
     "H200": GPU(989e12, 139.8, 0.40),
     "A6000-48GB": GPU(154.8e12, 47.5, 0.55),
     "A10G-24GB": GPU(70e12, 22.0, 0.55),
-    "RTX4090-24GB": GPU(165.2e12, 23.5, 0.55),  # GeForce sums in fp32 at half the speed of fp16
+    "RTX5090-32GB": GPU(209.5e12, 31.3, 0.55),
+    "RTX4090-24GB": GPU(165.2e12, 23.5, 0.55),
     "RTX3090-24GB": GPU(71e12, 23.5, 0.55),
+    # 150, 72 and 70 W do not last for the boost clock; how far they do is a guess
+    "A10-24GB": GPU(125e12, 22.0, 0.45),
+    "L4-24GB": GPU(121e12, 22.0, 0.40),
+    "T4-16GB": GPU(65e12, 14.5, 0.40, bf16=False),
+    "V100-32GB": GPU(125e12, 31.7, 0.50, bf16=False),
 }
 OTHERS = {  # words by which CUDA tells a card of another speed from one above
     "H100": {"PCIe", "NVL"},
+    "V100": {"PCIE", "FHHL"},
+    "RTX5090": {"D", "Laptop"},
     "RTX4090": {"D", "Laptop"},
     "RTX3090": {"Ti", "Laptop"},
 }
@@ -39,7 +53,7 @@ class Flags:
 
 
 def gpu_peak(device: torch.device) -> float | None:
-    """bf16 FLOP/s of this GPU, where it is known."""
+    """FLOP/s of this GPU, of bf16 where it has that, else fp16; None where it is not known."""
     if device.type != "cuda":
         return None
     words = set(re.split("[ -]", torch.cuda.get_device_name(device)))  # NVIDIA GeForce RTX 4090

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lib.scaling import LossScale
+
 
 @dataclass
 class Flags:
@@ -26,34 +28,49 @@ class Guard:
     The level of each is a running mean and variance, over about the last 50 steps. A spike lies more than `spike`
     standard deviations above (from step 100 on); it moves the level only as far as that, so one wild step does not hide
     the next, while a lasting change is followed in time.
+
+    With `scaled`, for arithmetic in fp16, gradients come multiplied by `scale`. A step in which they overflow has no
+    update and is not bad, as long as a smaller scale can help.
     """
 
     SETTLED, MEMORY = 100, 50
 
-    def __init__(self, spike: float, device: torch.device):
+    def __init__(self, spike: float, device: torch.device, scaled: bool = False):
         self.spike = spike
+        self.loss_scale = LossScale(scaled, device)
+        self.scale = self.loss_scale.factor
         self.level = torch.zeros(5, device=device)  # steps judged; means of loss and norm; their variances
         self.passed_over = torch.zeros((), dtype=torch.long)  # steps' worth of data that rolling back has skipped
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        judged = {"level": self.level, "passed_over": self.passed_over}
+        return judged | self.loss_scale.state()
+
     def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """(not finite, a spike), each true or false; the level has then taken notice."""
+        """(bad, a spike), each true or false; the level and the scale have then taken notice."""
         count, mean, variance = self.level[0], self.level[1:3], self.level[3:5]
         values = torch.stack((loss, norm))
-        bad = ~values.isfinite().all()
+        sound = values.isfinite().all()
+        overflow = loss.isfinite() & (self.scale > 1)
+        bad = ~sound & ~overflow
         limit = torch.where(count < self.SETTLED, math.inf, mean + self.spike * variance.sqrt())
-        spike = ~bad & (values > limit).any()
+        spike = sound & (values > limit).any()
         share = 1 / (count + 1).clamp(max=self.MEMORY)
         change = values.minimum(limit) - mean
         level = torch.cat((count[None] + 1, mean + share * change, (1 - share) * (variance + share * change.square())))
-        self.level.copy_(torch.where(bad, self.level, level))
+        self.level.copy_(torch.where(sound, level, self.level))
+        self.loss_scale.take_notice(norm.isfinite())
         return bad, spike
 
     def update(self, optimizer: torch.optim.Optimizer, lr: float, excess: Tensor, skip: Tensor):
-        """Update with the gradients divided by excess, but not where skip is true; then forget them.
+        """Update with the gradients divided by excess, but not where skip is true or excess not finite; then forget
+        them.
 
         The host does not know yet whether there is an update. A fused optimizer takes both numbers on the device, by
         the protocol made for scaled fp16 gradients: it divides by grad_scale, and does nothing where found_inf is 1.
         """
+        skip = skip | ~excess.isfinite()
         for group in optimizer.param_groups:
             group["lr"] = lr
         if optimizer.defaults.get("fused"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lib.cpu_attention import attend_on_cpu
 from lib.errors import BadInput
-from lib.packed import attend_within, each_alone
+from lib.packed import attend_within, each_alone, one_by_one
 
 IGNORE = -100      # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
@@ -65,7 +65,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     All logits together would be the largest tensor of a training step. Here LOSS_CHUNK tokens'
     logits exist at a time, and their gradient is turned at once into those of x and weight.
-    Compiled, that needs no fp32 copy of bf16 logits, and four chunks at a time are faster.
+    Compiled, that needs no fp32 copy of half as wide logits, and four chunks at a time are faster.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class ChunkedLoss(torch.autograd.Function):
         kernel: "CrossEntropy",
     ) -> Tensor:
         size = LOSS_CHUNK
-        if kernel.compiled and x.dtype == torch.bfloat16:
+        if kernel.compiled and x.dtype.itemsize == 2:
             size = 4 * LOSS_CHUNK
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if training else None
@@ -189,7 +189,13 @@ class CrossEntropy:
 def in_one_graph(block, config, device_type: str) -> bool:
     """Whether a block can be compiled as a whole, as the loop in place of the GPU's kernel cannot."""
     fast = getattr(block.attention, "attend_within", None) is attend_within
-    return not config.pack or (device_type == "cuda" and config.dtype == "bf16" and fast)
+    return not config.pack or (device_type == "cuda" and config.dtype != "fp32" and fast)
+
+
+def lacks_kernel(attention: nn.Module) -> bool:
+    """Whether this GPU cannot run attention's kernel for packed rows, which begins with Ampere."""
+    usual = getattr(attention, "attend_within", None) is attend_within
+    return usual and torch.cuda.get_device_capability() < (8, 0)
 
 
 def install(model, config, device_type: str, plain_attention: Callable):
@@ -214,6 +220,8 @@ def install(model, config, device_type: str, plain_attention: Callable):
             attention.attend_within = each_alone(plain_attention)
         elif compiled and device_type == "cpu" and not own:
             attention.attend = attend_on_cpu
+        elif device_type == "cuda" and lacks_kernel(attention):
+            attention.attend_within = one_by_one
 
 
 def blocks_together(block: nn.Module) -> int:

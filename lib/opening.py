@@ -32,11 +32,11 @@ from lib.shapes import first_config
 from lib.train_flags import check_flags
 from lib.weights import find_base, is_known, load_weights
 from lib.world import (
-    compute_dtype,
     from_first_rank,
     join_world,
     on_all,
     on_first_rank,
+    settled_dtype,
     should_compile,
 )
 
@@ -125,8 +125,8 @@ def settle(config, record: dict | None, data, device: torch.device, sizes: dict)
         if config.init_from:
             probe.check_code(config_class, config.init_from, config.anyway)
     probed = probe.probe(config_class.build, shape)
-    dtype = compute_dtype(record["config"]["dtype"] if record else config.dtype, device)
-    typed = dataclasses.replace(config, dtype="bf16" if dtype == torch.bfloat16 else "fp32")
+    dtype = settled_dtype(record["config"]["dtype"] if record else config.dtype, device)
+    typed = dataclasses.replace(config, dtype=dtype)
     if record is None:
         record = describe_run(typed, shape, probed, data, device)
     config = in_steps(typed, len(data) / config.batch_size)

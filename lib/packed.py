@@ -27,16 +27,24 @@ if torch.backends.cuda.is_built():  # elsewhere it is of no use, and takes a sec
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document, of q (B, T, H, K) on k and v (B, T, G, K)."""
-    rows, row_len = q.shape[:2]
+    if not q.is_cuda or q.dtype == torch.float32:
+        return one_by_one(q, k, v, documents)
+    row_len, bounds = q.size(1), documents.bounds
+    heads = _end_to_end(q, k, v)
+    y = varlen_attn(*heads, bounds, bounds, row_len, row_len, **VARLEN_CAUSAL)
+    return y.view_as(q)
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """`attend_within` without its kernel, one document at a time."""
+    return _attend_one_by_one(_causal, *_end_to_end(q, k, v), documents.bounds).view_as(q)
+
+
+def _end_to_end(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Each (B · T, H, K), with a key and value for every query head."""
     queries_per_key = q.size(2) // k.size(2)
     k, v = (heads.repeat_interleave(queries_per_key, 2) for heads in (k, v))
-    q, k, v = (heads.flatten(0, 1) for heads in (q, k, v))    # (B · T, H, K)
-    bounds = documents.bounds
-    if q.is_cuda and q.dtype != torch.float32:
-        y = varlen_attn(q, k, v, bounds, bounds, row_len, row_len, **VARLEN_CAUSAL)
-    else:
-        y = _attend_one_by_one(_causal, q, k, v, bounds)
-    return y.unflatten(0, (rows, row_len))
+    return [heads.flatten(0, 1) for heads in (q, k, v)]
 
 
 def each_alone(attend: Callable) -> Callable:

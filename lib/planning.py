@@ -24,6 +24,8 @@ together {need:.1f} of {memory} GiB: {verdict} ({reserve:.0f} GiB are kept in re
 about {speed:,.0f} tokens/s a GPU if {efficiency:.0%} of its {peak:.0f} TFLOP/s are reached, \
 {hours:,.1f} hours for {steps:,} steps of {length} ({tokens:,} tokens)
 disk: {disk:,.1f} GB a checkpoint, the first before step 1, up to {checkpoints} at a time"""
+WITHOUT_BF16 = """
+{gpu} has no bf16: planned for --dtype fp16, to be given to the run as well, where auto is fp32"""
 
 
 def in_steps(config, epoch: float):
@@ -90,13 +92,21 @@ def describe(parts: dict[str, int]) -> str:
 def plan(model: nn.Module, config, data=None) -> str:
     """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time.
 
-    data is the Mixture whose epochs are counted, where --epochs is given; nothing is run.
+    data is the Mixture whose epochs are counted, where --epochs is given; nothing is run. Raises
+    ValueError for bf16 on a GPU that has none.
     """
     length = f"{config.batch_size} × {config.seq_len}"
     if data:
         config = in_steps(config, len(data) / config.batch_size)
         length += f", {config.epochs:g} epochs of {len(data):,} sequences"
-    gpu, compiled = GPUS[config.gpu], config.compile != "off"
+    gpu, compiled, note = GPUS[config.gpu], config.compile != "off", ""
+    if not gpu.bf16:
+        if config.dtype == "bf16":
+            problem = f"does not go with --gpu {config.gpu}, which has no bf16; fp16 does"
+            raise BadInput(f"--dtype bf16 {problem}")
+        if config.dtype == "auto":
+            config = dataclasses.replace(config, dtype="fp16")
+            note = WITHOUT_BF16.format(gpu=config.gpu)
     parts = forecast(model, config, config.gpus, compiled, has_pairs(config.data))
     need = sum(parts.values()) / GIB
     verdict = "fits" if need + RESERVE <= gpu.memory else "does not fit"
@@ -126,7 +136,7 @@ def plan(model: nn.Module, config, data=None) -> str:
         "disk": checkpoint_bytes(model, config) / 1e9,
         "checkpoints": config.keep + for_good + 2,  # the best, and one that is being written
     }
-    return PLAN.format(**facts)
+    return PLAN.format(**facts) + note
 
 
 def has_pairs(sources: tuple[str, ...]) -> bool:

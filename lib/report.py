@@ -107,6 +107,8 @@ class Report:
             if bad or outcome.spike:
                 self._went_wrong(step, outcome)
                 spike = step if spike is None and not bad else spike
+            elif not outcome.norm.isfinite():
+                self._overflowed(step, outcome.loss.item())
             if self.bad_in_a_row >= self.config.max_bad_steps:
                 what = f"{self.bad_in_a_row} steps in a row up to {step} without a finite loss and gradient"
                 raise BadInput(f"{what}; a lower --learning_rate usually helps, or a look at the data named above")
@@ -134,6 +136,13 @@ class Report:
         update = "no update" if skipped else "update made"
         self.say(f"step {step}: {kind}, loss {loss:.4g}, gradient norm {norm:.4g}, {update}; {places[0]}{more}")
 
+    def _overflowed(self, step: int, loss: float):
+        """Log a step whose gradient, of the scaled loss, was too large for fp16."""
+        scale = self.guard.scale.item()
+        self.write(step=step, event="overflow", loss=loss, loss_scale=scale)
+        self.say(f"step {step}: the gradient overflows fp16, no update; "
+                 f"the scale of the loss is now {scale:,.0f}")
+
     def _step(self, done: int, last: int, lr: float, outcome):
         """Log a step; speed and mean loss are of the steps since the last one logged."""
         seconds = (time.perf_counter() - self.clock) / (done - self.logged)
@@ -145,10 +154,11 @@ class Report:
         for _, _, taken in self.pending:
             if not taken.bad:
                 losses.append(taken.loss)
+        mean = torch.stack(losses).mean().item() if losses else None
         amounts = {self.unit: done * self.in_step}
         amounts[f"{self.unit}_per_s"] = round(speed, 0 if speed > 100 else 2)
         self.write(
-            **scores | dict(step=done, loss=loss, mean_loss=mean(losses)),
+            **scores | dict(step=done, loss=loss, mean_loss=mean),
             lr=lr,
             grad_norm=outcome.norm.item(),
             **amounts,
@@ -157,6 +167,7 @@ class Report:
             epochs=self.data.epochs(done * self.config.batch_size),
             mfu=self.mfu_of_speed and speed * self.mfu_of_speed,
             memory=memory(self.device),
+            **self.guard.loss_scale.told(),
         )
         minutes, seconds = divmod(left, 60)
         progress = f"step {done}/{self.config.steps}  loss {loss:.4f}  lr {lr:.2e}"
@@ -237,9 +248,3 @@ class Report:
     def close(self):
         if self.wandb:
             self.wandb.finish()
-
-
-def mean(losses: list[torch.Tensor]) -> float | None:
-    if not losses:
-        return None
-    return torch.stack(losses).mean().item()

@@ -12,7 +12,8 @@ from lib.sampling import MOST
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     tokenizer: str = ""              # where the model's folder holds none
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32"""
     quantize: Quantize = "none"
     """int8: matrices as whole numbers, on a CPU; faster, and a little less exact"""
     anyway: bool = False             # also take a run whose model.py computed something else

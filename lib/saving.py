@@ -177,8 +177,8 @@ def checkpoint_tensors(model: nn.Module, optimizers: list, guard: Guard) -> dict
     """
     names = {p: name for name, p in model.named_parameters()}
     state = {names[p]: moments for optimizer in optimizers for p, moments in optimizer.state.items()}
-    judged = {"level": guard.level, "passed_over": guard.passed_over}
-    return {"model": adapters(model) or dict(model.named_parameters()), "optimizer": state, "guard": judged}
+    weights = adapters(model) or dict(model.named_parameters())
+    return {"model": weights, "optimizer": state, "guard": guard.state()}
 
 
 def detached(tensors: dict) -> dict:

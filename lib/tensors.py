@@ -1,8 +1,12 @@
-"""Arrays of the host as tensors, without waiting for the device."""
+"""Types of numbers as flags name them, and arrays of the host as tensors, without waiting for the
+device.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of arithmetic
 
 
 def pinned(values: np.ndarray, device: torch.device) -> Tensor:

@@ -19,13 +19,15 @@ from torch.distributed.tensor import DTensor
 
 from lib.errors import BadInput
 from lib.processes import end_with_parent
+from lib.tensors import DTYPES
 
 
 @dataclass
 class Flags:
     # machine
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """of the arithmetic, weights stay fp32; auto: bf16 where it is faster"""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """of the arithmetic, weights stay fp32; auto: bf16 where it is faster, else fp32; fp16, with a scaled loss, is for
+    GPUs without bf16 (T4, V100, RTX 20)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """auto: where there is a compiler, if the run is long enough"""
     reshard_after_forward: bool = True
@@ -165,19 +167,24 @@ def make_mesh(shard_over: int, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
 
+def settled_dtype(choice: str, device: torch.device) -> str:
+    """The name of the arithmetic that --dtype means on this device."""
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
-    if choice == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        choice = "bf16" if fast else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
+    return DTYPES[settled_dtype(choice, device)]
 
 
 def arithmetic(config) -> torch.dtype:
     """The type of a run's arithmetic; bf16 while auto is not settled, as on the GPUs of a plan."""
-    return torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    return DTYPES.get(config.dtype, torch.bfloat16)
 
 
 def should_compile(choice: str, device: torch.device, run_flops: float) -> bool:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from conftest import forecast_of
 from lib import lora
+from lib.tensors import DTYPES
 from lib.world import make_mesh
 from model import SIZES, ModelConfig, Transformer
 
@@ -102,7 +103,7 @@ def peak(shape: ModelConfig, config: train.Config, world: int, fake: bool) -> in
     backend, store = ("fake", FakeStore()) if fake else ("gloo", dist.HashStore())
     dist.init_process_group(backend, rank=0, world_size=world, store=store)
     try:
-        device, dtype = torch.device("cpu"), {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+        device, dtype = torch.device("cpu"), DTYPES[config.dtype]
         mesh = make_mesh(config.shard_over, device)
         with fake_tensors() if fake else contextlib.nullcontext(), Allocated() as allocated:
             torch.set_default_dtype(dtype if config.lora_rank else torch.float32)

@@ -105,13 +105,31 @@ def test_half_of_a_character_in_a_question_is_named(tmp_path):
     ("NVIDIA A10G", "A10G-24GB"), ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA A100 80GB PCIe", "A100-80GB"),
     ("NVIDIA H100 80GB HBM3", "H100-80GB"), ("NVIDIA H200", "H200"), ("NVIDIA RTX A6000", "A6000-48GB"),
     ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H100 PCIe", None), ("NVIDIA A10", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H100 PCIe", None), ("NVIDIA A10", "A10-24GB"),
+    ("Tesla T4", "T4-16GB"), ("NVIDIA L4", "L4-24GB"), ("NVIDIA L40S", None), ("NVIDIA T4G", None),
+    ("Tesla V100-SXM2-32GB", "V100-32GB"), ("Tesla V100-PCIE-32GB", None), ("Tesla V100S-PCIE-32GB", None),
+    ("NVIDIA GeForce RTX 5090", "RTX5090-32GB"), ("NVIDIA GeForce RTX 5090 D", None),
     ("NVIDIA RTX 6000 Ada Generation", None),
 ])  # fmt: skip
 def test_a_gpu_is_known_by_the_name_that_cuda_gives_it_and_no_other_card_is_taken_for_it(found, name, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: found)
     assert gpus.gpu_peak(torch.device("cuda")) == (gpus.GPUS[name].peak if name else None)
     assert gpus.gpu_peak(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("name, processors, clock, each", [
+    ("A100-40GB", 108, 1410, 2048), ("A100-80GB", 108, 1410, 2048), ("H100-80GB", 132, 1830, 4096),
+    ("H200", 132, 1830, 4096), ("A6000-48GB", 84, 1800, 1024), ("A10G-24GB", 80, 1710, 512),
+    ("RTX5090-32GB", 170, 2407, 512), ("RTX4090-24GB", 128, 2520, 512), ("RTX3090-24GB", 82, 1695, 512),
+    ("A10-24GB", 72, 1695, 1024), ("L4-24GB", 58, 2040, 1024), ("T4-16GB", 40, 1590, 1024),
+    ("V100-32GB", 80, 1530, 1024),
+])  # fmt: skip
+def test_a_gpus_peak_is_what_its_multiprocessors_do_at_their_boost_clock(name, processors, clock, each):
+    """Without sparsity, summed in fp32: operations of a multiprocessor in a clock, clocks in MHz."""
+    assert gpus.GPUS[name].peak == pytest.approx(processors * clock * 1e6 * each, rel=0.01)
+    assert gpus.GPUS[name].bf16 == (name[:2] not in ("T4", "V1"))
+    box = int(name.partition("-")[2].removesuffix("GB") or 141)
+    assert 0.9 * box < gpus.GPUS[name].memory < box
 
 
 def test_a_pause_in_which_a_run_goes_back_is_not_counted_twice():

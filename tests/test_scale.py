@@ -115,6 +115,7 @@ SHAPE = SIZES["15M"]
     ("15M", dict(micro_batch=8, batch_size=8, seq_len=256, gpus=1)),
     ("15M", dict(micro_batch=8, batch_size=8, seq_len=256, gpus=1, dtype="fp32", checkpointing="selective")),
     ("15M", dict(micro_batch=8, batch_size=32, seq_len=256, gpus=2)),
+    ("15M", dict(micro_batch=8, batch_size=32, seq_len=256, gpus=2, dtype="fp16")),
     ("15M", dict(micro_batch=8, batch_size=32, seq_len=256, gpus=2, reduce_each=True, checkpointing="2")),
     ("1.1B", dict(micro_batch=2, batch_size=16, seq_len=2048, gpus=8, checkpointing="full")),
     ("7B", dict(micro_batch=4, batch_size=256, seq_len=4096, gpus=64, checkpointing="full")),
@@ -193,6 +194,21 @@ def test_a_plan_says_how_much_disk_a_run_takes():
     config = dataclasses.replace(config, keep=1, keep_every=100, steps=1000)
     assert "up to 13 at a time" in train.plan(config)
     assert "disk: 0.5 GB a checkpoint" in train.plan(dataclasses.replace(config, lora_rank=16))
+
+
+@pytest.mark.parametrize("gpu", ["T4-16GB", "V100-32GB", "L4-24GB"])
+def test_a_plan_for_a_gpu_without_bf16_is_in_fp16_and_says_so(gpu):
+    """Needs and speed are those of any arithmetic of 16 bits; only a run with --dtype fp16 will have them there."""
+    config = Config(size="110M", seq_len=1024, batch_size=8, micro_batch=1, gpus=1, gpu=gpu)
+    told = train.plan(config)
+    fp16, fp32 = (train.plan(dataclasses.replace(config, dtype=dtype)) for dtype in ("fp16", "fp32"))
+    if gpu.startswith("L4"):
+        assert told == train.plan(dataclasses.replace(config, dtype="bf16")) == fp16
+        return
+    assert told.startswith(fp16) and "--dtype fp16" in told.removeprefix(fp16)
+    assert told.split(" GiB: ")[0] != fp32.split(" GiB: ")[0]
+    with pytest.raises(ValueError, match=f"--dtype bf16 does not go with --gpu {gpu}, which has no bf16"):
+        train.plan(dataclasses.replace(config, dtype="bf16"))
 
 
 def test_gloo_does_not_start_threads_that_slow_training_down(tmp_path):
