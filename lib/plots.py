@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def draw_settings(panels, points: list, name: str):
     by_steps.legend()
 
 
+STYLES = ("o-", "s--", "^:")  # of lines in draw_growth
 SIDES = {  # of bench.py, as a reader knows them
     "plainllama": "plainllama",
     "hf here": "transformers' model in this loop",
@@ -77,29 +79,73 @@ def draw_speeds(results: dict, title: str, place: io.BytesIO):
     rows.reverse()  # the first goes to the top
     height = 1.2 + 0.45 * len(rows)
     size = (9, height)
-    labels = []
     with picture(place, size) as axes:
-        for height, row in enumerate(rows):
-            speed, seconds = row["tokens_per_s"], row["seconds"]
-            tokens = speed * np.median(seconds)
-            rounds = [tokens / one for one in seconds]
-            heights = [height] * len(rounds)
-            bar = axes.barh(height, speed, height=0.6, alpha=0.5, color="C0")
-            axes.bar_label(bar, fmt="{:,.0f}", label_type="center")
-            axes.plot(rounds, heights, "o", color="black", markersize=3)
-            side, setting = side_and_setting(row["name"], row["dtype"])
-            labels.append(f"{side}\n{setting}")
+        draw_bars(axes, rows)
         for one in contests:
             low, high = min(one["ratios"]), max(one["ratios"])
             other = one["of"][1]
             dtype = next(row["dtype"] for row in rows if row["name"] == other)
             side, _ = side_and_setting(other, dtype)
             title += f"\n{one['ratio']:.2f} × {side} ({low:.2f} to {high:.2f})"
-        places = range(len(rows))
-        axes.set_yticks(places, labels)
-        axes.set_xlabel("tokens a second; a dot is a round")
         axes.set_title(title)
-        axes.margins(x=0.15)
+
+
+def draw_bars(axes, rows: list[dict]):
+    """The speed of each row, the first at the bottom: a bar for the median, a dot for a round."""
+    labels = []
+    for height, row in enumerate(rows):
+        speed, seconds = row["tokens_per_s"], row["seconds"]
+        tokens = speed * np.median(seconds)
+        rounds = [tokens / one for one in seconds]
+        heights = [height] * len(rounds)
+        bar = axes.barh(height, speed, height=0.6, alpha=0.5, color="C0")
+        axes.bar_label(bar, fmt="{:,.0f}", label_type="center")
+        axes.plot(rounds, heights, "o", color="black", markersize=3)
+        side, setting = side_and_setting(row["name"], row.get("dtype", ""))
+        labels.append(f"{side}\n{setting}")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_xlabel("tokens a second; a dot is a round")
+    axes.margins(x=0.15)
+
+
+def draw_writing(rows: list[dict], title: str, place: io.BytesIO):
+    """What bench.py --decode measured, as a .png: a panel for each job, a bar for each way."""
+    jobs = list(dict.fromkeys(row["job"] for row in rows))
+    each = [[row for row in rows if row["job"] == job] for job in jobs]
+    size = (3.2 * len(jobs), 1.2 + 0.5 * len(each[0]))
+    with picture(place, size, 1, len(jobs), squeeze=False, sharey=True) as panels:
+        for axes, job, chosen in zip(panels[0], jobs, each):
+            draw_bars(axes, chosen[::-1])
+            axes.set_title(job)
+        panels[0, 0].get_figure().suptitle(title)
+
+
+def draw_growth(rows: list[dict], title: str, place: io.BytesIO):
+    """What bench.py --grow measured, as a .png: speed, share of a product and memory by length.
+
+    A colour for each size, a style of line for each number of processes.
+    """
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    worlds = list(dict.fromkeys(row["processes"] for row in rows))
+    names = {
+        "tokens a second": lambda row: row["tokens_per_s"],
+        "share of a matrix product": lambda row: row["share_of_product"],
+        "GiB at the peak, a process": lambda row: row["peak_bytes"] / 2**30,
+    }
+    with picture(place, (12, 4.5), 1, len(names)) as panels:
+        for axes, (name, value) in zip(panels, names.items()):
+            for size, world in itertools.product(sizes, worlds):
+                line = [row for row in rows if (row["size"], row["processes"]) == (size, world)]
+                lengths, values = [row["seq_len"] for row in line], [value(row) for row in line]
+                style = STYLES[worlds.index(world) % len(STYLES)]
+                color = f"C{sizes.index(size)}"
+                axes.plot(lengths, values, style, color=color, label=f"{size}, {world} processes")
+            axes.set_xscale("log", base=2)
+            axes.set(xlabel="tokens of a sequence", title=name)
+            if not name.startswith("share"):
+                axes.set_yscale("log")
+        panels[0].legend(fontsize="small")
+        panels[0].get_figure().suptitle(title)
 
 
 def compared_rows(rows: list[dict], contests: list[dict]) -> list[dict]:
