@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from lib import world
+from lib.bench_plots import draw_growth, draw_writing
 from lib.cli import git_commit
-from lib.plots import draw_growth, draw_speeds, draw_writing
+from lib.plots import draw_speeds
 from lib.results import write_all
 
 

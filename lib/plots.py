@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -63,7 +62,6 @@ def draw_settings(panels, points: list, name: str):
     by_steps.legend()
 
 
-STYLES = ("o-", "s--", "^:")  # of lines in draw_growth
 SIDES = {  # of bench.py, as a reader knows them
     "plainllama": "plainllama",
     "hf here": "transformers' model in this loop",
@@ -106,46 +104,6 @@ def draw_bars(axes, rows: list[dict]):
     axes.set_yticks(range(len(rows)), labels)
     axes.set_xlabel("tokens a second; a dot is a round")
     axes.margins(x=0.15)
-
-
-def draw_writing(rows: list[dict], title: str, place: io.BytesIO):
-    """What bench.py --decode measured, as a .png: a panel for each job, a bar for each way."""
-    jobs = list(dict.fromkeys(row["job"] for row in rows))
-    each = [[row for row in rows if row["job"] == job] for job in jobs]
-    size = (3.2 * len(jobs), 1.2 + 0.5 * len(each[0]))
-    with picture(place, size, 1, len(jobs), squeeze=False, sharey=True) as panels:
-        for axes, job, chosen in zip(panels[0], jobs, each):
-            draw_bars(axes, chosen[::-1])
-            axes.set_title(job)
-        panels[0, 0].get_figure().suptitle(title)
-
-
-def draw_growth(rows: list[dict], title: str, place: io.BytesIO):
-    """What bench.py --grow measured, as a .png: speed, share of a product and memory by length.
-
-    A colour for each size, a style of line for each number of processes.
-    """
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    worlds = list(dict.fromkeys(row["processes"] for row in rows))
-    names = {
-        "tokens a second": lambda row: row["tokens_per_s"],
-        "share of a matrix product": lambda row: row["share_of_product"],
-        "GiB at the peak, a process": lambda row: row["peak_bytes"] / 2**30,
-    }
-    with picture(place, (12, 4.5), 1, len(names)) as panels:
-        for axes, (name, value) in zip(panels, names.items()):
-            for size, world in itertools.product(sizes, worlds):
-                line = [row for row in rows if (row["size"], row["processes"]) == (size, world)]
-                lengths, values = [row["seq_len"] for row in line], [value(row) for row in line]
-                style = STYLES[worlds.index(world) % len(STYLES)]
-                color = f"C{sizes.index(size)}"
-                axes.plot(lengths, values, style, color=color, label=f"{size}, {world} processes")
-            axes.set_xscale("log", base=2)
-            axes.set(xlabel="tokens of a sequence", title=name)
-            if not name.startswith("share"):
-                axes.set_yscale("log")
-        panels[0].legend(fontsize="small")
-        panels[0].get_figure().suptitle(title)
 
 
 def compared_rows(rows: list[dict], contests: list[dict]) -> list[dict]:

@@ -9,10 +9,11 @@ def in_turns(actions: list[Callable], rounds: int) -> list[list]:
 
     So what else the machine does meets all of them.
     """
-    results = []
+    results = [[] for _ in actions]
     for _ in range(rounds):
-        results.append([action() for action in actions])
-    return [list(same) for same in zip(*results)]
+        for action, returned in zip(actions, results):
+            returned.append(action())
+    return results
 
 
 def compare(first: dict, other: dict) -> dict:
@@ -20,7 +21,8 @@ def compare(first: dict, other: dict) -> dict:
 
     Both have a name and the seconds of each round, for the same work.
     """
-    pairs = zip(first["seconds"], other["seconds"], strict=True)
-    ratios = [theirs / ours for ours, theirs in pairs]
+    ours = first["seconds"]
+    theirs = other["seconds"]
+    ratios = [their_time / our_time for our_time, their_time in zip(ours, theirs, strict=True)]
     names = [first["name"], other["name"]]
     return {"of": names, "ratio": median(ratios), "ratios": ratios}
