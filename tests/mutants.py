@@ -510,7 +510,7 @@ MUTANTS = [
            "eval: letters_are"),
     # ---- bench.py ----
     Mutant("a speed forgets the micro-batches of a step", "bench.py",
-           'row["micro_batch"] * config.accumulate * self.world', 'row["micro_batch"] * self.world',
+           "= micro_batch * config.accumulate * self.world", "= micro_batch * self.world",
            "bench: speed_times"),
     Mutant("a speed is that of the best round", "bench.py",
            'speed = tokens / median(row["seconds"])', 'speed = tokens / min(row["seconds"])',
