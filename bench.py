@@ -64,7 +64,7 @@ class Core:
     busy: int = 0
     """also beside up to so many busy processes, which this command starts and ends"""
     grow: bool = False
-    """four sizes at three lengths; rows have --micro_batch × --seq_len tokens together"""
+    """four sizes at three lengths, each with --micro_batch × --seq_len tokens at a time"""
 
 
 @dataclass(kw_only=True)
@@ -358,7 +358,8 @@ def run(config: Config, device: torch.device) -> dict:
     results = describe(config, planning.count_parameters(shape), device)
     if config.grow:
         return results | grow(bench, base)
-    bench.say("{parameters:,} parameters; {processes} × {device}".format(**results))
+    what = "{settings[size]}, {parameters:,} parameters; {processes} × {device}"
+    bench.say(what.format(**results))
     if config.decode:
         return results | write(bench)
     if config.busy:
