@@ -4,6 +4,9 @@
     python bench.py --size 7B --seq_len 4096 --micro_batch 1 --peer hf --out results.json
     python bench.py --size 7B --seq_len 4096 --micro_batch 16 --sweep   # the fastest that fits
     torchrun --standalone --nproc_per_node 8 bench.py ...               # the same on 8 GPUs
+    python bench.py --decode --peer hf               # how fast a model writes
+    python bench.py --busy 2                         # steps beside 1 and 2 busy processes
+    python bench.py --grow --out one.json            # what size and length cost
 
 The step is that of train.py, on random tokens that are already there; a speed is the median of
 several rounds. Where two are compared their rounds take turns, each with a model of its own that is
@@ -11,19 +14,13 @@ gone before the next one begins: two then need no more memory than one, and what
 does meets both.
 """
 
-from lib.cli import BadInput, git_commit, run_command  # isort: skip (refuses old Pythons, Windows)
+from lib.cli import BadInput, run_command  # isort: skip (refuses old Pythons, Windows)
 
 import dataclasses
-import datetime
+import functools
 import gc
-import importlib.metadata
-import io
-import json
 import math
-import platform
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Literal
 
@@ -33,21 +30,22 @@ import torch.distributed as dist
 
 import train
 from data import Batch
-from lib import forecast, gpus, planning, train_flags, world
-from lib.bench_flags import check_flags
+from lib import busy, forecast, gpus, growth, planning, train_flags, world, writing
+from lib.bench_files import describe, write_results
+from lib.bench_flags import SHARED, Flags, check_alone, check_flags
 from lib.peak_memory import capacity, peak_memory
 from lib.peers import HuggingFace
-from lib.plots import draw_speeds
-from lib.results import write_all
+from lib.rounds import compare, in_turns
 from lib.shapes import model_config
 from lib.speeds import TITLES, line_of
 from lib.timing import matrix_product, timed
 from model import SIZES, ModelConfig
+from sample import generate
 
 
-@dataclass
-class Config:
-    """Measure training steps on random tokens."""
+@dataclass(kw_only=True)
+class Core:
+    """The flags to read first; lib/bench_flags.py has how a step is taken, and how often."""
 
     # what
     size: str = "15M"                   # a name in model.SIZES
@@ -58,34 +56,20 @@ class Config:
     pack: bool = False
     """rows of documents that do not see each other, beside the same rows unmasked"""
     peer: Literal["none", "hf"] = "none"
-    """also train transformers' model; each side takes its fastest setting"""
+    """also transformers' model; each side takes its fastest setting"""
     sweep: bool = False
     """try micro-batches 1, 2, 4, ... and four ways of checkpointing"""
-    # how, as in train.py
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the arithmetic; auto: bf16 if it is faster
-    compile: Literal["auto", "on", "off"] = "auto"
-    """auto: where a compiler is there; with --peer also without"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon takes the blocks' matrices, AdamW keeps the rest"""
-    checkpointing: str = "none"
-    """none, selective, full, or 2 for every second block, 3 for every third, ..."""
-    shard_over: int = 0
-    """neighbouring processes that share one copy of the model; 0 is all of them"""
-    reshard_after_forward: bool = True  # give gathered weights back until the backward pass
-    reduce_each: bool = False           # reduce gradients with every micro-batch, not with the last
-    # measuring
-    steps: int = 10                     # timed in a round
-    warmup: int = 3
-    """steps that are not timed; the very first one, which compiles, is extra"""
-    repeats: int = 3                    # rounds, of which the median counts
-    out: str = ""
-    """JSON file for the results, with a picture beside it; "" only prints them"""
+    decode: bool = False
+    """not training but writing: batches of 1, 4 and 16, and reading a prompt of 200 tokens"""
+    busy: int = 0
+    """also beside up to so many busy processes, which this command starts and ends"""
+    grow: bool = False
+    """four sizes at three lengths, each with --micro_batch × --seq_len tokens at a time"""
 
 
-# flags that go to train.py as they are
-SHARED = (
-    "size", "seq_len", "steps", "optimizer", "shard_over", "reshard_after_forward", "reduce_each"
-)  # fmt: skip
+@dataclass(kw_only=True)
+class Config(Flags, Core):
+    """Measure training steps on random tokens, or writing."""
 
 
 @dataclass(frozen=True)
@@ -221,15 +205,19 @@ class Bench:
             "forecast_bytes": sum(parts.values()) or None,
         }
 
-    def report(self, row: dict) -> dict:
-        """Add to a row what follows from its seconds; print and keep it."""
-        config, forecast_bytes = self.config, row["forecast_bytes"]
-        sequences = row["micro_batch"] * config.accumulate * self.world
-        tokens = sequences * config.seq_len * config.steps
+    def tokens(self, micro_batch: int) -> int:
+        """Of all processes in a round."""
+        config = self.config
+        sequences = micro_batch * config.accumulate * self.world
+        return sequences * config.seq_len * config.steps
+
+    def rated(self, row: dict) -> dict:
+        """A row with what follows from its seconds."""
+        forecast_bytes, tokens = row["forecast_bytes"], self.tokens(row["micro_batch"])
         speed = tokens / median(row["seconds"])
-        flops = planning.flops_per_token(self.shape, config.seq_len) * speed / self.world
+        flops = planning.flops_per_token(self.shape, self.config.seq_len) * speed / self.world
         peak = gpus.gpu_peak(self.device) if row["dtype"] == "bf16" else None
-        row |= {
+        return row | {
             "tokens_per_round": tokens,
             "tokens_per_s": speed,
             "tokens_per_s_per_device": speed / self.world,
@@ -237,6 +225,10 @@ class Bench:
             "share_of_product": flops / matrix_product(row["dtype"], self.device),
             "peak_over_forecast": forecast_bytes and row["peak_bytes"] / forecast_bytes,
         }
+
+    def report(self, row: dict) -> dict:
+        """Print a row and keep it."""
+        row = self.rated(row)
         self.say(line_of(row))
         self.rows.append(row)
         return row
@@ -268,21 +260,17 @@ class Bench:
 
         A ratio is the median of those round by round.
         """
-        rounds = []
-        for _ in range(self.config.repeats):
-            rounds.append([self.measure(setting, rounds=1) for setting in settings])
+        actions = [functools.partial(self.measure, setting, 1) for setting in settings]
+        measured = in_turns(actions, self.config.repeats)
         self.say(f"{self.config.repeats} rounds in turn:")
         rows = []
-        for same in zip(*rounds):
+        for same in measured:
             seconds = [row["seconds"][0] for row in same]
             rows.append(self.report(same[0] | {"seconds": seconds}))
-        contests = []
-        for row in rows[1:]:
-            ratios = [theirs / ours for ours, theirs in zip(rows[0]["seconds"], row["seconds"])]
-            each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-            self.say(f"ratio {median(ratios):.3f} to {row['name']} (rounds: {each})")
-            names = [rows[0]["name"], row["name"]]
-            contests.append({"of": names, "ratio": median(ratios), "ratios": ratios})
+        contests = [compare(rows[0], row) for row in rows[1:]]
+        for contest in contests:
+            each = ", ".join(f"{ratio:.3f}" for ratio in contest["ratios"])
+            self.say(f"ratio {contest['ratio']:.3f} to {contest['of'][1]} (rounds: {each})")
         return contests
 
     def sweep(self, base: Setting) -> str:
@@ -323,8 +311,36 @@ def variants(base: Setting, side: str, config: Config, device: torch.device) -> 
     return settings
 
 
+def write(bench: Bench) -> dict:
+    """--decode. The model has its own window, whatever --seq_len says."""
+    shape = SIZES[bench.config.size]
+    return writing.measure_writing(bench.config, shape, bench.device, generate, bench.say)
+
+
+def beside_busy(bench: Bench, base: Setting) -> dict:
+    """--busy."""
+    trial = Ours(base, bench.config, bench.shape, bench.device)
+    trial.step()  # which compiles
+    tokens = bench.tokens(base.micro_batch)
+    return busy.measure_beside(trial.step, bench.config, tokens, bench.device, bench.say)
+
+
+def grow(bench: Bench, base: Setting) -> dict:
+    """--grow."""
+
+    def measure(config: Config) -> dict:
+        setting = dataclasses.replace(base, micro_batch=config.micro_batch)
+        shape = dataclasses.replace(SIZES[config.size], max_seq_len=config.seq_len)
+        case = Bench(config, shape, bench.device)
+        return case.rated(case.measure(setting, config.repeats))
+
+    product = matrix_product(base.dtype, bench.device)
+    return growth.measure_growth(measure, bench.config, SIZES, product, bench.say)
+
+
 def run(config: Config, device: torch.device) -> dict:
     """Measure what was asked for. Returns the contents of --out."""
+    check_alone(config, dist.get_world_size())
     bf16 = world.compute_dtype(config.dtype, device) == torch.bfloat16
     compiled = world.should_compile(config.compile, device, math.inf)
     base = Setting(
@@ -338,9 +354,16 @@ def run(config: Config, device: torch.device) -> dict:
     flags = base.train_config(config)
     train_flags.check_flags(flags, dist.get_world_size())
     shape = model_config(flags, SIZES)
-    bench, results = Bench(config, shape, device), describe(config, shape, device)
-    where = f"{results['processes']} × {results['device']}"
-    bench.say(f"{config.size}, {results['parameters']:,} parameters; {where}")
+    bench = Bench(config, shape, device)
+    results = describe(config, planning.count_parameters(shape), device)
+    if config.grow:
+        return results | grow(bench, base)
+    what = "{settings[size]}, {parameters:,} parameters; {processes} × {device}"
+    bench.say(what.format(**results))
+    if config.decode:
+        return results | write(bench)
+    if config.busy:
+        return results | beside_busy(bench, base)
     bench.say(TITLES)
     if config.sweep:
         results["fastest"] = bench.sweep(base)
@@ -360,34 +383,13 @@ def run(config: Config, device: torch.device) -> dict:
     return results | {"rows": bench.rows}
 
 
-def describe(config: Config, shape: ModelConfig, device: torch.device) -> dict:
-    """What is measured, where and with what."""
-    packages = ["torch", "transformers"] if config.peer == "hf" else ["torch"]
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "device": world.device_name(device),
-        "processes": dist.get_world_size(),
-        "versions": {"python": platform.python_version()} | versions,
-        "git_commit": git_commit(),
-        "command": " ".join(sys.argv),
-        "settings": dataclasses.asdict(config),
-        "parameters": planning.count_parameters(shape),
-    }
-
-
 def main(config: Config):
     check_flags(config, SIZES)
     device = world.join_world()
     try:
         results = run(config, device)
         if config.out and dist.get_rank() == 0:
-            out = Path(config.out)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            picture = io.BytesIO()
-            draw_speeds(results, f"{config.size} on {results['device']}", picture)
-            text = json.dumps(results, indent=2)
-            write_all({out: text, out.with_suffix(".png"): picture.getvalue()})
+            write_results(results, config)
     finally:
         dist.destroy_process_group()
 

@@ -1,4 +1,5 @@
-"""Another implementation, for bench.py to measure beside this one: transformers' LLaMA."""
+"""Another implementation, for bench.py to measure beside this one: transformers' LLaMA, which
+trains or writes."""
 
 import functools
 
@@ -8,7 +9,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from lib import world
 from lib.configs import config_to_hugging_face
+from lib.naming import HF_NAMES, translate
 from lib.rows import local_rows
+
+CACHES = ("dynamic", "static")  # of transformers' generate
 
 
 class HuggingFace:
@@ -65,8 +69,7 @@ class HuggingFace:
         shard(model).to_empty(device=device)
         if theirs.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
-        rotary = type(model.model.rotary_emb)
-        model.model.rotary_emb = rotary(theirs).to(device)  # its wavelengths were not kept
+        fill_rotary(model, device)
         for p in model.parameters():
             weights = local_rows(p)[1]
             if p.dim() == 1:
@@ -91,3 +94,44 @@ class HuggingFace:
         self.optimizers[0].step()
         self.optimizers[0].zero_grad()
         return sum(losses)
+
+
+def fill_rotary(model, device: torch.device):
+    """The wavelengths of a model from the meta device, which has not kept them."""
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(model.config).to(device)
+
+
+class HuggingFaceWriter:
+    """LlamaForCausalLM that writes, with the very weights of a model of this project."""
+
+    def __init__(self, model, cache: str):
+        """model is a Transformer, cache one of CACHES."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.cache = cache
+        self.device = model.norm.weight.device
+        settings = config_to_hugging_face(model.config)
+        with torch.device("meta"):
+            self.model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="sdpa"))
+        weights = {}
+        for name, weight in model.state_dict().items():
+            weights[translate(name, HF_NAMES)] = weight.detach()
+        self.model.load_state_dict(weights, assign=True)
+        fill_rotary(self.model, self.device)
+        self.model.eval()
+        self.model.generation_config.eos_token_id = None  # nothing to rule out
+
+    def write(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        """So many likeliest tokens after each prompt, all of one length."""
+        tokens = torch.tensor(prompts, device=self.device)
+        rows = self.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation=self.cache,
+        )
+        return rows[:, tokens.size(1) :].tolist()

@@ -77,29 +77,33 @@ def draw_speeds(results: dict, title: str, place: io.BytesIO):
     rows.reverse()  # the first goes to the top
     height = 1.2 + 0.45 * len(rows)
     size = (9, height)
-    labels = []
     with picture(place, size) as axes:
-        for height, row in enumerate(rows):
-            speed, seconds = row["tokens_per_s"], row["seconds"]
-            tokens = speed * np.median(seconds)
-            rounds = [tokens / one for one in seconds]
-            heights = [height] * len(rounds)
-            bar = axes.barh(height, speed, height=0.6, alpha=0.5, color="C0")
-            axes.bar_label(bar, fmt="{:,.0f}", label_type="center")
-            axes.plot(rounds, heights, "o", color="black", markersize=3)
-            side, setting = side_and_setting(row["name"], row["dtype"])
-            labels.append(f"{side}\n{setting}")
+        draw_bars(axes, rows)
         for one in contests:
             low, high = min(one["ratios"]), max(one["ratios"])
             other = one["of"][1]
             dtype = next(row["dtype"] for row in rows if row["name"] == other)
             side, _ = side_and_setting(other, dtype)
             title += f"\n{one['ratio']:.2f} × {side} ({low:.2f} to {high:.2f})"
-        places = range(len(rows))
-        axes.set_yticks(places, labels)
-        axes.set_xlabel("tokens a second; a dot is a round")
         axes.set_title(title)
-        axes.margins(x=0.15)
+
+
+def draw_bars(axes, rows: list[dict]):
+    """The speed of each row, the first at the bottom: a bar for the median, a dot for a round."""
+    labels = []
+    for height, row in enumerate(rows):
+        speed, seconds = row["tokens_per_s"], row["seconds"]
+        tokens = speed * np.median(seconds)
+        rounds = [tokens / one for one in seconds]
+        heights = [height] * len(rounds)
+        bar = axes.barh(height, speed, height=0.6, alpha=0.5, color="C0")
+        axes.bar_label(bar, fmt="{:,.0f}", label_type="center")
+        axes.plot(rounds, heights, "o", color="black", markersize=3)
+        side, setting = side_and_setting(row["name"], row.get("dtype", ""))
+        labels.append(f"{side}\n{setting}")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_xlabel("tokens a second; a dot is a round")
+    axes.margins(x=0.15)
 
 
 def compared_rows(rows: list[dict], contests: list[dict]) -> list[dict]:

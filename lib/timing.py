@@ -44,3 +44,11 @@ def matrix_product(dtype: str, device: torch.device) -> float:
     first, second = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
     seconds = [timed(lambda: first @ second, 1, device) for _ in range(7)]
     return 2 * size**3 / median(seconds)
+
+
+def read_speed(device: torch.device) -> float:
+    """Bytes a second at which a matrix of 1 GiB, larger than any cache, is read: memory's speed."""
+    matrix = torch.ones(2**14, 2**14, device=device)
+    matrix.sum()  # its pages are there
+    seconds = [timed(matrix.sum, 1, device) for _ in range(7)]
+    return matrix.nbytes / median(seconds)

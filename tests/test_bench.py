@@ -1,6 +1,7 @@
 """Benchmarks: numbers that agree with each other, memory as it was forecast, and a fair peer."""
 
 import dataclasses
+import importlib.util
 import json
 import statistics
 from shutil import which
@@ -202,7 +203,7 @@ def test_a_bad_flag_is_refused_in_one_sentence():
         (dict(micro_batch=0), "--micro_batch 0 must be at least 1"),
         (dict(warmup=-1), "--warmup -1 must not be negative"),
         (dict(out="results.txt"), "--out results.txt must end in .json"),
-        (dict(sweep=True, pack=True), "only one of --sweep, --pack and --peer"),
+        (dict(sweep=True, pack=True), "only one of --sweep, --pack, --peer, --decode, --busy and --grow"),
         (dict(peer="hf", checkpointing="2"), "--checkpointing 2 --optimizer adamw does not go with --peer hf"),
         (dict(shard_over=3), "--shard_over 3 must divide the 1 processes"),
         (dict(checkpointing="most"), "--checkpointing most is not none"),
@@ -214,6 +215,6 @@ def test_a_flag_out_of_range_is_named_with_its_value(bench_run, options, sentenc
 
 
 def test_a_missing_peer_is_said_before_anything_is_measured(bench_run, monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--peer hf needs the package transformers, which is not installed"):
         bench_run(peer="hf")

@@ -10,6 +10,7 @@ import lib.plots
 import train
 from conftest import command
 from lib.ablation_plots import draw_arms
+from lib.bench_plots import draw_growth, draw_writing
 from lib.plots import draw_speeds
 from lib.run_report import draw_together, seconds_of, write_report
 from lib.runs import read_log
@@ -30,7 +31,7 @@ def figures(monkeypatch):
             panels = axes if hasattr(axes, "__len__") else [axes]
             seen.append([(panel, panel.get_figure()) for panel in panels])
 
-    for place in ("lib.plots", "lib.training_plot", "lib.ablation_plots"):
+    for place in ("lib.plots", "lib.training_plot", "lib.ablation_plots", "lib.bench_plots"):
         monkeypatch.setattr(f"{place}.picture", watched)
     return seen
 
@@ -94,6 +95,35 @@ def test_speeds_are_a_bar_a_side_and_a_dot_a_round(figures, tmp_path):
     assert axes.get_title() == "15M\n2.00 × transformers with its own Trainer (1.90 to 2.20)"
     assert axes.get_yticklabels()[0].get_text().startswith("transformers with its own Trainer\nbf16")
     assert len(alone.patches) == 3
+
+
+def test_writing_is_a_panel_a_job_and_a_bar_a_way(figures, tmp_path):
+    rows = [{"job": job, "name": name, "dtype": "int8", "tokens_per_s": speed, "seconds": [1.0, 2.0, 4.0]}
+            for job, first in (("batch 1", 10.0), ("prefill of 200", 300.0))
+            for name, speed in (("plainllama int8", first), ("transformers int8", 2 * first))]  # fmt: skip
+    draw_writing(rows, "15M", tmp_path / "w.png")
+    (panels,) = figures
+    assert [axes.get_title() for axes, _ in panels] == ["batch 1", "prefill of 200"]
+    widths = [[bar.get_width() for bar in axes.patches] for axes, _ in panels]
+    assert widths == [[20.0, 10.0], [600.0, 300.0]]  # from the bottom
+    names = [label.get_text() for label in panels[0][0].get_yticklabels()]
+    assert names == ["transformers\nint8", "plainllama\nint8"]
+    assert sorted(panels[0][0].get_lines()[1].get_xdata()) == [5.0, 10.0, 20.0]
+
+
+def test_growth_is_a_line_a_size_and_number_of_processes(figures, tmp_path):
+    rows = [{"size": size, "processes": world, "seq_len": length, "tokens_per_s": 1e6 / length,
+             "share_of_product": 0.5, "peak_bytes": world * 2**30}
+            for size in ("15M", "42M") for world in (1, 2) for length in (256, 1024)]  # fmt: skip
+    draw_growth(rows, "a machine", tmp_path / "g.png")
+    ((speed, _), (share, _), (memory, _)), = figures  # fmt: skip
+    lines = speed.get_lines()
+    names = [line.get_label() for line in lines]
+    assert names == [f"{size}, {world} processes" for size in ("15M", "42M") for world in (1, 2)]
+    assert list(lines[3].get_xdata()) == [256, 1024] and list(lines[3].get_ydata()) == [1e6 / 256, 1e6 / 1024]
+    assert len({line.get_color() for line in lines}) == len({line.get_linestyle() for line in lines}) == 2
+    assert list(share.get_lines()[0].get_ydata()) == [0.5, 0.5]
+    assert list(memory.get_lines()[1].get_ydata()) == [2**31, 2**31]
 
 
 def test_all_pictures_are_drawn_in_one_place():

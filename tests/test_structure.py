@@ -28,7 +28,7 @@ ABOVE = {  # which script may import which
     "train": {"model", "data"},
     "sample": {"model", "data"},
     "eval": {"model", "data", "sample"},
-    "bench": {"model", "data", "train"},
+    "bench": {"model", "data", "train", "sample"},
 }
 
 
