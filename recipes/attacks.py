@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from study import Difference
 
 WINDOW = 128  # tokens that the model sees; neighbours share one, so each token but a document's first is asked once
-BINS, TREES, FOLDS = 1000, 200, 5
+BINS, TREES, FOLDS, DRAWS = 1000, 200, 5, 1000
 PAPER, EARLY = "histogram, MaxNormTF", "loss less early"
 
 
@@ -139,8 +139,8 @@ class Split(NamedTuple):
         return np.array([auc(s[draw], y[draw]) for s, y in zip(self.scores[epochs, name], self.labels)])
 
     def estimate(self, measure: Callable[[np.ndarray], np.ndarray]) -> Difference:
-        """measure(draw), which gives a number a seed, with an interval by drawing documents 1,000 times."""
+        """measure(draw), which gives a number a seed, with an interval by drawing documents DRAWS times."""
         count, generator = self.labels.shape[1], np.random.default_rng(0)
         seeds = measure(np.arange(count))
-        means = [measure(generator.integers(count, size=count)).mean() for _ in range(1000)]
+        means = [measure(generator.integers(count, size=count)).mean() for _ in range(DRAWS)]
         return Difference(seeds.mean(), *np.percentile(means, (2.5, 97.5)), tuple(seeds))

@@ -64,7 +64,7 @@ def pieces(name: str, tokenizer: Tokenizer, count: int) -> tuple[np.ndarray, lis
     They come in random order. Left out are tests, and files of which over a fifth of the runs of five tokens are in
     one before: near copies would be members and others at once.
     """
-    root = Path(os.__file__ if name == "stdlib" else importlib.import_module(name).__file__).parent
+    root = Path(os.__file__ if name == "stdlib" else importlib.util.find_spec(name).origin).parent
     files = find_files((name if name == "stdlib" else str(root),), HERE, (".py",))
     kept, folders, known = [], [], []
     for number in np.random.default_rng(0).permutation(len(files)):
