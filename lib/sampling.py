@@ -48,16 +48,20 @@ def choose(
     if sampling.temperature < 1e-5:  # dividing by less would overflow
         return logits.argmax(-1)
     p, tokens = ranked(logits, sampling)
-    return tokens.gather(-1, pick(p, uniform)[:, None])[:, 0]
+    place = pick(p, uniform)[:, None]
+    return tokens.gather(-1, place)[:, 0]
 
 
 def distribution(logits: Tensor, contexts: list[list[int]], sampling: Sampling) -> Tensor:
     """The probabilities (B, V) with which `choose` takes each token; the logits are changed."""
     penalise(logits, contexts, sampling.repetition_penalty)
     if sampling.temperature < 1e-5:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        p = torch.zeros_like(logits)
+        likeliest = logits.argmax(-1, keepdim=True)
+        return p.scatter_(-1, likeliest, 1.0)
     p, tokens = ranked(logits, sampling)
-    return torch.zeros_like(p).scatter_(-1, tokens, p / p.sum(-1, keepdim=True))
+    p = p / p.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter_(-1, tokens, p)
 
 
 def penalise(logits: Tensor, contexts: list[list[int]], penalty: float):
@@ -65,9 +69,11 @@ def penalise(logits: Tensor, contexts: list[list[int]], penalty: float):
     if penalty == 1:
         return
     for row, context in zip(logits, contexts):
-        seen = torch.tensor(sorted(set(context)), device=logits.device)
+        known = sorted(set(context))
+        seen = torch.tensor(known, device=logits.device)
         before = row[seen]
-        row[seen] = torch.where(before > 0, before / penalty, before * penalty)
+        weaker = torch.where(before > 0, before / penalty, before * penalty)
+        row[seen] = weaker
 
 
 def ranked(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -79,20 +85,24 @@ def ranked(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     keep = torch.ones_like(logits, dtype=torch.bool)
     if sampling.top_k:  # by rank, so that equal logits do not let more than k through
         keep[:, sampling.top_k :] = False
-    scaled = (logits / sampling.temperature).masked_fill(~keep, -math.inf)
-    p = scaled.softmax(-1)  # top_p counts what top_k leaves
-    keep &= p.cumsum(-1) - p < sampling.top_p
-    keep &= p >= sampling.min_p * p[:, :1]
+    scaled = logits / sampling.temperature
+    p = scaled.masked_fill(~keep, -math.inf).softmax(-1)
+    likelier = p.cumsum(-1) - p  # top_p counts what top_k leaves
+    keep &= likelier < sampling.top_p
+    least = sampling.min_p * p[:, :1]
+    keep &= p >= least
     return p * keep, tokens
 
 
 def pick(p: Tensor, uniform: Tensor) -> Tensor:
     """The places (B,) whose share of the mass of p (B, V) holds uniform (B,), never one of 0."""
     mass = p.cumsum(-1)
-    place = (mass <= uniform[:, None] * mass[:, -1:]).sum(-1)
+    whole = mass[:, -1:]
+    wanted = uniform[:, None] * whole
+    place = (mass <= wanted).sum(-1)
     places = torch.arange(p.size(-1), device=p.device)
-    last = torch.where(p > 0, places, 0).amax(-1)
-    return torch.minimum(place, last)
+    possible = torch.where(p > 0, places, 0)
+    return torch.minimum(place, possible.amax(-1))
 
 
 def next_tokens(

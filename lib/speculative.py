@@ -27,14 +27,17 @@ class Speculation:
 
     def __call__(self, model, rows: int, size: int, prefix=None) -> "SpeculativeDecoder":
         if rows != 1 or prefix is not None:
-            raise BadInput("a draft guesses for one text at a time, read from its beginning")
+            only = "one text at a time, read from its beginning"
+            raise BadInput(f"a draft guesses for {only}")
         return SpeculativeDecoder(self, model, size)
 
     def described(self) -> str:
         """What came of the guesses, in words."""
         share = self.accepted / max(1, self.guessed)
-        tokens = (self.accepted + self.rounds) / max(1, self.rounds)
-        return f"{tokens:.2f} tokens a round; {share:.0%} of {self.guessed} guesses accepted"
+        written = self.accepted + self.rounds
+        tokens = written / max(1, self.rounds)
+        guesses = f"{share:.0%} of {self.guessed} guesses accepted"
+        return f"{tokens:.2f} tokens a round; {guesses}"
 
 
 class SpeculativeDecoder:
@@ -67,10 +70,11 @@ class SpeculativeDecoder:
         """Read a chunk, guess what follows, and let the model read both in one go."""
         read = len(self.known)
         self.target.trim([read])
-        self.draft.trim([min(read, self.draft.cache.longest)])
+        by_draft = self.draft.cache.longest
+        self.draft.trim([min(read, by_draft)])
         self.guess(self.known + chunk)
-        states = self.target.states([chunk + self.guesses])[:, len(chunk) - 1 :]
-        self.logits = self.model.unembedding(states[0]).float()
+        states = self.target.states([chunk + self.guesses])[0]
+        self.logits = self.model.unembedding(states[len(chunk) - 1 :]).float()
         self.made_by.rounds += 1
         self.made_by.guessed += len(self.guesses)
 
@@ -78,11 +82,13 @@ class SpeculativeDecoder:
         """Let the draft go on from context, of which it has read a part."""
         self.guesses, self.drawn_from = [], []
         unread = context[self.draft.cache.longest :]  # after a full success two tokens
-        for _ in range(min(self.made_by.draft_tokens, self.window - len(context))):
+        room = self.window - len(context)
+        for _ in range(min(self.made_by.draft_tokens, room)):
             logits = self.draft.read([unread])
-            p = distribution(logits, [context + self.guesses], self.made_by.sampling)
-            uniform = torch.rand(1, generator=self.generator).to(p.device)
-            unread = pick(p, uniform).tolist()
+            so_far = context + self.guesses
+            p = distribution(logits, [so_far], self.made_by.sampling)
+            uniform = torch.rand(1, generator=self.generator)
+            unread = pick(p, uniform.to(p.device)).tolist()
             self.guesses += unread
             self.drawn_from.append(p[0])
 
@@ -94,8 +100,8 @@ class SpeculativeDecoder:
             return next_tokens(logits, contexts, sampling, uniform)
         if not logits.isfinite().all():
             return [NOT_FINITE]
-        p = distribution(logits, contexts, sampling)[0]
-        return [accept(p, self.drawn_from[0], self.guesses[0], float(uniform))]
+        p, q = distribution(logits, contexts, sampling)[0], self.drawn_from[0]
+        return [accept(p, q, self.guesses[0], float(uniform))]
 
     def trim(self, lengths: list[int]):
         """Forget all but the first lengths[0] tokens."""
@@ -110,8 +116,11 @@ def accept(p: Tensor, q: Tensor, guess: int, uniform: float) -> int:
     The guess is taken with probability min(1, p / q), otherwise a token is drawn from what p has
     more than q. One uniform number does for both: what is left of it, stretched, is uniform again.
     """
-    taken = min(1.0, float(p[guess] / q[guess]))
+    ratio = float(p[guess] / q[guess])
+    taken = min(1.0, ratio)
     if uniform < taken:
         return guess
-    rest = torch.tensor([(uniform - taken) / (1 - taken)], device=p.device)
-    return int(pick((p - q).clamp(min=0)[None], rest))
+    rest = (uniform - taken) / (1 - taken)
+    more = (p - q).clamp(min=0)[None]
+    uniform = torch.tensor([rest], device=p.device)
+    return int(pick(more, uniform))

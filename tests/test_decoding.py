@@ -74,7 +74,7 @@ def test_without_chance_a_draft_changes_no_token(tokens, sampling):
 
 def test_a_draft_that_is_always_right_gives_one_token_more_than_it_guesses():
     model = random_model(TINY)
-    for sampling in (Sampling(), Sampling(1.0)):
+    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, repetition_penalty=2.0)):
         _, made = speculate(model, model, [1, 2, 3], 40, sampling)
         assert made.rounds == 8 and made.accepted == 32 and made.described().startswith("5.00 tokens a round; 100%")
 

@@ -17,8 +17,8 @@ BOOK = {  # file: lines, columns of its widest line, syntax nodes a code line, l
     "model.py": (385, 100, 12.0, 45),
     "data.py": (385, 100, 10.5, 45),
     "train.py": (395, 100, 10.5, 45),
-    "sample.py": (300, 100, 10.5, 45),
-    "eval.py": (370, 100, 10.5, 45),
+    "sample.py": (315, 100, 10.5, 45),
+    "eval.py": (372, 100, 10.5, 45),
     "bench.py": (400, 100, 10.5, 45),
 }
 LIBRARY = sorted(path.name for path in (ROOT / "lib").glob("*.py"))
@@ -95,8 +95,8 @@ def test_a_file_of_the_book_is_read_in_one_sitting(name, lines, width, nodes, lo
     assert max(node.end_lineno - node.lineno + 1 for node in functions) <= longest
 
 
-def test_the_five_files_together_have_at_most_1800_lines():
-    assert sum(len((ROOT / name).read_text().splitlines()) for name in BOOK if name != "bench.py") <= 1800
+def test_the_five_files_together_have_at_most_1850_lines():
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in BOOK if name != "bench.py") <= 1850
 
 
 @pytest.mark.parametrize("name", [*BOOK, *(f"lib/{name}" for name in LIBRARY)])

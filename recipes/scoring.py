@@ -1,0 +1,36 @@
+"""Scoring questions of multiple choice without a new process, for recipes that change a model many times."""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import eval as evaluation
+from lib.batches import make_batches, rows_to_read
+from lib.eval_flags import settled
+from lib.share import World
+from lib.with_model import asked_in_chat
+from sample import load_model
+
+
+class Questions:
+    """The questions of a file of multiple choice, asked as `eval.py --task choices --chat` asks the run."""
+
+    def __init__(self, run: Path, data: Path, limit: int = 0):
+        model, tokenizer = load_model(str(run))
+        words = dict(model=(str(run),), task="choices", data=str(data), chat=True, limit=limit)
+        config = settled(evaluation.Config(**words), evaluation.PROTOCOLS)
+        config = asked_in_chat(config, str(run), tokenizer, False)
+        self.questions = evaluation.make_questions(model, tokenizer, config, World())
+
+    def right(self, model) -> np.ndarray:
+        """Whether the likeliest choice is the right one, of each question."""
+        scores, reader = defaultdict(dict), evaluation.Reader(model.eval())
+        for batch in make_batches(self.questions, list(rows_to_read(self.questions)), 2048):
+            for question, choice, logprob in reader.score(batch):
+                scores[question][choice] = logprob
+        chosen = [max(scores[number], key=scores[number].get) for number in range(len(self.questions))]
+        return np.array([question.gold == [choice] for question, choice in zip(self.questions, chosen)])
