@@ -56,8 +56,7 @@ def histograms(answers: Answers, train: np.ndarray, vocab_size: int) -> np.ndarr
     """
     values = max_norm(answers, frequencies(answers.tokens[train], vocab_size))
     edges = np.linspace(values[train].min(), values[train].max(), BINS + 1)
-    bins = np.searchsorted(edges[1:-1], values, side="right")
-    return shares(bins, BINS)
+    return shares(np.searchsorted(edges[1:-1], values, side="right"), BINS)
 
 
 def shares(numbers: np.ndarray, size: int) -> np.ndarray:
@@ -88,13 +87,20 @@ def crossed(features: Callable[[np.ndarray], np.ndarray], labels: np.ndarray, se
     return found
 
 
+def of_shared(answers: Answers, members: np.ndarray, vocab_size: int) -> Answers:
+    """With the mean of a document's other tokens in place of what is said of those that no other member holds."""
+    holders = (shares(answers.tokens[members], vocab_size) > 0).sum(0)
+    known = holders[answers.tokens] > members[:, None]
+    means = np.average(answers.logprobs, axis=1, weights=known)
+    return answers._replace(logprobs=np.where(known, answers.logprobs, means[:, None]))
+
+
 def by_probabilities(answers: Answers, early: Answers, packed: np.ndarray) -> dict[str, np.ndarray]:
     """The attacks that nothing is fitted for.
 
     early is what another model says of the same documents, packed their sizes under zlib.
     """
-    logprobs = answers.logprobs
-    fifth = int(0.2 * logprobs.shape[1])
+    logprobs, fifth = answers.logprobs, int(0.2 * answers.logprobs.shape[1])
     return {
         "loss": logprobs.mean(1),
         "Min-20 %": np.sort(logprobs, 1)[:, :fifth].mean(1),
@@ -105,18 +111,16 @@ def by_probabilities(answers: Answers, early: Answers, packed: np.ndarray) -> di
 
 def attack(answers: Answers, early, packed, labels: np.ndarray, vocab_size: int, seed: int) -> dict[str, np.ndarray]:
     """The scores of every attack, higher where membership is likelier; see by_probabilities."""
-    plain = aggregates(answers)
     fitted = {
         PAPER: crossed(lambda train: histograms(answers, train, vocab_size), labels, seed),
-        "aggregates, NoNorm": crossed(lambda train: plain, labels, seed),
+        "aggregates, NoNorm": crossed(lambda train: aggregates(answers), labels, seed),
     }
     return fitted | by_probabilities(answers, early, packed)
 
 
 def blind(ids: np.ndarray, labels: np.ndarray, vocab_size: int, seed: int) -> np.ndarray:
     """The scores of the same forest that is given how often each token is in a document, and no model."""
-    counts = shares(ids, vocab_size)
-    return crossed(lambda train: counts, labels, seed)
+    return crossed(lambda train: shares(ids, vocab_size), labels, seed)
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """recipes/membership.py and attacks.py: formulas by hand, what may not leak, and controls at chance."""
 
 import dataclasses
+import doctest
 import sys
 from itertools import product
 
@@ -52,6 +53,7 @@ def test_the_auc_is_the_share_of_pairs_in_which_the_member_is_above():
     pairs = [(a > b) + (a == b) / 2 for a, b in product(scores[labels], scores[~labels])]
     assert attacks.auc(scores, labels) == pytest.approx(np.mean(pairs))
     assert attacks.auc(scores, ~labels) == pytest.approx(1 - np.mean(pairs))
+    assert doctest.testmod(attacks) == (0, 1)
 
 
 def test_the_reference_and_maxnorm_are_those_of_the_paper():
@@ -78,6 +80,13 @@ def test_attacks_by_probabilities_are_means_of_what_they_say():
     assert {name: float(value[0]) for name, value in found.items()} == pytest.approx(
         {"loss": -3, "Min-20 %": -8, "loss / zlib": -5, "loss less early": 1}
     )
+
+
+def test_tokens_that_only_the_document_itself_holds_are_replaced_by_the_mean_of_the_others():
+    tokens = np.array([[1, 2, 3, 4], [1, 2, 5, 5], [1, 3, 6, 6]])  # two members and another
+    logprobs = -np.array([[1.0, 3, 9, 9], [2, 4, 9, 9], [5, 7, 9, 9]])
+    found = attacks.of_shared(Answers(tokens, logprobs, logprobs), np.array([True, True, False]), 9)
+    assert found.logprobs.tolist() == [[-1, -3, -2, -2], [-2, -4, -3, -3], [-5, -7, -6, -6]]
 
 
 def test_a_histogram_has_equal_bins_between_the_ends_of_the_training_documents(monkeypatch):
@@ -214,7 +223,7 @@ def test_all_is_measured_and_judged_and_reported(tmp_path, monkeypatch, capsys):
     labels = [half(count), ~half(count)]
     honest = membership.measured(ids, labels, (0, 1, 4, 16), Tokenizer("bytes"), read=True)
     shifted = membership.measured(ids, [labels[0]] * 2, (0, 16), Tokenizer("bytes"), read=False)
-    assert len(honest.scores) == 4 * 8 and len(shifted.scores) == 2 * 7
+    assert len(honest.scores) == 4 * 9 and len(shifted.scores) == 2 * 7
     assert all(np.shape(values) == (2, count) for values in honest.scores.values())
     report = membership.Report("membership", "A title")
     membership.tabled(report, shifted)
