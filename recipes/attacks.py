@@ -87,12 +87,11 @@ def crossed(features: Callable[[np.ndarray], np.ndarray], labels: np.ndarray, se
     return found
 
 
-def of_shared(answers: Answers, members: np.ndarray, vocab_size: int) -> Answers:
-    """With the mean of a document's other tokens in place of what is said of those that no other member holds."""
-    holders = (shares(answers.tokens[members], vocab_size) > 0).sum(0)
-    known = holders[answers.tokens] > members[:, None]
-    means = np.average(answers.logprobs, axis=1, weights=known)
-    return answers._replace(logprobs=np.where(known, answers.logprobs, means[:, None]))
+def of_counts(ids: np.ndarray, members: np.ndarray, vocab_size: int) -> Answers:
+    """What a model would say that knows how often each token is in the members, and nothing else."""
+    tokens = ids[:, 1:]
+    logprobs = np.log(frequencies(ids[members], vocab_size))[tokens]
+    return Answers(tokens, logprobs, logprobs)
 
 
 def by_probabilities(answers: Answers, early: Answers, packed: np.ndarray) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attacks import EARLY, PAPER, WINDOW, Split, ask, attack, auc, blind, by_probabilities, of_shared
+from attacks import EARLY, PAPER, WINDOW, Split, ask, attack, auc, blind, by_probabilities, of_counts
 from study import OUT, Report, once, text
 
 from data import Dataset, Tokenizer
@@ -46,7 +46,7 @@ from model import load
 HERE = OUT / "membership"
 SIZE = 8 * (WINDOW - 1) + 1             # tokens of a document
 EARLIER = {0: 0, 1: 0.25, 4: 1, 16: 4}  # epochs, and those of the early checkpoint
-BLIND = "blind, no model"
+BLIND, COUNTS = "blind, no model", "members' counts"
 
 
 @dataclass
@@ -129,16 +129,15 @@ def measured(ids: np.ndarray, labels: list[np.ndarray], epochs: tuple[int, ...],
     packed = np.array([len(zlib.compress(tokenizer.decode(row).encode())) for row in ids.tolist()])
     scores, size = defaultdict(list), tokenizer.vocab_size
     for seed, members in enumerate(labels):
-        without = blind(ids, members, size, seed)
+        without, counts = blind(ids, members, size, seed), of_counts(ids, members, size)
+        counts = by_probabilities(counts, counts, packed)
         ages = sorted({*epochs, *(EARLIER[number] for number in epochs)})
         answers = {age: ask(load(trained(seed, age)), ids) for age in ages}
         for number in epochs:
             found = attack(answers[number], answers[EARLIER[number]], packed, members, size, seed)
             found[BLIND] = without
             if read:
-                shared = of_shared(answers[number], members, size)
-                shared = by_probabilities(shared, shared, packed)
-                found |= {f"{name}, shared tokens": shared[name] for name in ("loss", "Min-20 %")}
+                found |= {f"{name}, {COUNTS}": counts[name] for name in ("loss", "Min-20 %")}
             for name, values in found.items():
                 scores[number, name].append(values)
     return Split(np.array(labels), scores)
@@ -180,8 +179,8 @@ def main(config: Config):
     shuffled = [np.random.default_rng(seed).permutation(labels[0]) for seed in range(10)]
     found = [auc(blind(ids, members, tokenizer.vocab_size, 0), members) for members in shuffled]
     control = f"have a mean AUC of {np.mean(found):.3f}, standard deviation {np.std(found, ddof=1):.3f}"
-    report.say("Shared tokens are those that another member than the document itself holds. Control: blind forests on "
-               f"ten shuffles of the labels {control}. The intervals leave out this luck of forests.")  # fmt: skip
+    report.say("Members' counts: how often each token is in the members, in place of a model. Control: blind forests "
+               f"on ten shuffles of the labels {control}. The intervals leave out this luck.")  # fmt: skip
     parts = [pieces(name, tokenizer, config.documents // 2)[0] for name in config.shifted]
     both = " and ".join(f"{len(part)} of {name}" for name, part in zip(config.shifted, parts))
     report.say(f"Shifted split: {both}, the first called members; the models are those above, which read neither.")

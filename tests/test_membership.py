@@ -82,11 +82,11 @@ def test_attacks_by_probabilities_are_means_of_what_they_say():
     )
 
 
-def test_tokens_that_only_the_document_itself_holds_are_replaced_by_the_mean_of_the_others():
-    tokens = np.array([[1, 2, 3, 4], [1, 2, 5, 5], [1, 3, 6, 6]])  # two members and another
-    logprobs = -np.array([[1.0, 3, 9, 9], [2, 4, 9, 9], [5, 7, 9, 9]])
-    found = attacks.of_shared(Answers(tokens, logprobs, logprobs), np.array([True, True, False]), 9)
-    assert found.logprobs.tolist() == [[-1, -3, -2, -2], [-2, -4, -3, -3], [-5, -7, -6, -6]]
+def test_counts_of_the_members_are_all_that_the_model_without_a_model_knows():
+    ids, members = np.array([[1, 2, 2, 3], [2, 2, 2, 3], [1, 2, 4, 3]]), np.array([True, True, False])
+    found = attacks.of_counts(ids, members, 9)
+    expected = np.log([[5 / 8, 5 / 8, 2 / 8], [5 / 8, 5 / 8, 2 / 8], [5 / 8, 1 / 16, 2 / 8]])
+    assert (found.tokens == ids[:, 1:]).all() and found.logprobs == pytest.approx(expected)
 
 
 def test_a_histogram_has_equal_bins_between_the_ends_of_the_training_documents(monkeypatch):
