@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lib.errors import BadInput
 
 Quantize = Literal["none", "int8"]
-FEW = 4     # rows up to which the product with whole numbers is the faster one
+FEW = 16    # rows up to which the product with whole numbers is the faster one
 WIDTH = 32  # what it wants the matrix's rows to be a multiple of
 
 
@@ -68,7 +68,7 @@ class Int8Linear(nn.Module):
         rows = x.flatten(0, -2)
         # PyTorch's product reads past rows of another width, and may crash
         if len(rows) > FEW or rows.size(1) % WIDTH:
-            weight = self.codes.bfloat16() * self.scales[:, None]
-            return F.linear(x.bfloat16(), weight).to(x.dtype)
+            products = F.linear(x.bfloat16(), self.codes.bfloat16())
+            return (products * self.scales).to(x.dtype)
         y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scales)
         return y.view(*x.shape[:-1], -1).to(x.dtype)

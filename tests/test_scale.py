@@ -26,8 +26,9 @@ from conftest import ROOT, TINY_RUN, checkpoints_of, command, flags, forecast_of
 from data import Batch, Mixture
 from lib import forecast, saving, train_flags
 from lib import world as world_of
+from lib.kernels import sharding_units
 from lib.world import join_world
-from model import IGNORE, SIZES, Transformer, load, save
+from model import IGNORE, SIZES, ModelConfig, Transformer, load, save
 from ranks import CONFIG
 from test_train import CPU, build, log, micro_batch, read_checkpoint, rows, same_bits, world  # noqa: F401
 from train import Config
@@ -88,6 +89,19 @@ def test_gathered_weights_are_kept_or_given_back_with_the_same_gradients(world):
         model(rows()[:, :-1], rows()[:, 1:])
         weight = model.blocks[0].feed_forward.up.weight
         assert isinstance(weight, torch.distributed.tensor.DTensor) == is_sharded
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_neighbouring_blocks_of_less_than_a_million_parameters_are_gathered_together(tied):
+    """The laptop's have 0.2 million each; of those below, 4 * 256 * 256 + 3 * 256 * 192 + 512 make 0.41."""
+    shape = ModelConfig(256, 7, 4, 4, 192, vocab_size=64, tie_embeddings=tied)
+    model = Transformer(shape)
+    units = sharding_units(model)
+    blocks = [*model.blocks]
+    expected = [blocks[:3], blocks[3:6], blocks[6:]]
+    assert units == (expected if tied else [*expected, [model.embedding]])
+    laptop = Transformer(SIZES["laptop"])
+    assert sharding_units(laptop) == [[*laptop.blocks]]
 
 
 def test_a_step_without_any_target_moves_nothing_and_is_counted(world):  # noqa: F811
