@@ -29,7 +29,7 @@ class Flags:
     out: str = "data/stdlib"            # the folder to make
     tokenizer: str = "train:4096"       # a file or a model's folder, gpt2, cl100k_base, bytes, or train:SIZE
     val_fraction: float = 0.05          # of the documents, chosen by their hash
-    val_last: bool = False              # it is the end of the text instead, to the character
+    val_last: bool = False              # instead the end of the text, to the character
     workers: int = 0                    # processes; 0 takes all cores
 
 

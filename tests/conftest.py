@@ -132,7 +132,7 @@ def prepare(
     from data import Text, make_dataset
     from lib import sources
 
-    config = sources.Flags(source, out, tokenizer, val_fraction, workers or 0)
+    config = sources.Flags(source, out, tokenizer, val_fraction, workers=workers or 0)
     return make_dataset(config, Text(config))
 
 
@@ -145,8 +145,9 @@ def prepare_chats(
     from data import Config, make_dataset
     from lib.chat_source import Chats, Cleaning
 
-    plain = (source, out, tokenizer, val_fraction, workers or 0)
-    config = Config(*plain, template, max_len, format, allow_bad, cleaning or Cleaning())
+    plain = dict(source=source, out=out, tokenizer=tokenizer, val_fraction=val_fraction, workers=workers or 0)
+    chat = dict(template=template, max_len=max_len, format=format, allow_bad=allow_bad)
+    config = Config(**plain, **chat, cleaning=cleaning or Cleaning())
     return make_dataset(config, Chats(config))
 
 

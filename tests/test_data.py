@@ -533,7 +533,6 @@ def test_bad_input_is_one_sentence_and_nothing_is_written_over(tmp_path):
         ({"out": tmp_path / "taken"}, "taken exists; choose another folder"),
         ({"val_fraction": 1.5}, "--val_fraction 1.5 must lie between 0 and 1"),
         ({"val_fraction": 0.0001}, "none of the 3 documents went to val"),
-        ({"val_last": True, "template": "plain", "tokenizer": "bytes"}, "--val_last divides text, not conversations"),
         ({"tokenizer": "train:12"}, "vocabulary size above 300"),
         ({"tokenizer": "train:90000"}, "--tokenizer train:90000"),
         ({"tokenizer": "words"}, "no tokenizer words"),
@@ -541,6 +540,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written_over(tmp_path):
         ({"out": tmp_path / "in" / "0000.md" / "d"}, "Not a directory"),
     ):
         assert message in refused(*flags(good | change))
+    assert "--val_last divides text, not" in refused(*flags(good), "--template", "plain", "--val_last")
     assert (tmp_path / "taken" / "x").read_text() == "keep me" and not (tmp_path / "d").exists()
     assert "--val_fraction" in command("data.py", "--val_fractoin", "0.1", check=False).stderr  # a suggestion
 
