@@ -210,6 +210,7 @@ def without_times(folder: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_grid_that_was_killed_ends_with_the_report_of_one_that_was_not(tiny_data, tmp_path):
     """Two variants, two seeds. One variant changes nothing, and makes a difference of exactly 0."""
     same = tmp_path / "same.py"

@@ -9,6 +9,7 @@ import sys
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_lecture_runs_and_prints_what_it_shows(tmp_path):
     book = json.loads((ROOT / "recipes" / "lecture.ipynb").read_text())
     cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]

@@ -248,6 +248,7 @@ def test_the_slurm_job_of_a_fine_tuning_queues_up_until_its_epochs_are_done(tiny
     assert epochs["step"] == int((tmp_path / "run" / "last").read_text()[5:]) > 200
 
 
+@pytest.mark.slow
 def test_the_slurm_job_saves_on_sigterm_queues_up_again_and_goes_on_to_its_end(tiny_data, tmp_path):
     commands(tmp_path)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")

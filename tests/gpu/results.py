@@ -37,6 +37,7 @@ PARTS = {  # title: (seconds at most, what follows python)
         110, f"bench.py --size 1.1B --seq_len 2048 --micro_batch 8 --compile on --peer hf {QUICK}"),
     "1.1B, packed documents against whole rows": (
         80, f"bench.py --size 1.1B --seq_len 2048 --micro_batch 8 --compile on --pack {QUICK}"),
+    "7B, writing beside transformers": (100, "bench.py --decode --size 7B --dtype bf16 --peer hf --repeats 2"),
     "7B, the fastest setting": (
         240, "bench.py --size 7B --seq_len 4096 --micro_batch 4 --compile on --sweep --steps 3 --warmup 1 --repeats 1"),
 }  # fmt: skip
@@ -46,6 +47,7 @@ SMALL = {
     "7B beside transformers": (60, f"bench.py {TINY} --peer hf"),
     "1.1B beside transformers": (60, f"bench.py {TINY} --peer hf"),
     "1.1B, packed documents against whole rows": (60, f"bench.py {TINY} --pack"),
+    "7B, writing beside transformers": (60, "bench.py --decode --size 260K --dtype fp32 --peer hf --repeats 1"),
     "7B, the fastest setting": (60, f"bench.py {TINY} --sweep"),
 }
 

@@ -9,7 +9,7 @@ from conftest import command
 def test_one_command_writes_down_what_this_machine_does(tmp_path):
     command("tests/gpu/results.py", "--small", "--out", str(tmp_path / "RESULTS.md"))
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.count(": done, ") == text.count("## ") == 5 and "FAILED" not in text
+    assert text.count(": done, ") == text.count("## ") == 6 and "FAILED" not in text
     assert text.count("tokens/s") >= 4 and "ratio" in text and "fastest: " in text
     assert all(name in text for name in ("date: ", "device: ", "versions: Python", "commit: "))
 
