@@ -12,7 +12,7 @@ from lib.decoding import prepare
 from lib.peers import CACHES, HuggingFaceWriter
 from lib.rounds import compare, in_turns
 from lib.timing import read_speed, timed
-from lib.world import compute_dtype, keep_freed_memory
+from lib.world import compute_dtype
 
 BATCHES = (1, 4, 16)  # rows that are written together
 PROMPT = 16  # tokens that each of them begins with
@@ -139,7 +139,6 @@ def measure_writing(config, shape, device: torch.device, generate: Callable, say
     config is a bench.Config, shape a model.ModelConfig, generate is sample.generate.
     """
     bandwidth = read_speed(device)
-    keep_freed_memory(False)  # as in sample.py
     ways = ways_to_write(config, shape, device, generate)
     say(f"memory is read at {bandwidth / 1e9:.3g} GB/s")
     say(TITLES)
