@@ -85,10 +85,8 @@ CHANGES = {
         {"3": "1", "400": "2"},
         ["--", *SHAPE, *TUNED],
     ),
-    "python data.py --source tinyshakespeare --out data/shakespeare --tokenizer bytes --val_fraction 0.1": (
-        {"tinyshakespeare": SHAKESPEARE},
-        [],
-    ),
+    "python data.py --source tinyshakespeare --out data/shakespeare --tokenizer bytes --val_fraction 0.1 "
+    "--val_last": ({"tinyshakespeare": SHAKESPEARE}, []),
     "python train.py --data data/shakespeare --out out/shakespeare --num_layers 4 --dim 128 --num_heads 4 "
     '--ffn_dim 344 --seq_len 64 --batch_size 12 --steps 2000 --learning_rate 2e-3 --sample "ROMEO:"': (
         {},
