@@ -89,6 +89,16 @@ def describe(parts: dict[str, int]) -> str:
     return f"forecast: {total:.2g} GiB in each process at the peak of a step ({most})"
 
 
+def with_its_dtype(config, gpu) -> tuple:
+    """A run's flags as they are planned for this GPU, and what to say of it: auto is fp16 where there is no bf16."""
+    if gpu.bf16 or config.dtype not in ("auto", "bf16"):
+        return config, ""
+    if config.dtype == "bf16":
+        problem = f"does not go with --gpu {config.gpu}, which has no bf16; fp16 does"
+        raise BadInput(f"--dtype bf16 {problem}")
+    return dataclasses.replace(config, dtype="fp16"), WITHOUT_BF16.format(gpu=config.gpu)
+
+
 def plan(model: nn.Module, config, data=None) -> str:
     """What a run would need on --gpus of --gpu: memory by part, whether it fits, speed and time.
 
@@ -99,14 +109,8 @@ def plan(model: nn.Module, config, data=None) -> str:
     if data:
         config = in_steps(config, len(data) / config.batch_size)
         length += f", {config.epochs:g} epochs of {len(data):,} sequences"
-    gpu, compiled, note = GPUS[config.gpu], config.compile != "off", ""
-    if not gpu.bf16:
-        if config.dtype == "bf16":
-            problem = f"does not go with --gpu {config.gpu}, which has no bf16; fp16 does"
-            raise BadInput(f"--dtype bf16 {problem}")
-        if config.dtype == "auto":
-            config = dataclasses.replace(config, dtype="fp16")
-            note = WITHOUT_BF16.format(gpu=config.gpu)
+    gpu, compiled = GPUS[config.gpu], config.compile != "off"
+    config, note = with_its_dtype(config, gpu)
     parts = forecast(model, config, config.gpus, compiled, has_pairs(config.data))
     need = sum(parts.values()) / GIB
     verdict = "fits" if need + RESERVE <= gpu.memory else "does not fit"

@@ -83,7 +83,7 @@ def verdicts(report: Report, rows: list[list]):
         found = f"{min(off):+.0f} to {max(off):+.0f} %; within it are {near} of {len(off)}"
         say(f"{what} within 15 % of what is predicted", found, near == len(off))
     for words in ("greedy", "temperature 1"):
-        times = {name: row[10] for row in rows if row[0] == words for name in [row[1]]}
+        times = {row[1]: row[10] for row in rows if row[0] == words}
         slower = times["8x64_long"] < min(times["2x128"], times["1x176"])
         found = ", ".join(f"{name} {times[name]:.2f}" for name in ("8x64_long", "2x128", "1x176"))
         say(f"{words}: the deep draft, trained longer, is slower than the shallow ones", found, slower)

@@ -74,7 +74,7 @@ class Config:
     alpha: tuple[float, ...] = field(default=(0.5,))
     """how far to go from the first to the second: one number, or one for each part of the layers, input first"""
     anyway: bool = False
-    """take a tokenizer that cannot be the model's"""
+    """also take a run whose model.py computed something else"""
     trust_variant: bool = False
     """run the Python file that comes with a model"""
 

@@ -78,6 +78,8 @@ MUTANTS = [
     Mutant("choices are scored without the amateur", "lib/contrast.py",
            "value = (1 + self.beta) * expert - self.beta * amateur", "value = expert",
            "decoding: scored"),
+    Mutant("threads of OpenMP wait as long as ever", "lib/cli.py",
+           'os.environ.setdefault("GOMP_SPINCOUNT", "1000")', "pass", "structure: sleep_soon"),
     Mutant("whole numbers are cut off, not rounded", "lib/decoding.py",
            "codes.round()", "codes.trunc()", "decoding: near_the_matrix"),
     Mutant("a tied matrix is laid out twice", "lib/decoding.py",

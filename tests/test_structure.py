@@ -75,6 +75,24 @@ def test_scripts_import_only_upwards(name):
     assert imported(ROOT / f"{name}.py") & set(SCRIPTS) <= ABOVE[name]
 
 
+def test_openmps_threads_sleep_soon_beside_other_work_unless_told_otherwise():
+    """Their library reads the setting when PyTorch is loaded; so lib.cli is imported before it."""
+    import os
+    import subprocess
+    import sys
+
+    code = "import os, sys, lib.cli; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    others = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for typed, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        words, env = [sys.executable, "-c", code], others | typed
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.stdout == f"{expected} False\n", done.stderr
+    for name in SCRIPTS[1:]:
+        nodes = ast.parse((ROOT / f"{name}.py").read_text()).body
+        first = next(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+        assert first.module == "lib.cli"
+
+
 def test_no_script_loads_the_compiler_when_it_begins():
     """It takes longer than all else together; and eval.py, which has sample.py's, no parts of distributed training."""
     import subprocess
