@@ -1,4 +1,5 @@
-"""How a model's matrices lie in memory while it writes: fast for one row, or as whole numbers."""
+"""What a model is given so that it writes fast: on a CPU matrices that are read fast for one row, or
+as whole numbers; on a GPU steps that are recorded."""
 
 from typing import Literal
 
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.errors import BadInput
+from lib.recording import Recorded
 
 Quantize = Literal["none", "int8"]
 FEW = 16    # rows up to which the product with whole numbers is the faster one
@@ -14,15 +16,18 @@ WIDTH = 32  # what it wants the matrix's rows to be a multiple of
 
 
 def prepare(model: nn.Module, quantize: Quantize) -> nn.Module:
-    """The model, made ready to read and write, see `lay_out` and `Int8Linear`.
+    """The model, made ready to read and write: see `lay_out`, `Int8Linear`, and lib/recording.py.
 
     Raises ValueError for int8 on a GPU, which has no product for it here.
     """
+    on_gpu = model.norm.weight.device.type == "cuda"
+    if on_gpu and quantize != "none":
+        raise BadInput("--quantize int8 is for a CPU")
+    if on_gpu:
+        model.hidden = Recorded(model)
     if quantize == "none":
         lay_out(model)
         return model
-    if model.norm.weight.device.type != "cpu":
-        raise BadInput("--quantize int8 is for a CPU")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

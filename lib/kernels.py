@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lib.cpu_attention import attend_on_cpu
 from lib.errors import BadInput
 from lib.packed import attend_within, each_alone, one_by_one
+from lib.tensors import OnHost, unwrapped
 
 IGNORE = -100      # a target with this id is not trained on
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time in the loss
@@ -164,9 +165,9 @@ class CrossEntropy:
         if compiled:
             self.loss_and_gradient = torch.compile(loss_and_gradient, fullgraph=True)
 
-    def __call__(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, targets: Tensor | OnHost) -> Tensor:
         """The sum of the cross-entropies, in nats."""
-        x, targets = x.flatten(0, 1), targets.flatten()
+        x, targets = x.flatten(0, 1), unwrapped(targets).flatten()
         kept = targets != IGNORE  # on the host where the targets are there: nothing waits for a GPU
         if not kept.all():
             kept = kept.nonzero().squeeze(1)
@@ -176,8 +177,9 @@ class CrossEntropy:
         training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         return ChunkedLoss.apply(x, weight, targets, training, self)
 
-    def log_probs(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def log_probs(self, x: Tensor, weight: Tensor, targets: Tensor | OnHost) -> Tensor:
         """The log-probability of each target (B, T), 0 where there is none."""
+        targets = unwrapped(targets)
         kept = (targets != IGNORE).nonzero(as_tuple=True)
         places = [axis.to(x.device, non_blocking=True) for axis in kept]
         inputs = x[tuple(places)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.kernels import IGNORE
 from lib.lora import without_adapters
+from lib.tensors import OnHost
 
 
 @dataclass
@@ -76,8 +77,9 @@ class DPO:
 
     def log_probs(self, batch) -> Tensor:
         """The log-probability of each target (B, T) under the reference."""
+        targets = OnHost(batch.targets)
         with torch.no_grad(), without_adapters(self.reference):
-            return self.reference.log_probs(batch.tokens, batch.targets, batch.documents)
+            return self.reference.log_probs(batch.tokens, targets, batch.documents)
 
     def sums(self, model: nn.Module, batch) -> Tensor:
         """Of all pairs, one sum for each of names.
@@ -87,7 +89,7 @@ class DPO:
         these targets.
         """
         before = self.log_probs(batch)
-        after = model.log_probs(batch.tokens, batch.targets, batch.documents)
+        after = model.log_probs(batch.tokens, OnHost(batch.targets), batch.documents)
         drifts = (after - before).sum(1)  # of each row
         chosen, rejected = drifts.unflatten(0, (-1, 2)).unbind(1)
         margin = self.beta * (chosen - rejected)

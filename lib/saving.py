@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from lib import probe, variants
 from lib.checkpoint_index import Reader
@@ -27,6 +27,7 @@ from lib.guard import Guard
 from lib.lora import adapters
 from lib.naming import is_finite
 from lib.restoring import flat, read_newest, transfer
+from lib.timing import wait
 from lib.world import all_agree, local, my_share, on_all, on_first_rank
 
 
@@ -50,15 +51,15 @@ class Checkpoints:
         self.tensors = checkpoint_tensors(model, optimizers, guard)
         self.probe, self.adapter = probed, record.get("adapter")
         self.rollbacks: Counter[int] = Counter()  # how often there was one to a step
-        cuda = model.norm.weight.device.type == "cuda"
-        how = dict(use_pinned_memory=cuda, use_non_blocking_copy=cuda, use_shared_memory=False, use_async_staging=False)
-        self.stager = DefaultStager(StagingOptions(**how))
+        self.device = model.norm.weight.device
+        self.stager = StateDictStager(pin_memory=self.device.type == "cuda")  # PyTorch 2.11's DefaultStager works once
         self.group = dist.new_group(backend="gloo")  # what it says to other ranks must not mix with the training's
         self.saving, self.newest = None, -1
 
     def begin(self, step: int, loss: float | None = None):
         """Begin to save, nothing else being saved any more; loss is that of validation at this step, if it is known."""
-        staged = self.stager.stage(detached(self.tensors))
+        staged = self.stager.stage(detached(self.tensors), non_blocking=self.device.type == "cuda")
+        wait(self.device)
         thread = ThreadPoolExecutor(1)  # anew each time, so that its OpenMP threads end with it
         self.saving = step, thread.submit(self._write, step, staged, loss)
         thread.shutdown(wait=False)

@@ -15,6 +15,18 @@ def pinned(values: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
+class OnHost:
+    """A tensor that stays on the host on its way through FSDP, which copies what it is given to the
+    GPU, and waits for it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def unwrapped(tensor: Tensor | OnHost) -> Tensor:
+    return tensor.tensor if isinstance(tensor, OnHost) else tensor
+
+
 def copied(values: np.ndarray, device: torch.device) -> Tensor:
     """On the device."""
     return pinned(values, device).to(device, non_blocking=True)

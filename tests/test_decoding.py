@@ -10,12 +10,14 @@ from collections import Counter
 import pytest
 import torch
 from scipy import stats
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from conftest import command, flags, random_model
 from data import Tokenizer
-from lib import speculative
+from lib import recording, speculative
 from lib.contrast import Contrast, contrast
 from lib.decoding import FEW, Int8Linear, prepare
+from lib.recording import Recorded
 from lib.sampling import Sampling, choose, distribution, pick
 from lib.speculative import Speculation, accept
 from lib.with_model import check_alike
@@ -271,6 +273,86 @@ def test_a_matrix_in_whole_numbers_is_near_the_matrix(width):
         x = torch.randn(rows, width)
         y, expected = small(x[None])[0], x @ small.weight.T
         assert y.dtype == torch.float32 and (y - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+# ---- recorded steps ----
+
+
+def played_again(action):
+    """As lib.recording.cuda_graph, without a GPU: the same operations on the same tensors, whatever the host counts."""
+    results = []
+
+    def first():
+        results.append(action())
+        return results[0]
+
+    graph = make_fx(first)()  # which runs it, as recording on a GPU does not
+    return lambda: results.pop() if results else graph()
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A model, and the same whose steps are recorded, in rooms of 16 tokens and more."""
+    monkeypatch.setattr(recording, "LEAST", 16)
+    model = random_model(TINY)
+    other = copy.deepcopy(model)
+    other.hidden = Recorded(other, played_again)
+    return model, other
+
+
+@pytest.mark.parametrize("end_ids", [(), tuple(range(30, 40))])
+def test_recorded_steps_write_the_same(end_ids, recorded):
+    """While a cache moves to a larger room, rows leave, and the window is full and read anew."""
+    texts = [generate(model, prompts_of(4), 90, end_ids=end_ids) for model in recorded]
+    assert texts[0] == texts[1]
+    assert bool(end_ids) == (len(set(map(len, texts[0]))) > 1)
+    assert len({room.size for room in recorded[1].hidden.rooms}) > 1
+
+
+def test_a_recorded_step_depends_on_nothing_that_the_host_counts(recorded):
+    """Played again for another tenant, shorter than the one it was recorded with, it is still right."""
+    model, other = recorded
+    for length in (11, 3, 7):
+        readers = [Decoder(net, 1, 16) for net in recorded]
+        for tokens in (list(range(1, 1 + length)), [7], [8], [9], [10]):
+            mine, expected = (reader.read([tokens]) for reader in reversed(readers))
+            assert torch.allclose(mine, expected, atol=1e-5)
+        assert readers[1].cache.longest == length + 4 == int(readers[1].cache.lengths)
+    assert len(other.hidden.rooms) == 1 and other.hidden.rooms[0].steps > 6
+
+
+def test_two_that_live_together_have_a_room_each(recorded):
+    plain, model = recorded
+    readers = [Decoder(net, 1, 16) for net in (model, model, plain, plain)]
+    for tokens in ([1, 2], [3], [4], [5], [6]):
+        both = [tokens, [token + 9 for token in tokens]]
+        mine_a, mine_b, plain_a, plain_b = (reader.read([chunk]) for reader, chunk in zip(readers, 2 * both))
+        assert torch.allclose(mine_a, plain_a, atol=1e-5) and torch.allclose(mine_b, plain_b, atol=1e-5)
+    assert len(model.hidden.rooms) == 2
+
+
+def test_only_what_goes_on_moves_into_a_room(recorded):
+    """Not a cache that reads one token after a prefix, as scoring does, nor what asks for gradients."""
+    _, model = recorded
+    reader = Decoder(model, 2, 20)
+    reader.read([[1, 2], [3, 4]])
+    reader.read([[5], [6]])
+    assert not model.hidden.rooms
+    with torch.enable_grad():
+        reader.model.hidden(torch.tensor([[5], [6]]), reader.cache)
+    assert not model.hidden.rooms
+    reader.read([[5], [6]])
+    assert [room.size for room in model.hidden.rooms] == [(2, 16)]
+
+
+def test_rooms_that_nobody_is_in_do_not_pile_up(recorded):
+    """All take no more than the weights do, but for those that somebody is in."""
+    _, model = recorded
+    most = sum(p.nbytes for p in model.parameters())
+    for rows in range(1, 10):
+        generate(model, [[1, 2, 3]] * rows, 5)
+    rooms = model.hidden.rooms
+    assert 1 < len(rooms) < 9 and sum(room.nbytes for room in rooms) <= most
 
 
 def test_in_whole_numbers_the_stories_lose_little(shared):

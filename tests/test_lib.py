@@ -6,14 +6,19 @@ import json
 import os
 from typing import TypedDict
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.utils import _to_kwargs
 
-from lib import gpus
+import train
+from data import Batch
+from lib import gpus, objectives
 from lib.cli import run_command
 from lib.errors import BadInput
 from lib.files import lock, new_folder, write_whole
 from lib.records import read_json, read_record
+from lib.tensors import unwrapped
 
 
 def test_a_folder_whose_writing_fails_is_not_there_and_a_whole_one_is(tmp_path):
@@ -152,3 +157,26 @@ def test_a_copy_of_a_checkpoint_is_no_step_of_a_curve(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / ".metadata").touch()
     assert setting_of(tmp_path, {}, [])[1] == [tmp_path / "step_00000012"]
+
+
+class Asked(torch.nn.Module):
+    """In place of a model: keeps what FSDP would make of the arguments it is called with."""
+
+    def loss(self, *arguments):
+        (self.given,), _ = _to_kwargs(arguments, {}, torch.device("meta"), False)
+        return torch.zeros(())
+
+    def log_probs(self, *arguments):
+        self.loss(*arguments)
+        return torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("objective", [train.NextToken(), objectives.DPO(0.1, Asked())])
+def test_fsdp_leaves_targets_on_the_host(objective):
+    """It copies the tensors that a sharded model is called with to the GPU, and waits; here "meta" is the GPU."""
+    tokens = np.arange(6).reshape(2, 3)
+    model = Asked()
+    objective.sums(model, Batch(tokens, tokens).to(torch.device("cpu")))
+    asked = [model, objective.reference] if isinstance(objective, objectives.DPO) else [model]
+    for tokens, targets, _ in (each.given for each in asked):
+        assert tokens.device.type == "meta" and unwrapped(targets).device.type == "cpu"

@@ -16,7 +16,7 @@ SCRIPTS = ("model", "data", "train", "sample", "eval", "bench")
 BOOK = {  # file: lines, columns of its widest line, syntax nodes a code line, lines of its longest function
     "model.py": (385, 100, 12.0, 45),
     "data.py": (385, 100, 10.5, 45),
-    "train.py": (395, 100, 10.5, 45),
+    "train.py": (396, 100, 10.5, 45),
     "sample.py": (318, 100, 10.5, 45),
     "eval.py": (375, 100, 10.5, 45),
     "bench.py": (400, 100, 10.5, 45),

@@ -28,9 +28,10 @@ import tyro
 from lib.cli import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SHOWN = "-rfEP --tb short --show-capture stdout --color no"  # what tests print comes with -rP
 QUICK = "--steps 5 --warmup 2 --repeats 2"
 PARTS = {  # title: (seconds at most, what follows python)
-    "Tests": (280, "-m pytest tests/gpu -q -s -rfE --tb short --color no"),
+    "Tests": (280, f"-m pytest tests/gpu -q {SHOWN}"),
     "7B beside transformers": (
         200, f"bench.py --size 7B --seq_len 4096 --micro_batch 1 --compile on --peer hf {QUICK}"),
     "1.1B beside transformers": (
@@ -43,7 +44,7 @@ PARTS = {  # title: (seconds at most, what follows python)
 }  # fmt: skip
 TINY = "--size 260K --seq_len 32 --micro_batch 2 --compile off --dtype fp32 --steps 2 --warmup 1 --repeats 1"
 SMALL = {
-    "Tests": (100, "-m pytest tests/gpu -q -s -rfE --tb short --color no"),
+    "Tests": (100, f"-m pytest tests/gpu -q {SHOWN}"),
     "7B beside transformers": (60, f"bench.py {TINY} --peer hf"),
     "1.1B beside transformers": (60, f"bench.py {TINY} --peer hf"),
     "1.1B, packed documents against whole rows": (60, f"bench.py {TINY} --pack"),
