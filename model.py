@@ -145,7 +145,8 @@ class KVCache:
             raise BadInput(f"{need} tokens do not fit in a cache of {self.keys.size(3)}")
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
         slots = torch.arange(need, device=self.lengths.device)
-        self.positions = positions
+        self.positions = positions  # (B, T)
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.mask = None  # queries and keys start together: plainly causal
         if self.longest:
             # (B, 1, T, S), added to the scores; booleans would be converted by every layer
@@ -157,11 +158,10 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the chunk's k and v (B, G, T, K), without gradient; return those of all tokens so
         far (B, G, S, K)."""
-        slots = self.positions[:, None, :, None].expand_as(k)
         filled = self.longest + k.size(2)
         keys, values = self.keys[layer], self.values[layer]
-        keys.scatter_(2, slots, k.detach().to(keys.dtype))
-        values.scatter_(2, slots, v.detach().to(values.dtype))
+        keys[self.rows, :, self.positions] = k.detach().transpose(1, 2).to(keys.dtype)
+        values[self.rows, :, self.positions] = v.detach().transpose(1, 2).to(values.dtype)
         return keys[:, :, :filled], values[:, :, :filled]
 
     def end(self, num_tokens: int):

@@ -56,7 +56,10 @@ def loss_and_gradient(
     else:
         at_target = (chosen - largest).exp() / sums - 1
         gradient = exps.div_(sums)
-    return loss, gradient.to(dtype).scatter_(1, answers, at_target.to(dtype))
+    gradient = gradient.to(dtype)
+    rows = torch.arange(len(targets), device=targets.device)
+    gradient[rows, targets] = at_target.to(dtype)[:, 0]  # scatter_ would copy all of bf16 on a CPU
+    return loss, gradient
 
 
 class ChunkedLoss(torch.autograd.Function):
