@@ -145,8 +145,8 @@ class KVCache:
             raise BadInput(f"{need} tokens do not fit in a cache of {self.keys.size(3)}")
         positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)
         slots = torch.arange(need, device=self.lengths.device)
-        self.positions = positions  # (B, T)
-        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
+        rows = torch.arange(len(positions), device=positions.device)
+        self.places = rows[:, None], slice(None), positions  # of the chunk, in one layer
         self.mask = None  # queries and keys start together: plainly causal
         if self.longest:
             # (B, 1, T, S), added to the scores; booleans would be converted by every layer
@@ -159,10 +159,11 @@ class KVCache:
         """Store the chunk's k and v (B, G, T, K), without gradient; return those of all tokens so
         far (B, G, S, K)."""
         filled = self.longest + k.size(2)
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, :, self.positions] = k.detach().transpose(1, 2).to(keys.dtype)
-        values[self.rows, :, self.positions] = v.detach().transpose(1, 2).to(values.dtype)
-        return keys[:, :, :filled], values[:, :, :filled]
+        all_tokens = []
+        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
+            kept[self.places] = new.detach().transpose(1, 2).to(kept.dtype)
+            all_tokens.append(kept[:, :, :filled])
+        return tuple(all_tokens)
 
     def end(self, num_tokens: int):
         self.lengths += num_tokens

@@ -68,7 +68,10 @@ def test_the_same_command_measures_several_processes(tmp_path):
 COMPILED = pytest.param({"dtype": "fp32", "compile": "on"}, marks=pytest.mark.skipif(not which("g++"), reason="no g++"))
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, COMPILED])
+FULL_CHUNK = {"dtype": "bf16", "micro_batch": 16}  # of tokens whose logits exist at a time
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, FULL_CHUNK, COMPILED])
 def test_measured_memory_is_the_forecast(bench_run, options):
     common = dict(size="15M", seq_len=64, micro_batch=4, steps=1, warmup=0, repeats=1)
     (row,) = bench_run(**common | options)["rows"]
