@@ -39,7 +39,7 @@ def tuned(records: list[Record], seed: int, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"instruction": record.question, "output": record.answer} for record in records]
     chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    form = ("--template", TEMPLATE, "--max_len", WINDOW, "--val_fraction", 0.01, "--near_duplicates", 0)
+    form = ("--template", TEMPLATE, "--max_len", WINDOW, "--val_fraction", 0.05, "--near_duplicates", 0)
     once(data, "data.py", "--source", chats, *form, "--tokenizer", base(seed), "--out", data)
     length = ("--epochs", 3, "--learning_rate", 1e-3, "--eval_tokens", 1024)
     return train(out, "--data", data, "--init_from", base(seed), "--seed", seed, *length)

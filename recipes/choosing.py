@@ -7,7 +7,7 @@ Command     python recipes/choosing.py                             (docstrings: 
 Hardware    one core, no GPU; HARDWARE
 Claim       A thousand well chosen examples tune as well as many more: quality and diversity of sources count, quantity
             does not. GME picks what makes the entropies of all categories greatest, for a set without repetition.
-Miniature   The laptop's model, three seeds, three epochs on examples whose answers have 80,000 bytes, whatever their
+Miniature   The laptop's model, three seeds, three epochs on examples whose answers have 60,000 bytes, whatever their
             number, and on four times as many at random. LIMA's rules with lengths of 100 to 700 characters, for a
             window of 256 tokens. Bits a byte of held-out answers, all of them and the good ones, which the rules keep;
             and of 150 answers written at LIMA's settings the share that end and are good. LIMA used people's judgement.
@@ -46,7 +46,7 @@ class Config:
 
     records: str = "library"  # or a file of conversations, or alpaca, dolly or oasst, which are downloaded
     seeds: int = 3
-    size: int = 80_000        # bytes of the answers that are chosen
+    size: int = 60_000        # bytes of the answers that are chosen
     pool: int = 8000          # records to choose from
     tests: int = 400          # held-out records
     written: int = 150        # answers
