@@ -5,8 +5,8 @@ Paper       LIMA, Zhou et al. 2023, arXiv:2305.11206; InvestLM, Yang et al. 2023
 Command     python recipes/choosing.py                             (docstrings: the domain that the base knows)
             python recipes/choosing.py --records alpaca            (instructions; downloaded, or a local file)
 Hardware    one core, no GPU; HARDWARE
-Claim       A thousand well chosen examples tune as well as many more: quality and diversity of sources count, quantity
-            does not. GME picks what makes the entropies of all categories greatest, for a set without repetition.
+Claim       LIMA: tuned on 1,000 chosen examples, a large model answers well; quality and diversity of examples help,
+            their number alone does not. GME: a set as diverse and even as can be, each item chosen for its entropies.
 Miniature   The laptop's model, three seeds, three epochs on examples whose answers have 60,000 bytes, whatever their
             number, and on four times as many at random. LIMA's rules with lengths of 100 to 700 characters, for a
             window of 256 tokens. Bits a byte of held-out answers, all of them and the good ones, which the rules keep;
@@ -33,7 +33,7 @@ from entropy import gme
 from study import OUT, Report, base, difference, text
 
 from data import Tokenizer
-from lib.cli import run_command
+from lib.cli import BadInput, run_command
 
 ARMS = ("random", "rules", "many sources", "few sources", "GME", "GME and rules", "random, 4 times")
 LENGTHS = (100, 700)  # characters of a good answer
@@ -81,8 +81,8 @@ def choose(arm: str, pool: list[Record], seed: int, size: int) -> list[int]:
         chosen.append(places[item])
         left -= len(some[item].answer.encode())
         if left <= 0:
-            break
-    return chosen
+            return chosen
+    raise BadInput(f"--size {size:,} is more than the answers that can be chosen have ({arm})")
 
 
 def measured(arm: str, seed: int, config: Config, pool: list[Record], tests: list[Record]) -> tuple[list[int], dict]:

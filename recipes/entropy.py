@@ -17,10 +17,10 @@ class Category:
     """
 
     def __init__(self, entities: Iterable[Iterable]):
-        numbers, pairs = {}, []
+        entities, numbers, pairs = list(entities), {}, []
         for item, some in enumerate(entities):
             pairs += [(item, numbers.setdefault(entity, len(numbers)), n) for entity, n in Counter(some).items()]
-        self.items = item + 1
+        self.items = len(entities)
         self.item, self.entity, self.times = np.array(pairs, int).reshape(-1, 3).T
         self.sizes = np.bincount(self.item, self.times, self.items)
         self.counts = np.zeros(len(numbers))

@@ -143,6 +143,11 @@ def test_an_arm_chooses_different_places_up_to_its_bytes(arm, pool):
     assert (again == chosen) == ("GME" in arm)
 
 
+def test_more_bytes_than_there_are_is_said(pool):
+    with pytest.raises(ValueError, match="--size 90,000 is more than the answers that can be chosen have .few sources"):
+        choosing.choose("few sources", pool, 0, 90_000)
+
+
 def test_greatest_entropy_is_above_every_random_draw_and_few_sources_are_few(pool):
     kinds = curating.categories(pool)
     best = choosing.choose("GME", pool, 0, 4000)
