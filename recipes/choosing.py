@@ -4,7 +4,7 @@ Paper       LIMA, Zhou et al. 2023, arXiv:2305.11206; InvestLM, Yang et al. 2023
             domain); the GME sampler, Delmas et al. 2023, arXiv:2311.06364.
 Command     python recipes/choosing.py                             (docstrings: the domain that the base knows)
             python recipes/choosing.py --records alpaca            (instructions; downloaded, or a local file)
-Hardware    one core, no GPU; 9 minutes of its time (2026-11-27, AMD EPYC), without the bases.
+Hardware    one core, no GPU; 9 and 13 minutes of its time (2026-11-27, AMD EPYC), without the bases.
 Claim       LIMA: tuned on 1,000 chosen examples, a large model answers well; quality and diversity of examples help,
             their number alone does not. GME: a set as diverse and even as can be, each item chosen for its entropies.
 Miniature   The laptop's model, three seeds, three epochs on examples whose answers have 60,000 bytes, whatever their
@@ -15,13 +15,16 @@ Predicted   before the run, for both sources: GME's entropies above those of 100
             on all held-out answers, by little. On good ones: rules better than random; LIMA's draw of sources better
             than few sources; GME among good ones better than chance among them; four times as many at random better
             than good ones, against LIMA, as this base has little to align. Rules: more good answers written.
-Result      docstrings: GME's entropies are above all 100 draws'. On all answers it is better than random by 0.006 bits a
-            byte (-0.002 to +0.015; by seed 0.003, 0.011, 0.004): not decided; four times the answers held out could.
-            On good ones, rules less random -0.003 (-0.009 to +0.004; -0.005, -0.007, +0.005), not decided. Confirmed:
-            LIMA's draw less few sources -0.058 (-0.066 to -0.049; -0.062, -0.048, -0.064); GME less chance, among good
-            ones, -0.010 (-0.018 to -0.002; -0.003, -0.009, -0.017); four times as many less the rules -0.054 (-0.062
-            to -0.045; -0.054, -0.050, -0.056). Of written answers the rules make 52 % good, random 22, four times as
-            many 16: +30 points (+23 to +36; +27, +32, +30), confirmed.
+Result      docstrings, then Alpaca (9,229 random records), in bits a byte. GME's entropies are above all 100 draws'.
+            Not decided: GME less random, all answers, -0.006 (-0.015 to +0.002; by seed -0.003, -0.011, -0.004) and
+            +0.001 (-0.006 to +0.008; +0.005, -0.002, -0.000); rules less random -0.003 (-0.009 to +0.004; -0.005,
+            -0.007, +0.005) and +0.002 (-0.004 to +0.007; +0.001, +0.003, +0.000). Four times the docstrings held out
+            could tell 0.006. Confirmed: many sources less few -0.058 (-0.066 to -0.049; -0.062, -0.048, -0.064) and
+            -0.034 (-0.042 to -0.026; -0.027, -0.037, -0.038); four times as many less the rules -0.054 (-0.062 to
+            -0.045; -0.054, -0.050, -0.056) and -0.271 (-0.294 to -0.249; -0.276, -0.262, -0.276). GME among good ones
+            -0.010 (-0.018 to -0.002; -0.003, -0.009, -0.017), confirmed, and -0.006 (-0.013 to +0.001; +0.001, -0.012,
+            -0.008), not decided. Rules write 52 % good answers for random's 22, four times as many 16: +30 points (+23
+            to +36; +27, +32, +30); Alpaca 56, 30, 22: +27 (+20 to +33; +17, +27, +36); confirmed.
 """
 
 import random
