@@ -107,6 +107,12 @@ MUTANTS = [
     Mutant("wrong answers are from the same document", "recipes/cloze.py",
            "if elsewhere if kind == \"other\" else far and not elsewhere:", "if far:",
            "papers: questions_have"),
+    Mutant("an item's entities are counted without the set's", "recipes/entropy.py",
+           "change = times_log(before + self.times) - times_log(before)", "change = times_log(self.times)",
+           "choosing: authors_tests or written_out"),
+    Mutant("sources are drawn by their size", "recipes/curating.py",
+           "len(some) ** (1 / temperature)", "len(some)",
+           "choosing: temperature"),
     # ---- variants and ablations ----
     Mutant("code in somebody else's folder runs", "lib/variants.py",
            "if digest not in known and not", "if False and not",
