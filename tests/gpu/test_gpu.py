@@ -371,6 +371,8 @@ def test_adapters_train_on_a_gpu(quantize, half_a_run, tiny_data, folder):
     """LoRA, and QLoRA, whose base is in 4 bits."""
     if quantize == "nf4":
         pytest.importorskip("bitsandbytes")
+        if torch.__version__ < "2.13":
+            pytest.skip("FSDP of this PyTorch shards no whole numbers")
     out = f"adapters_{quantize}"
     options = dict(lora_rank=8, quantize=quantize, learning_rate=1e-2, steps=60)
     command("train.py", *tune_words(tiny_data, half_a_run, out, **options), cwd=folder)
