@@ -104,8 +104,8 @@ def main(config: Config):
         report.say(f"Seed {seed}: {funnel.kept:,} of {funnel.written:,} answers under principles are kept; dropped: "
                    f"{funnel.reasons}.")  # fmt: skip
     asked = len(found[0][BEFORE]["style"])
-    report.say(f"Per cent of {asked} questions whose answer begins with {STYLE!r}, is right to the letter without it, and "
-               "of whose four answers the right one is likeliest (chance 25).")  # fmt: skip
+    report.say(f"Per cent of {asked} questions whose answer begins with {STYLE!r}, is right to the letter without it, "
+               "and of whose four answers the right one is likeliest (chance 25).")  # fmt: skip
     report.table(["seed", "model", "style", "right", "of four"], rows)
 
     def change(first: str, second: str, what: str):

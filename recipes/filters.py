@@ -43,7 +43,7 @@ class Funnel:
 
     @property
     def reasons(self) -> str:
-        return ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.most_common()) or "none"
+        return "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common()) or "none"
 
 
 # ---- instructions ----
@@ -57,7 +57,7 @@ def holds(text: str, words) -> bool:
 def unfit(instruction: str, blocked=tuple(BLOCKED)) -> str:
     """Why an instruction by itself is dropped; empty where it is not."""
     if not 3 < len(instruction.split()) <= 150:
-        return "3 words or fewer, or over 150"
+        return "too short or too long"
     if holds(instruction, blocked):
         return "blocked word"
     if instruction.startswith("Write a program"):

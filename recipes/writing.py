@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Tokenizer
 from lib.chat_formats import Turn
-from lib.runs import find_template
 from lib.sampling import Sampling
 from lib.stream import TextStreams
 from lib.templates import end_ids, render_prompt
+from lib.with_model import found_template
 from sample import generate, load_model
 
 ROWS = 64  # texts that are written at a time
@@ -51,7 +51,7 @@ class TextWriter:
 
     def __init__(self, folder: str, anyway: bool = False):
         self.model, self.tokenizer = load_model(str(folder), anyway=anyway)
-        self.template = find_template(str(folder))
+        self.template = found_template("", str(folder), self.tokenizer)
 
     def __call__(self, prompts: list[str], size: int, sampling=Sampling(), stop: tuple[str, ...] = ()) -> list[Written]:
         found, size = [], min(size, self.model.config.max_seq_len // 2)
