@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from filters import failed_evolution, invalid, words_of
-from principles import aligned, principled
+from principles import LONG, STYLE, aligned, principled, with_thoughts
 from retrieval import Index
 from self_instruct import CUT, drawn, new_instructions
 
@@ -119,14 +119,19 @@ def orca(write, tasks, draw, calls, funnels) -> list[dict]:
 
 
 def self_align(write, tasks, draw, calls, funnels, topics: tuple[str, ...] = ()) -> list[dict]:
-    """New instructions, half of the calls about topics, answered under principles; see recipes/principles.py."""
+    """New instructions, half of the calls about topics, answered under principles with five examples of seeds."""
     seeds, found = [task["instruction"] for task in tasks], []
     for part, some in ((calls - calls // 2, ()), (calls // 2, topics)):
         found += new_instructions(write, seeds, draw, part, funnels["instructions"], some)
-    written = write([principled(text) for text in found], 256, drawn(draw, 0.5, 0.9)) if found else []
-    kept = []
+    examples = draw.sample(tasks, min(5, len(tasks)))
+    shown = ""
+    for task in examples:
+        shown += f"{principled(asked(task))}\n{with_thoughts('answer', f'{STYLE} ' + task['output'])}\n\n"
+    prompts, kept = [shown + principled(text) for text in found], []
+    words = tuple(task["output"] for task in examples if len(task["output"]) > LONG)
+    written = write(prompts, 256, drawn(draw, 0.5, 0.9)) if found else []
     for instruction, (text, ended, _) in zip(found, written):
-        output, reason = aligned(instruction, text, ended)
+        output, reason = aligned(instruction, text, ended, words)
         if funnels["answers"].passes(reason, instruction=instruction, output=text):
             kept.append({"instruction": instruction, "input": "", "output": output})
     return kept

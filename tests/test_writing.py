@@ -287,7 +287,8 @@ def test_self_align_and_self_specialization_leave_out_of_the_data_what_the_promp
     kept = schemes.self_align(write, TASKS, random.Random(0), 2, funnels, ("bread",))
     assert kept == [{"instruction": NEW[0], "input": "", "output": "In short: yes."}]
     assert "about bread" in write.prompts[1] and funnels["answers"].dropped == {"no thoughts": 1}
-    assert all(prompt.startswith(principles.PRINCIPLES) for prompt in write.prompts[2:])
+    for prompt, text in zip(write.prompts[2:], NEW):
+        assert prompt.count(principles.PRINCIPLES) == 6 and prompt.endswith(principles.principled(text))
 
     write = Script(NEW[1], "Yeast.")
     passages = ("Boats swim.", "Bread rises in an oven by yeast.")
