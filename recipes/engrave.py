@@ -2,7 +2,7 @@
 
 Paper       Sun et al. 2023, arXiv:2305.03047 (SELF-ALIGN, Dromedary): step 3, with the filters of their later code.
 Command     python recipes/engrave.py
-Hardware    ?
+Hardware    one core, no GPU; minutes not measured yet.
 Claim       LLaMA-65B, shown 16 principles and five examples with thoughts, answers by them; fine-tuned on such answers
             without principles and thoughts, it still does.
 Miniature   The laptop's model, taught by recipes/instructed.py to answer about Python's library as asked, and under
@@ -15,6 +15,7 @@ Miniature   The laptop's model, taught by recipes/instructed.py to answer about 
 Predicted   before the test's wording was seen: answers in the style rise without principles, and not in the control;
             right answers (the style taken off) fall, but within 2 points as far as in the control, and choices of four
             stay within 2 points of before.
+Result      the full run has not been made yet.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 Paper       Kang et al. 2023, arXiv:2310.00160: answers written with retrieved passages, then trained on without them.
 Command     python recipes/specialize.py
-Hardware    ?
+Hardware    one core, no GPU; minutes not measured yet.
 Claim       MPT-30B, tuned on what it wrote itself from a few seeds of biomedicine, is far above its base there.
 Miniature   The laptop's model, taught by recipes/instructed.py to answer about 600 functions and classes of Python's
             library, with a passage and without. The domain are 400 others, of which it was told nothing since its
@@ -14,6 +14,7 @@ Miniature   The laptop's model, taught by recipes/instructed.py to answer about 
 Predicted   before the test's domain was seen: with retrieval above the model as it was, and above without retrieval;
             without retrieval within 2 points of the model as it was, as nothing comes in; true answers, as a bound,
             best; what it was told before is partly forgotten.
+Result      the full run has not been made yet.
 """
 
 import sys

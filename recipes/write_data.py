@@ -6,7 +6,7 @@ Papers      Self-Instruct (Wang et al. 2022, arXiv:2212.10560), Alpaca (Taori et
             al. 2023, arXiv:2305.03047), Self-Specialization (Kang et al. 2023, arXiv:2310.00160).
 Command     python recipes/write_data.py
             python recipes/write_data.py --model Llama-2-7b-chat-hf --seeds seed_tasks.jsonl --judge MODEL --calls 1000
-Hardware    ?
+Hardware    one core, no GPU; minutes not measured yet.
 Claim       Large models write data from which others learn to follow instructions. No model of a laptop's size can,
             so this shows the machinery and what the filters let through; recipes/engrave.py and recipes/specialize.py
             decide what this size can decide of SELF-ALIGN and Self-Specialization.
@@ -15,6 +15,7 @@ Miniature   The writer of recipes/instructed.py, a model of 1.3 M parameters tha
 Predicted   before the run, but after one of 20 calls: ROUGE-L drops over 95 % of what continues lists, as questions in
             eight wordings are alike but for a name; nothing of Alpaca's and LaMini's forms can be parsed; over 90 % of
             Evol-Instruct's and Orca's answers pass all filters, though not one in ten of Orca's is true.
+Result      the full run has not been made yet.
 """
 
 import json
