@@ -2,7 +2,8 @@
 
 Paper       Sun et al. 2023, arXiv:2305.03047 (SELF-ALIGN, Dromedary): step 3, with the filters of their later code.
 Command     python recipes/engrave.py
-Hardware    one core, no GPU; minutes not measured yet.
+Hardware    one core, no GPU; 3 minutes (2026-11-27, AMD EPYC), and 2.5 once for each of three writers, which
+            recipes/specialize.py and recipes/write_data.py use too.
 Claim       LLaMA-65B, shown 16 principles and five examples with thoughts, answers by them; fine-tuned on such answers
             without principles and thoughts, it still does.
 Miniature   The laptop's model, taught by recipes/instructed.py to answer about Python's library as asked, and under
@@ -15,7 +16,11 @@ Miniature   The laptop's model, taught by recipes/instructed.py to answer about 
 Predicted   before the test's wording was seen: answers in the style rise without principles, and not in the control;
             right answers (the style taken off) fall, but within 2 points as far as in the control, and choices of four
             stay within 2 points of before.
-Result      the full run has not been made yet.
+Result      All answers are in the style, before none, in the control none (+100 points for every seed): confirmed.
+            Right answers fall, by 4.2 points (-6.0 to -2.5; by seed -3.1, -3.4, -6.2): confirmed; that they fall as far
+            as in the control is not decided (-1.0, -2.8 to +0.9; with four times the questions such a difference would
+            be within 2). Choices rise, by 1.6 (+0.8 to +2.4): within 2 is not decided. Every answer passed the filters,
+            as this writer always obeys: what they are worth cannot be seen here, and wants a writer that errs.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 Paper       Kang et al. 2023, arXiv:2310.00160: answers written with retrieved passages, then trained on without them.
 Command     python recipes/specialize.py
-Hardware    one core, no GPU; minutes not measured yet.
+Hardware    one core, no GPU; 5 minutes (2026-11-27, AMD EPYC), without the writers of recipes/engrave.py.
 Claim       MPT-30B, tuned on what it wrote itself from a few seeds of biomedicine, is far above its base there.
 Miniature   The laptop's model, taught by recipes/instructed.py to answer about 600 functions and classes of Python's
             library, with a passage and without. The domain are 400 others, of which it was told nothing since its
@@ -14,7 +14,12 @@ Miniature   The laptop's model, taught by recipes/instructed.py to answer about 
 Predicted   before the test's domain was seen: with retrieval above the model as it was, and above without retrieval;
             without retrieval within 2 points of the model as it was, as nothing comes in; true answers, as a bound,
             best; what it was told before is partly forgotten.
-Result      the full run has not been made yet.
+Result      With retrieval 11.3 points above the model as it was (+9.3 to +13.3; by seed +12.9, +10.8, +10.2), and 9.7
+            above without (+7.9 to +11.6; +11.8, +9.1, +8.2): confirmed. Without retrieval +1.6 (+0.4 to +2.7): within 2
+            is not decided; with seven times the questions it would be. True answers win 22.1 more (+19.1 to +25.1;
+            +23.1, +23.8, +19.4): BM25 finds 85 % of the passages, but 34 to 44 % of what is written with them is true
+            (without them 19 to 22), so it is the reading that a model of this size lacks. Of what it was told before 23
+            points are lost (-25.3 to -20.7; -38.1, -9.2, -21.7): confirmed.
 """
 
 import sys
