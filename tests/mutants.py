@@ -113,6 +113,12 @@ MUTANTS = [
     Mutant("sources are drawn by their size", "recipes/curating.py",
            "len(some) ** (1 / temperature)", "len(some)",
            "choosing: temperature"),
+    Mutant("instructions as alike as seven tenths are dropped too", "recipes/filters.py",
+           "if max(scores, default=0) > MOST_ALIKE:", "if max(scores, default=0) >= MOST_ALIKE:",
+           "writing: seven_tenths"),
+    Mutant("the half written end of a cut text is trained on", "recipes/writing.py",
+           "stream.finished or len(tokens) < size", "stream.finished or len(tokens) <= size",
+           "writing: local_model"),
     # ---- variants and ablations ----
     Mutant("code in somebody else's folder runs", "lib/variants.py",
            "if digest not in known and not", "if False and not",
