@@ -5,8 +5,8 @@ Command     python recipes/attention.py
 Hardware    two cores, no GPU.
 Claim       LLaMA, Alpaca and Vicuna, 7B to 65B: size lowers the reliance on trivial patterns, tuning on instructions
             does not; tuning raises the sensitivity to instructions; size raises the resemblance to human readers.
-Miniature   Models 32 wide and 128 (the laptop's), of 4 layers and 4 heads both and trained alike, so that layers and heads
-            are as many; each also tuned on chats about 300 functions (recipes/mini.py). Sentences are those of
+Miniature   Models 32 wide and 128 (the laptop's), both of 4 layers and 4 heads and trained alike, so that neither has more
+            to average; each also tuned on chats about 300 functions (recipes/mini.py). Sentences are those of
             docstrings and comments in validation files. Attention between words (tokens of a word: columns added up,
             rows averaged; BOS left out) as in the paper, but R2 is of sentences that the regression has not seen, and
             divergence of whole rows. Noise: another seed of the same model, and random words of the same length.
@@ -54,7 +54,8 @@ class Config:
 def model_of(width: int, kind: str, seed: int) -> Path:
     """A run: `base` or `chat`."""
     shape = f"--num_layers 4 --num_heads 4 --dim {width} --ffn_dim {width * 11 // 4} --steps 1350".split()
-    out, tuning = HERE / f"base_{width}_{seed}", "--learning_rate 2e-3 --epochs 2 --save_every 21 --keep_every 21".split()
+    tuning = "--learning_rate 2e-3 --epochs 2 --save_every 21 --keep_every 21".split()
+    out = HERE / f"base_{width}_{seed}"
     start = base(seed) if width == 128 else train(out, "--data", text(), "--seed", seed, *shape)
     if kind == "base":
         return start
