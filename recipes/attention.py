@@ -5,8 +5,8 @@ Command     python recipes/attention.py
 Hardware    two cores, no GPU.
 Claim       LLaMA, Alpaca and Vicuna, 7B to 65B: size lowers the reliance on trivial patterns, tuning on instructions
             does not; tuning raises the sensitivity to instructions; size raises the resemblance to human readers.
-Miniature   Models 32 wide and 128 (the laptop's), both of 4 layers and 4 heads and trained alike, so that neither has more
-            to average; each also tuned on chats about 300 functions (recipes/mini.py). Sentences are those of
+Miniature   Models 32 wide and 128 (the laptop's), both of 4 layers and 4 heads and trained alike, so that neither has
+            more to average; each also tuned on chats about 300 functions (recipes/mini.py). Sentences are those of
             docstrings and comments in validation files. Attention between words (tokens of a word: columns added up,
             rows averaged; BOS left out) as in the paper, but R2 is of sentences that the regression has not seen, and
             divergence of whole rows. Noise: another seed of the same model, and random words of the same length.
@@ -86,7 +86,7 @@ class Comparison:
         for width, kind in itertools.product(WIDTHS, KINDS):
             whole, part = (np.mean(arm(width, kind, first), (0, 2)) for first in (True, False))
             rows.append([width, kind, *map(float, whole), float(whole.mean()), float(part.mean())])
-        self.report.say(f"Trivial patterns, R2 in per cent, {len(self.sentences)} sentences, {len(self.seeds)} seeds.")
+        self.report.say(f"Trivial patterns, R2 in per cent, {len(self.sentences)} sentences; seeds: {len(self.seeds)}.")
         self.report.table(["width", "model", *LAYERS], rows)
         for first, words in ((True, ""), (False, ", without the first word")):
             small, large = ([each.mean(0) for each in arm(width, "base", first)] for width in (32, 128))

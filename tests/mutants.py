@@ -107,6 +107,12 @@ MUTANTS = [
     Mutant("wrong answers are from the same document", "recipes/cloze.py",
            "if elsewhere if kind == \"other\" else far and not elsewhere:", "if far:",
            "papers: questions_have"),
+    Mutant("the rows of a word's tokens are added up", "recipes/attention_maps.py",
+           "return (member / sizes).T @ weights @ member", "return member.T @ weights @ member",
+           "attention: added_up"),
+    Mutant("a regression has seen the sentence that it is tried on", "recipes/attention_maps.py",
+           "if at != fold]", "]",
+           "attention: as_their_mean"),
     # ---- variants and ablations ----
     Mutant("code in somebody else's folder runs", "lib/variants.py",
            "if digest not in known and not", "if False and not",
