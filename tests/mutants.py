@@ -113,6 +113,12 @@ MUTANTS = [
     Mutant("a regression has seen the sentence that it is tried on", "recipes/attention_maps.py",
            "if at != fold]", "]",
            "attention: as_their_mean"),
+    Mutant("a weight's gradient keeps the scale of the loss", "recipes/rounded.py",
+           ".float() / after, None", ".float(), None",
+           "incite: scale_goes_in"),
+    Mutant("gradients are not rounded", "recipes/rounded.py",
+           "(gradient * before).to(dtype)", "(gradient * before)",
+           "incite: small_gradients"),
     # ---- variants and ablations ----
     Mutant("code in somebody else's folder runs", "lib/variants.py",
            "if digest not in known and not", "if False and not",
