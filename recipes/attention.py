@@ -11,8 +11,8 @@ Miniature   Models 32 wide and 128 (the laptop's), both of 4 layers and 4 heads 
             rows averaged; BOS left out) as in the paper, but R2 is of sentences that the regression has not seen, and
             divergence of whole rows. Noise: another seed of the same model, and random words of the same length.
             Resemblance to readers is not done: what people read does not come with the code.
-Predicted   before the run, after a trial of 12 sentences and one seed: R2 of trivial patterns (the word, the one before,
-            the first) falls from 32 to 128 wide, with and without the first word's column; tuning does not lower it;
+Predicted   before the run, after a trial of 12 sentences: R2 of trivial patterns (the word itself, the one before, the
+            first) falls from 32 to 128 wide, with and without the first word's column; tuning does not lower it;
             tuning moves attention less than another seed does; an instruction, the paper's or one that sounds like the
             chats' questions, moves the attention of tuned models more, and more beyond what as many random words do.
 Result      R2 falls by 4.1 points (-5.3 to -2.9; by seed -5.3, -2.4, -4.6): confirmed; but without the first word's
