@@ -26,16 +26,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import attention
-from measures import SCALES, agreement, flushed, next_words, window_bits, written
-from mini import read_lines, write_lines
-from scoring import Questions
-from study import OUT, Report, base, difference, once, text, train
+from measures import SCALES, agreement, answered, by_likelihood, flushed, next_words, window_bits
+from mini import read_lines
+from study import OUT, Report, base, difference, once, text, train, verdict
 
 from data import Dataset
-from lib.chat_formats import Turn
 from lib.cli import run_command
-from lib.runs import find_template
-from lib.templates import render_prompt
 from sample import load_model
 
 HERE = OUT / "incite"
@@ -60,13 +56,6 @@ def arm_of(name: str, seed: int, steps: int) -> Path:
     return train(out, "--data", text(), "--seed", seed, "--steps", steps, *flags.split())
 
 
-def by_likelihood(run: Path, questions: Path) -> np.ndarray:
-    """Whether the likeliest choice is the right one, by eval.py."""
-    out = HERE / f"{run.name}.json"
-    once(out, "eval.py", "--model", run, "--task", "choices", "--data", questions, "--out", out)
-    return np.array([row["scores"]["acc"] for row in read_lines(out.with_suffix(".jsonl"))])
-
-
 def by_arithmetic(report: Report, config: Config):
     """Four arithmetics: bits a byte, likelihood, the next word."""
     asked, data = HERE / "questions.jsonl", Dataset(text(), "val", 256)
@@ -76,9 +65,10 @@ def by_arithmetic(report: Report, config: Config):
     for name in ARMS:
         for seed in range(config.seeds):
             run = arm_of(name, seed, config.steps)
+            out = run.with_suffix(".json")
             model, tokenizer = load_model(str(run))
             words = next_words(model, tokenizer, read_lines(asked))
-            found[name, seed] = window_bits(model, data, config.windows), by_likelihood(run, asked), words
+            found[name, seed] = window_bits(model, data, config.windows), by_likelihood(run, asked, out), words
 
     def arm(name: str, measure: int) -> np.ndarray:
         return np.array([found[name, seed][measure] for seed in range(config.seeds)])
@@ -95,7 +85,11 @@ def by_arithmetic(report: Report, config: Config):
         report.judge(f"{second} less {first}, less 0.01, is below 0", lost, -1, "bits a byte")
     lost = difference(arm("fp16, scaled", 0), arm("fp16", 0))
     report.judge("fp16 without a scale is worse than with", lost, 1, "bits a byte")
-    for measure, words in ((1, "by likelihood"), (2, "by writing")):
+    for measure, words, chance in ((1, "by likelihood", 0.25), (2, "by writing", 0)):
+        room = difference(np.full_like(arm("fp32", measure), chance), arm("fp32", measure) - 0.03).times(100)
+        if verdict(room, 1) != "confirmed in direction":
+            report.say(f"- Of fp16 {words} nothing can be said: fp32 itself, less chance, less 3, is {room} points.")
+            continue
         gap = difference(arm("bf16", measure), arm("fp16, scaled", measure) + 0.03).times(100)
         report.judge(f"fp16, scaled, less bf16, {words}, plus 3, is above 0", gap, 1, "points")
 
@@ -111,24 +105,11 @@ def by_part(report: Report, config: Config):
     report.say(f"- Predicted: of the logits, without a scale, more than 10 %. Found, by seed: {seeds}.")
 
 
-def answered(run: Path, lines: list[dict]) -> dict[int, tuple]:
-    """Of every checkpoint of a chat model: which questions it answers by the likeliest choice, and to the letter."""
-    write_lines(HERE / "asked.jsonl", lines)
-    questions, template, found = Questions(run, HERE / "asked.jsonl"), find_template(str(run)), {}
-    for folder in sorted(run.glob("step_*[1-9]*")):  # but step 0
-        model, tokenizer = load_model(str(folder))
-        prompts = [render_prompt([Turn("user", row["context"])], template, tokenizer) for row in lines]
-        texts = written(model, tokenizer, prompts, 32)
-        right = [mine.strip() == row["choices"][row["answer"]] for mine, row in zip(texts, lines)]
-        found[int(folder.name.removeprefix("step_"))] = questions.right(model), right
-    return found
-
-
 def by_protocol(report: Report, config: Config):
     """Likelihood and writing on the same questions, at checkpoints of chat models."""
     runs = [attention.model_of(128, "chat", seed) for seed in range(config.seeds)]
     lines = [row for row in read_lines(attention.HERE / "test.jsonl") if row["subject"] == "new wording"]
-    found = [answered(run, lines[: config.asked]) for run in runs]
+    found = [answered(run, lines[: config.asked], HERE / "asked.jsonl") for run in runs]
     values = np.array([list(each.values()) for each in found], float)  # by seed, step, measure
     report.say(f"Chat models, {config.asked} questions: right in per cent by the likeliest of four choices, and "
                "written to the letter, by seed.")  # fmt: skip

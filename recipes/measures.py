@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from study import Difference
+from mini import read_lines, write_lines
+from scoring import Questions
+from study import Difference, once
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Dataset
-from sample import generate
+from lib.chat_formats import Turn
+from lib.runs import find_template
+from lib.templates import render_prompt
+from sample import generate, load_model
 
 SCALES = (1, 2**12, 2**16)  # of the loss
 
@@ -39,6 +44,25 @@ def next_words(model, tokenizer, rows: list[dict]) -> np.ndarray:
     texts = written(model, tokenizer, [[tokenizer.bos_id, *tokenizer.encode(row["context"])] for row in rows], 8)
     rights = [row["choices"][row["answer"]] for row in rows]
     return np.array([mine.split()[:1] == right.split()[:1] for mine, right in zip(texts, rights)], float)
+
+
+def by_likelihood(run: Path, questions: Path, out: Path) -> np.ndarray:
+    """Whether the likeliest choice is the right one, by eval.py."""
+    once(out, "eval.py", "--model", run, "--task", "choices", "--data", questions, "--out", out)
+    return np.array([row["scores"]["acc"] for row in read_lines(out.with_suffix(".jsonl"))])
+
+
+def answered(run: Path, lines: list[dict], out: Path) -> dict[int, tuple]:
+    """Of every checkpoint of a chat model: which questions it answers by the likeliest choice, and to the letter."""
+    write_lines(out, lines)  # as Questions reads them
+    questions, template, found = Questions(run, out), find_template(str(run)), {}
+    for folder in sorted(run.glob("step_*[1-9]*")):  # but step 0
+        model, tokenizer = load_model(str(folder))
+        prompts = [render_prompt([Turn("user", row["context"])], template, tokenizer) for row in lines]
+        texts = written(model, tokenizer, prompts, 32)
+        right = [mine.strip() == row["choices"][row["answer"]] for mine, row in zip(texts, lines)]
+        found[int(folder.name.removeprefix("step_"))] = questions.right(model), right
+    return found
 
 
 def flushed(model, data: Dataset, windows: int) -> dict[str, list[float]]:
