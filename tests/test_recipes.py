@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,6 +125,31 @@ def test_the_scripts_of_the_recipes_are_shell():
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     folder = re.search(r"uv venv --python 3.11 (\S+)", task["setup"])[1]
     assert f"--python {folder} -r requirements.txt" in task["setup"] and f"source {folder}/bin/activate" in task["run"]
+
+
+def test_all_papers_are_run_in_turn_but_those_that_are_done(tmp_path):
+    """Every command of the table; the python in the way here writes the report that a recipe would write."""
+    table = (RECIPES / "README.md").read_text().partition("## Published systems")[0]
+    names = re.findall(r"^\|.*?`python recipes/(\w+)\.py", table, re.MULTILINE)
+    assert len(names) > 8 and all((RECIPES / f"{name}.py").exists() for name in names)
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(RECIPES / "papers.sh", tmp_path / "recipes")
+    reports = tmp_path / "out" / "papers"
+    reports.mkdir(parents=True)
+    (reports / "tax.md").write_text("done")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nname=$(basename "$1" .py)\n[ "$name" = "$FAILS" ] && exit 1\necho "ran $name"\n'
+                      'echo > "out/papers/$name.md"\n')  # fmt: skip
+    python.chmod(0o755)
+    words = dict(args=["bash", tmp_path / "recipes" / "papers.sh"], capture_output=True, text=True)
+    path = f"{python.parent}:{os.environ['PATH']}"
+    ended = subprocess.run(**words, env=os.environ | {"PATH": path, "FAILS": "cabrita"})
+    first = re.findall(r"ran (\w+)", ended.stdout)
+    assert ended.returncode == 1 and first and "membership" not in first
+    again = subprocess.run(**words, env=os.environ | {"PATH": path}, check=True)
+    second = re.findall(r"ran (\w+)", again.stdout)
+    assert sorted(first + second + ["tax"]) == sorted(names) and second[0] == "cabrita"
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *RECIPES.glob("*.sh"), RECIPES / "RESULTS.md"])
