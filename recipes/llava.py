@@ -2,6 +2,22 @@
 
 Paper       Lu et al. 2023, arXiv:2309.09958, after LLaVA, Liu et al. 2023, arXiv:2304.08485.
 Command     python recipes/llava.py
+Hardware    to be measured.
+Claim       From 13B to 65B: larger language models, higher resolution and text mixed in help; LoRA is as good as tuning
+            all weights.
+Miniature   Pictures of one to three shapes, drawn (recipes/scenes.py), in patches of 4 pixels: 16 patches a picture, 36
+            of a finer one (LLaVA's 256 and 576 have the same ratio). A tower of three layers learns to say which colors
+            and which shapes are there, then stays frozen; a linear map takes its last layer but one to the embeddings
+            of the laptop's model, 1.3 M parameters, or of one of 0.36 M. Stage 1 trains the map on captions, stage 2
+            map and language model on questions: 300 steps of 32 pictures each. LoRA of rank 16 on every matrix; text
+            is 30 % of the loss. Five pairs of color and shape are in no training, the tower's neither. Every answer of
+            a kind of question is as frequent. Three seeds, 500 questions of each kind.
+Predicted   before the run: blind is at chance; stage 1 alone above blind, both stages above it; the larger model above
+            the smaller; finer pictures help, most of all with shapes (in a pilot on other pictures counting was perfect
+            without); LoRA less than 2 points below full; so is text mixed in, which keeps the language; held-out pairs
+            are harder than known ones but above chance; a trained tower above a random one. The pilot, of one seed and
+            64 pictures a step, had stage 1 alone at chance, LoRA 3 points below full and held-out pairs near chance;
+            these predictions stay as they were.
 """
 
 import json
@@ -35,8 +51,8 @@ class Config:
     """LLaVA in miniature, with a report."""
 
     seeds: int = 3
-    steps: int = 400            # of the tower and of each stage
-    batch: int = 64             # pictures
+    steps: int = 300            # of the tower and of each stage
+    batch: int = 32             # pictures
     learning_rate: float = 2e-3
 
 
@@ -69,10 +85,10 @@ def small(seed: int) -> Path:
 
 
 def mixed(config: Config, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of the text that the language model was trained on: tokens and targets (4, 256)."""
+    """Windows of the text that the language model was trained on: tokens and targets (2, 256)."""
     data = Dataset(text(), "train", 256)
-    for number in range(0, 4 * config.steps, 4):
-        batch = data.batch([data.index(number + row, 1000 + seed) for row in range(4)]).to(torch.device("cpu"))
+    for number in range(0, 2 * config.steps, 2):
+        batch = data.batch([data.index(number + row, 1000 + seed) for row in range(2)]).to(torch.device("cpu"))
         yield batch.tokens, batch.targets
 
 
@@ -153,12 +169,12 @@ def results(report: Report, config: Config):
         gap = difference(np.asarray(first) - points / 100, second).times(100)
         report.judge(prediction, gap, sign, f"points, of which {points:g} are the margin" if points else "points")
 
-    full, fine, counts = arm(FULL), arm("finer pictures"), kinds[known] == "count"
+    full, fine, shapes = arm(FULL), arm("finer pictures"), kinds[known] == "shape"
     judge("stage 1 alone above blind", arm("blind"), arm("stage 1 alone"))
     judge("both stages above stage 1 alone", arm("stage 1 alone"), full)
     judge("the larger language model above the smaller", arm("smaller model"), full)
     judge("finer pictures better", full, fine)
-    judge("finer pictures better at counting", full[:, counts], fine[:, counts])
+    judge("finer pictures better with shapes", full[:, shapes], fine[:, shapes])
     judge("LoRA less than 2 points below full", full, arm("LoRA"), points=2)
     judge("with text mixed in less than 2 points below without", full, arm("text mixed in"), points=2)
     language = difference(*(arm(name, slice(None), "bits") for name in (FULL, "text mixed in")))
