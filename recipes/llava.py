@@ -4,7 +4,7 @@ Paper       Lu et al. 2023, arXiv:2309.09958, after LLaVA, Liu et al. 2023, arXi
 Command     python recipes/llava.py
 Hardware    no GPU; 31 minutes of one core's time, 16 on two (2026-11-27, AMD EPYC), 9 of the 31 for the smaller models.
 Claim       To 65B, larger models, higher resolution and text mixed in help; LoRA is comparable to tuning all weights.
-Miniature   Drawn pictures of one to three shapes (recipes/scenes.py) in 16 patches of 4 by 4 pixels, finer ones in 36. A
+Miniature   Drawn pictures of one to three shapes (recipes/scenes.py) in 16 patches of 4 by 4 pixels, fine ones in 36. A
             tower of three layers learns to say which colors and which shapes are there, then stays frozen; a linear map
             takes its last layer but one to the embeddings of the laptop's model, 1.3 M parameters, or of one of 0.36 M.
             Stage 1 trains the map on captions, stage 2 map and language model on questions: 300 steps of 32 pictures
