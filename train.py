@@ -37,7 +37,6 @@ from lib.run_record import prepare_folder
 from lib.run_report import draw_together
 from lib.saving import Checkpoints, undisturbed
 from lib.shapes import planned_config
-from lib.tensors import OnHost
 from lib.training_samples import Sampler, show_sample
 from model import SIZES, ModelConfig, Transformer, plain_attention
 
@@ -185,7 +184,8 @@ class NextToken:
     def sums(self, model: Transformer, batch: Batch) -> Tensor:
         """Of all targets, one sum for each of names; the gradient is that of the first."""
         with objectives.noisy(model, batch, self.neftune, self.seed):
-            return model.loss(batch.tokens, OnHost(batch.targets), batch.documents)[None]
+            targets = objectives.for_loss(model, batch.targets)
+            return model.loss(batch.tokens, targets, batch.documents)[None]
 
     def scores(self, means: list[float]) -> dict[str, float]:
         """What is logged of a step beside its loss."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib.kernels import IGNORE
 from lib.lora import without_adapters
 from lib.tensors import OnHost
+from lib.variants import variant_of
 
 
 @dataclass
@@ -54,6 +55,13 @@ def count_targets(targets: Tensor) -> tuple[Tensor, Tensor]:
     return counted.sum(), (~counted.any(1)).sum()
 
 
+def for_loss(model: nn.Module, targets: Tensor) -> Tensor | OnHost:
+    """Targets as a model's loss takes them: on the host, see lib/kernels.py; but where a variant
+    has a loss of its own, FSDP may bring them to its logits."""
+    variant = variant_of(type(model.config))
+    return targets if variant and variant.own_loss else OnHost(targets)
+
+
 class DPO:
     """Direct preference optimization (Rafailov et al. 2023, equation 7).
 
@@ -77,7 +85,7 @@ class DPO:
 
     def log_probs(self, batch) -> Tensor:
         """The log-probability of each target (B, T) under the reference."""
-        targets = OnHost(batch.targets)
+        targets = for_loss(self.reference, batch.targets)
         with torch.no_grad(), without_adapters(self.reference):
             return self.reference.log_probs(batch.tokens, targets, batch.documents)
 
@@ -89,7 +97,7 @@ class DPO:
         these targets.
         """
         before = self.log_probs(batch)
-        after = model.log_probs(batch.tokens, OnHost(batch.targets), batch.documents)
+        after = model.log_probs(batch.tokens, for_loss(model, batch.targets), batch.documents)
         drifts = (after - before).sum(1)  # of each row
         chosen, rejected = drifts.unflatten(0, (-1, 2)).unbind(1)
         margin = self.beta * (chosen - rejected)

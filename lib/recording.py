@@ -13,20 +13,42 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-LEAST = 256  # tokens of the smallest room; each larger one is twice as large
+LEAST = 256            # tokens of the smallest room; each larger one is twice as large
+LEAST_BYTES = 2**30    # of all rooms together; or as many as the weights have
 
 
 def cuda_graph(action: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What does again all that action does on the GPU, and gives the same tensor, written anew."""
+    """What does again all that action does on the GPU, and gives the same tensor, written anew.
+
+    Raises RuntimeError for what cannot be recorded, such as waiting for the GPU.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = action()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # to which it returns, also from an error
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = action()
 
     def play() -> Tensor:
         graph.replay()
         return result
 
     return play
+
+
+def move(cache, keys: Tensor, values: Tensor, lengths: Tensor):
+    """Let a model.KVCache live in these tensors. Behind its tokens there are zeros: what is there
+    is hidden, but not if it is not finite."""
+    for new, old in ((keys, cache.keys), (values, cache.values)):
+        new[:, :, :, : cache.longest] = old[:, :, :, : cache.longest]
+        new[:, :, :, cache.longest :] = 0
+    lengths.copy_(cache.lengths)
+    cache.keys, cache.values, cache.lengths = keys, values, lengths
+
+
+def move_out(cache, tokens: int):
+    """Let it live in tensors of its own, with room for so many tokens."""
+    layers, rows, heads, _, width = cache.keys.shape
+    keys = cache.keys.new_empty(layers, rows, heads, tokens, width)
+    move(cache, keys, torch.empty_like(keys), torch.empty_like(cache.lengths))
 
 
 class Room:
@@ -36,8 +58,8 @@ class Room:
         """like is a model.KVCache, of as many rows."""
         layers, rows, heads, _, width = like.keys.shape
         self.cache = copy.copy(like)
-        self.cache.keys = like.keys.new_zeros(layers, rows, heads, tokens, width)
-        self.cache.values = torch.zeros_like(self.cache.keys)
+        self.cache.keys = like.keys.new_empty(layers, rows, heads, tokens, width)
+        self.cache.values = torch.empty_like(self.cache.keys)
         self.cache.lengths = torch.zeros_like(like.lengths)
         self.tokens = like.lengths.new_zeros(rows, 1)
         self.size = (rows, tokens)
@@ -50,51 +72,76 @@ class Room:
         return tenant is None or tenant.keys is not self.cache.keys
 
     def take_in(self, tenant):
-        known = tenant.longest
-        self.cache.keys[:, :, :, :known] = tenant.keys[:, :, :, :known]
-        self.cache.values[:, :, :, :known] = tenant.values[:, :, :, :known]
-        self.cache.lengths.copy_(tenant.lengths)
-        for name in ("keys", "values", "lengths"):
-            setattr(tenant, name, getattr(self.cache, name))
+        move(tenant, self.cache.keys, self.cache.values, self.cache.lengths)
         self.tenant = weakref.ref(tenant)
 
     def step(self, hidden: Callable, tokens: Tensor, record: Callable) -> Tensor:
         """hidden(tokens, cache). The second time it is recorded, from then on played."""
         self.cache.longest = self.size[1] - 1  # as if full: no shape depends on what there is
-        self.steps += 1
         self.tokens.copy_(tokens)
-        if self.steps == 1:  # what a library does once, such as choosing kernels, is not recorded
-            return hidden(self.tokens, self.cache)
-        if self.steps == 2:
-            self.play = record(lambda: hidden(self.tokens, self.cache))
-        return self.play().clone()
+        if self.steps == 0:  # what a library does once, such as choosing kernels, is not recorded
+            states = hidden(self.tokens, self.cache)
+        else:
+            if self.steps == 1:
+                self.play = record(lambda: hidden(self.tokens, self.cache))
+            states = self.play().clone()
+        self.steps += 1
+        return states
 
 
 class Recorded:
     """In place of a model's `hidden`: what reads one token of each row is recorded."""
 
     def __init__(self, model: nn.Module, record: Callable = cuda_graph):
-        self.hidden = model.hidden
-        self.record = record
+        self.model = weakref.ref(model)  # which has this, and should end with its last user
+        self.read = type(model).hidden
+        self.record: Callable | None = record
         self.window = model.config.max_seq_len
-        self.most_bytes = sum(p.nbytes for p in model.parameters())  # of rooms, when some are free
+        self.most_bytes = max(LEAST_BYTES, sum(p.nbytes for p in model.parameters()))
         self.rooms: list[Room] = []
-        self.known: weakref.WeakSet = weakref.WeakSet()  # caches that have read a single token
+        # caches that have read a single token, and how many tokens they had room for
+        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict) -> "Recorded":
+        """That of the copy of the model, with nothing recorded yet."""
+        other = copy.copy(self)
+        other.model = weakref.ref(memo[id(self.model())])
+        other.rooms, other.known = [], weakref.WeakKeyDictionary()
+        return other
+
+    def hidden(self, tokens: Tensor, cache=None, documents=None) -> Tensor:
+        return self.read(self.model(), tokens, cache, documents)
 
     def __call__(self, tokens: Tensor, cache=None, documents=None) -> Tensor:
-        if cache is None or tokens.size(1) > 1 or torch.is_grad_enabled():
-            return self.hidden(tokens, cache, documents)
-        if not 0 < cache.longest < self.window:
+        if cache is None:
+            return self.hidden(tokens, None, documents)
+        if tokens.size(1) == 1 and 0 < cache.longest < self.window and not torch.is_grad_enabled():
+            if cache in self.known:
+                room = self.record and self.room_of(cache)
+                if room:
+                    return self.step(room, tokens, cache)
+            else:  # perhaps there is no second
+                self.known[cache] = cache.keys.size(3)
+        room_for = self.known.get(cache, 0)
+        if cache.keys.size(3) < min(room_for, cache.longest + tokens.size(1)):
+            move_out(cache, room_for)
+        return self.hidden(tokens, cache)
+
+    def step(self, room: Room, tokens: Tensor, cache) -> Tensor:
+        try:
+            states = room.step(self.hidden, tokens, self.record)
+        except RuntimeError:
+            if room.steps != 1:
+                raise
+            self.record = None  # a variant that cannot be recorded, or no memory for it
+            move_out(cache, self.known[cache])
+            self.rooms.clear()
             return self.hidden(tokens, cache)
-        if cache not in self.known:  # perhaps there is no second
-            self.known.add(cache)
-            return self.hidden(tokens, cache)
-        states = self.room_of(cache).step(self.hidden, tokens, self.record)
         cache.longest += 1
         return states
 
-    def room_of(self, cache) -> Room:
-        """The room that a cache is in, after it has moved where it has to."""
+    def room_of(self, cache) -> Room | None:
+        """The room that a cache is in, after it has moved where it has to; None without memory."""
         for room in self.rooms:
             if room.cache.keys is cache.keys and cache.longest < room.size[1]:
                 return room
@@ -104,13 +151,18 @@ class Recorded:
         size = (rows, min(tokens, self.window))
         fitting = [room for room in self.rooms if room.size == size and room.is_free()]
         room = fitting[0] if fitting else self.new_room(cache, size[1])
-        room.take_in(cache)
+        if room:
+            room.take_in(cache)
         return room
 
-    def new_room(self, cache, tokens: int) -> Room:
+    def new_room(self, cache, tokens: int) -> Room | None:
+        """Those that nobody is in make room for it, oldest first; None where that is not enough."""
+        need = 2 * cache.keys[:, :, :, 0].nbytes * tokens
+        free = [room for room in self.rooms if room.is_free()]
+        while need + sum(room.nbytes for room in self.rooms) > self.most_bytes:
+            if not free:
+                return None
+            self.rooms.remove(free.pop(0))
         room = Room(cache, tokens)
-        for other in [room for room in self.rooms if room.is_free()]:
-            if sum(each.nbytes for each in (room, *self.rooms)) > self.most_bytes:
-                self.rooms.remove(other)
         self.rooms.append(room)
         return room

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import gc
 import itertools
 import json
+import math
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -17,6 +20,7 @@ from data import Tokenizer
 from lib import recording, speculative
 from lib.contrast import Contrast, contrast
 from lib.decoding import FEW, Int8Linear, prepare
+from lib.errors import BadInput
 from lib.recording import Recorded
 from lib.sampling import Sampling, choose, distribution, pick
 from lib.speculative import Speculation, accept
@@ -345,14 +349,89 @@ def test_only_what_goes_on_moves_into_a_room(recorded):
     assert [room.size for room in model.hidden.rooms] == [(2, 16)]
 
 
-def test_rooms_that_nobody_is_in_do_not_pile_up(recorded):
-    """All take no more than the weights do, but for those that somebody is in."""
+def test_rooms_take_no_more_than_their_share_of_memory(recorded):
+    """Those that nobody is in go first; a cache that finds no room is read without one."""
+    plain, model = recorded
+    model.hidden.most_bytes = most = 100_000
+    readers = []
+    for rows in range(1, 11, 3):
+        prompts = [[1, 2, 3]] * rows
+        assert generate(model, prompts, 5) == generate(plain, prompts, 5)
+        assert sum(room.nbytes for room in model.hidden.rooms) <= most
+    assert len(model.hidden.rooms) > 1
+    for _ in range(8):
+        readers.append(Decoder(model, 4, 40))
+        for token in range(4):
+            readers[-1].read([[token]] * 4)
+    assert sum(room.nbytes for room in model.hidden.rooms) <= most < 8 * model.hidden.rooms[0].nbytes
+
+
+@pytest.mark.parametrize("then", [[1] * 20, [1, 2]])
+def test_a_cache_in_a_room_still_takes_as_much_as_it_was_made_for(then, recorded):
+    """Its room is of 16 tokens, and it was made for 60."""
+    readers = [Decoder(model, 1, 60) for model in recorded]
+    for tokens in ([1, 2, 3], *([token] for token in range(10)), then, [4], [5], [6], [7] * 9):
+        expected, mine = (reader.read([tokens]) for reader in readers)
+        assert torch.allclose(mine, expected, atol=1e-5)
+    with pytest.raises(BadInput, match="do not fit"):
+        readers[1].read([[1] * 40])
+
+
+def test_a_draft_in_recorded_steps_writes_what_the_model_writes(recorded):
+    """Across the ends of rooms, where it reads two tokens at once after a full success."""
+    plain, model = recorded
+    for prompt in prompts_of(2):
+        expected = generate(plain, [prompt], 40)[0]
+        assert speculate(model, copy.deepcopy(model), prompt, 40)[0] == expected
+
+
+def test_what_cannot_be_recorded_is_read_plainly(recorded):
+    plain, model = recorded
+
+    def refuses(action):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model.hidden.record = refuses
+    assert generate(model, prompts_of(3), 30) == generate(plain, prompts_of(3), 30)
+    assert not model.hidden.rooms and model.hidden.record is None
+
+
+def test_what_was_not_finite_is_gone_with_its_tenant(recorded):
     _, model = recorded
-    most = sum(p.nbytes for p in model.parameters())
-    for rows in range(1, 10):
-        generate(model, [[1, 2, 3]] * rows, 5)
-    rooms = model.hidden.rooms
-    assert 1 < len(rooms) < 9 and sum(room.nbytes for room in rooms) <= most
+    for bad in (True, False):
+        reader = Decoder(model, 1, 16)
+        reader.read([[1]])
+        for _ in range(4):
+            reader.read([[2]])
+        if bad:
+            reader.cache.keys[:, :, :, 3] = math.nan
+            reader.cache.values[:, :, :, 3:] = math.inf
+        reader.trim([2])
+        finite = [reader.read([[2]]).isfinite().all() for _ in range(2)]
+        del reader
+        assert bad or all(finite)
+    assert len(model.hidden.rooms) == 1
+
+
+def test_a_copy_of_a_model_has_recordings_of_its_own_and_no_model_stays_behind(recorded):
+    plain, model = recorded
+    generate(model, [[1, 2]], 10)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    assert generate(model, [[1, 2]], 10) == generate(plain, [[1, 2]], 10)
+    del other.hidden
+    expected = generate(other, [[1, 2]], 10)
+    assert expected != generate(plain, [[1, 2]], 10)
+    third = copy.deepcopy(model)
+    third.load_state_dict(other.state_dict())
+    assert generate(third, [[1, 2]], 10) == expected
+    gc.disable()
+    gone = weakref.ref(third)
+    del third
+    assert gone() is None
+    gc.enable()
 
 
 def test_in_whole_numbers_the_stories_lose_little(shared):
