@@ -20,10 +20,10 @@ Result      Bits a byte: fp32 2.414, bf16 2.417, fp16 with a scale 2.413, withou
             -0.0102), bf16 less fp32 likewise -0.0072 (-0.0088 to -0.0057; +0.0244, -0.0382, -0.0080), without a scale
             less with -0.0000 (-0.0017 to +0.0016; +0.0155, -0.0278, +0.0122): none is decided, and at this spread 0.01
             asks for some forty seeds. Without a scale 73.6 % of the logits' gradient is rounded to 0 (73.3, 74.0,
-            73.4), with 4,096 0.7 %: confirmed; of the weights' gradient 0.9 %, perhaps why it does no harm (not tested). Of
-            a gap by likelihood or writing nothing can be said, as fp32 itself is right in 27.6 % where chance is 25, and
-            writes 0.06 % of next words; nine times as many tokens, as the bases had, could. Both measures rank
-            checkpoints alike, tau +0.81 (+0.62 to +0.87; +0.86, +0.90, +0.67): confirmed.
+            73.4), with 4,096 0.7 %: confirmed; of the weights' gradient 0.9 %, perhaps why it does no harm (not
+            tested). Of a gap by likelihood or writing nothing can be said, as fp32 itself is right in 27.6 % where
+            chance is 25, and writes 0.06 % of next words; nine times as many tokens, as the bases had, could. Both
+            measures rank checkpoints alike, tau +0.81 (+0.62 to +0.87; +0.86, +0.90, +0.67): confirmed.
 """
 
 import sys
