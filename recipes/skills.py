@@ -1,0 +1,69 @@
+"""How well a model knows several kinds of text, at many of its checkpoints, for recipes about the course of training.
+
+Of each kind, a dataset: questions of recipes/cloze.py (`other`), and bits a byte of single windows, both of documents
+that are held out.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scoring import Questions
+from study import once
+
+from data import Dataset
+from lib.bits import BIT
+from lib.checkpoints import checkpoints, remove
+from lib.files import write_whole
+from model import load
+
+
+@torch.no_grad()
+def window_bits(model, windows: Dataset, count: int) -> list[float]:
+    """Of so many windows spread over a split, each its bits over its bytes in proportion to its tokens."""
+    found, places = [], windows.spread_indices(count)
+    for begin in range(0, len(places), 8):
+        batch = windows.batch(places[begin : begin + 8]).to(torch.device("cpu"))
+        nats = -model.log_probs(batch.tokens, batch.targets).mean(1)
+        found += (nats / BIT / windows.bytes_per_target).tolist()
+    return found
+
+
+class Skills:
+    """What is measured: `KIND right`, of each question 1 or 0, and `KIND bits`, of each window."""
+
+    def __init__(self, run: Path, kinds: dict[str, Path], where: Path, count: int):
+        """kinds are datasets; count is how many questions of each; run has the window of all models to measure."""
+        self.questions, self.windows = {}, {}
+        for kind, data in kinds.items():
+            made, sizes = where / f"{kind}_{count}.jsonl", ("--count", count, "--context", 32, "--size", 8)
+            once(made, "recipes/cloze.py", "--data", data, *sizes, "--out", made)
+            self.questions[kind] = Questions(run, made, chat=False)
+            self.windows[kind] = Dataset(data, "val", load(run).config.max_seq_len)
+
+    def of(self, model, windows: int = 64) -> dict[str, list[float]]:
+        found = {}
+        for kind, questions in self.questions.items():
+            found[f"{kind} right"] = questions.right(model).astype(float).tolist()
+            found[f"{kind} bits"] = window_bits(model, self.windows[kind], windows)
+        return found
+
+
+def curve(kept: Path, run: Path, steps: Iterable[int], measure: Callable) -> dict[int, dict[str, np.ndarray]]:
+    """What measure says of the model after each of these steps: in the file kept, or from the run's checkpoints.
+
+    Then all checkpoints but the last are deleted.
+    """
+    if not kept.exists():
+        found = {step: measure(load(run / f"step_{step:08d}")) for step in steps}
+        write_whole(kept, json.dumps(found))
+    for checkpoint in checkpoints(run)[:-1]:
+        remove(checkpoint)
+    read = json.loads(kept.read_text())
+    return {int(step): {name: np.array(values) for name, values in found.items()} for step, found in read.items()}
