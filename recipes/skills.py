@@ -25,18 +25,21 @@ from model import load
 
 
 @torch.no_grad()
-def window_bits(model, windows: Dataset, count: int) -> list[float]:
-    """Of so many windows spread over a split, each its bits over its bytes in proportion to its tokens."""
-    found, places = [], windows.spread_indices(count)
+def of_windows(model, windows: Dataset, count: int) -> tuple[list[float], list[float]]:
+    """Of so many windows spread over a split: the bits of each over its bytes, which are taken in proportion to its
+    tokens, and the share of its tokens that the model holds for likeliest."""
+    bits, guessed, places = [], [], windows.spread_indices(count)
     for begin in range(0, len(places), 8):
         batch = windows.batch(places[begin : begin + 8]).to(torch.device("cpu"))
-        nats = -model.log_probs(batch.tokens, batch.targets).mean(1)
-        found += (nats / BIT / windows.bytes_per_target).tolist()
-    return found
+        logits = model(batch.tokens)
+        nats = -logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0].mean(1)
+        bits += (nats / BIT / windows.bytes_per_target).tolist()
+        guessed += (logits.argmax(-1) == batch.targets).float().mean(1).tolist()
+    return bits, guessed
 
 
 class Skills:
-    """What is measured: `KIND right`, of each question 1 or 0, and `KIND bits`, of each window."""
+    """What is measured: `KIND right`, of each question 1 or 0; `KIND bits` and `KIND guessed` of each window."""
 
     def __init__(self, run: Path, kinds: dict[str, Path], where: Path, count: int):
         """kinds are datasets; count is how many questions of each; run has the window of all models to measure."""
@@ -51,7 +54,7 @@ class Skills:
         found = {}
         for kind, questions in self.questions.items():
             found[f"{kind} right"] = questions.right(model).astype(float).tolist()
-            found[f"{kind} bits"] = window_bits(model, self.windows[kind], windows)
+            found[f"{kind} bits"], found[f"{kind} guessed"] = of_windows(model, self.windows[kind], windows)
         return found
 
 

@@ -137,6 +137,8 @@ def test_skills_are_those_that_eval_measures(data, tmp_path):
     batch = windows.batch(range(len(windows))).to(torch.device("cpu"))
     nats = float(model.loss(batch.tokens, batch.targets).detach()) / batch.targets.numel()
     assert np.mean(found["text bits"]) == pytest.approx(nats / math.log(2) / windows.bytes_per_target, rel=1e-4)
+    likeliest = model(batch.tokens).argmax(-1) == batch.targets
+    assert np.mean(found["text guessed"]) == pytest.approx(float(likeliest.float().mean())) > 0
 
 
 def test_a_curve_is_measured_once_and_its_checkpoints_go(tmp_path):
