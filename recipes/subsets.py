@@ -59,7 +59,7 @@ def select(name: str, texts: list[list[int]], tokens: int, vocabulary: int) -> l
 
 
 def subset(name: str, where: Path, tokens: int) -> Path:
-    """One of them as a dataset, of which data.py holds out a twentieth, or `stdlib`."""
+    """One of them as a dataset, of which data.py holds out a tenth, or `stdlib`."""
     if name == "stdlib":
         return text()
     made, lines = where / name, where / f"{name}.jsonl"
@@ -69,4 +69,4 @@ def subset(name: str, where: Path, tokens: int) -> Path:
             texts += [ids[begin : begin + PASSAGE] for begin in range(0, len(ids), PASSAGE)]
         kept = select(name, texts, tokens, tokenizer.vocab_size)
         write_whole(lines, "".join(json.dumps({"text": tokenizer.decode(each)}) + "\n" for each in kept))
-    return once(made, "data.py", "--source", lines, "--out", made, "--tokenizer", text(), "--val_fraction", 0.05)
+    return once(made, "data.py", "--source", lines, "--out", made, "--tokenizer", text(), "--val_fraction", 0.1)

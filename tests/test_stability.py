@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, command, flags, prepare, random_model
+from conftest import ROOT, prepare, random_model
 from data import Tokenizer
 from model import ModelConfig, load, save
 
@@ -81,10 +81,10 @@ def test_a_subset_becomes_a_dataset_of_its_own_texts(data, tmp_path, monkeypatch
     monkeypatch.setattr(subsets, "text", lambda: data)
     monkeypatch.setattr(subsets, "domain", lambda where: data)
     monkeypatch.setattr(subsets, "PASSAGE", 50)
-    made = subsets.subset("random", tmp_path, 1000)
+    made = subsets.subset("random", tmp_path, 3000)
     whole = "".join(Tokenizer(data).decode(ids) for ids in subsets.read_split(data, "train"))
     lines = [json.loads(line)["text"] for line in (tmp_path / "random.jsonl").read_text().splitlines()]
-    assert 1000 <= sum(map(len, lines)) < 1050 and all(line in whole for line in lines)
+    assert 3000 <= sum(map(len, lines)) < 3050 and all(line in whole for line in lines)
     assert subsets.subset("random", tmp_path, 1) == made  # not made again
     assert subsets.subset("stdlib", tmp_path, 1) == data
 
@@ -121,24 +121,26 @@ def test_weights_that_move_are_seen_in_their_half():
 # ---- skills ----
 
 
-def test_skills_are_those_that_eval_measures(data, tmp_path):
-    """Bits of all windows have the mean of perplexity; answers are those of the task choices."""
+def test_skills_are_those_of_full_passes(data, tmp_path):
+    """Choices by the log-probabilities of their bytes behind a blank; bits of all windows as of the training's loss."""
     run = tmp_path / "model"
     save(random_model(TINY), run, Tokenizer("bytes"))
+    rows = [{"context": f"Say {n}?", "choices": ["cat", "one", "dog", "sun"], "answer": n % 4} for n in range(20)]
+    (tmp_path / "text_20.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = skills.Skills(run, {"text": data}, tmp_path, 20)
-    model = load(run)
+    model, encode = load(run), Tokenizer("bytes").encode
     found = made.of(model, windows=10**6)
-    out = tmp_path / "r.json"
-    words = dict(model=run, task="choices", data=tmp_path / "text_20.jsonl", out=out)
-    command("eval.py", *flags(words))
-    rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
-    assert found["text right"] == [row["scores"]["acc"] for row in rows] and 0 < sum(found["text right"]) < 20
+    for row, right in zip(rows, found["text right"]):
+        texts = torch.tensor([encode(f"{row['context']} {choice}", bos=True) for choice in row["choices"]])
+        likeliest = model.log_probs(texts[:, :-1], texts[:, 1:])[:, -4:].sum(1).argmax()
+        assert right == (likeliest == row["answer"])
+    assert 0 < sum(found["text right"]) < 20
     windows = made.windows["text"]
     batch = windows.batch(range(len(windows))).to(torch.device("cpu"))
     nats = float(model.loss(batch.tokens, batch.targets).detach()) / batch.targets.numel()
     assert np.mean(found["text bits"]) == pytest.approx(nats / math.log(2) / windows.bytes_per_target, rel=1e-4)
     likeliest = model(batch.tokens).argmax(-1) == batch.targets
-    assert np.mean(found["text guessed"]) == pytest.approx(float(likeliest.float().mean())) > 0
+    assert np.mean(found["text guessed"]) == pytest.approx(float(likeliest.float().mean()))
 
 
 def test_a_curve_is_measured_once_and_its_checkpoints_go(tmp_path):
