@@ -50,7 +50,7 @@ class Skills:
             self.questions[kind] = Questions(run, made, chat=False)
             self.windows[kind] = Dataset(data, "val", load(run).config.max_seq_len)
 
-    def of(self, model, windows: int = 64) -> dict[str, list[float]]:
+    def of(self, model, windows: int = 32) -> dict[str, list[float]]:
         found = {}
         for kind, questions in self.questions.items():
             found[f"{kind} right"] = questions.right(model).astype(float).tolist()
@@ -58,15 +58,17 @@ class Skills:
         return found
 
 
-def curve(kept: Path, run: Path, steps: Iterable[int], measure: Callable) -> dict[int, dict[str, np.ndarray]]:
-    """What measure says of the model after each of these steps: in the file kept, or from the run's checkpoints.
-
-    Then all checkpoints but the last are deleted.
-    """
+def measured(kept: Path, models: dict[int, Path], measure: Callable) -> dict[int, dict[str, np.ndarray]]:
+    """What measure says of the models by step: in the file kept, where it is there."""
     if not kept.exists():
-        found = {step: measure(load(run / f"step_{step:08d}")) for step in steps}
-        write_whole(kept, json.dumps(found))
-    for checkpoint in checkpoints(run)[:-1]:
-        remove(checkpoint)
+        write_whole(kept, json.dumps({step: measure(load(model)) for step, model in models.items()}))
     read = json.loads(kept.read_text())
     return {int(step): {name: np.array(values) for name, values in found.items()} for step, found in read.items()}
+
+
+def curve(kept: Path, run: Path, steps: Iterable[int], measure: Callable) -> dict[int, dict[str, np.ndarray]]:
+    """As `measured`, of a run's checkpoints after these steps; then all but the last are deleted."""
+    found = measured(kept, {step: run / f"step_{step:08d}" for step in steps}, measure)
+    for checkpoint in checkpoints(run)[:-1]:
+        remove(checkpoint)
+    return found

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from skills import Skills, curve
+from skills import Skills, curve, measured
 from study import OUT, Report, base, difference, text, train
 from subsets import domain, subset
 from weights import part_of
@@ -71,7 +71,9 @@ def continued(seed: int, arm: str, skills: Skills) -> dict[int, dict[str, np.nda
     name, first = f"{arm[0]}_{seed}", load(base(seed))
     words = ("--init_from", base(seed), "--data", *parts, "--seed", seed, "--steps", STEPS[-1], *FLAGS)
     run = train(HERE / name, *words)
-    return curve(HERE / f"{name}.json", run, STEPS, lambda model: skills.of(model) | {"moved": moved(first, model)})
+    start = measured(HERE / f"base_{seed}.json", {0: base(seed)}, skills.of)
+    more = curve(HERE / f"{name}.json", run, STEPS[1:], lambda now: skills.of(now) | {"moved": moved(first, now)})
+    return start | more
 
 
 def dip(right: np.ndarray) -> np.ndarray:
