@@ -64,12 +64,12 @@ def test_what_only_time_does_is_not_going_together():
     assert abs(foretelling.together(means, [("a", "b"), ("b", "c")]) - 0.5) < 0.1
 
 
-def test_an_interval_is_that_of_drawing_items():
-    draw = np.random.default_rng(0)
-    values = {"a": draw.normal(size=(8, 2, 400)) + np.arange(8)[:, None, None] / 10}
-    found = foretelling.estimate(values, lambda means: float(means["a"].mean()), draws=400)
-    width = 2 * 1.96 * values["a"].mean((0, 1)).std() / 20
-    assert found.low < found.mean < found.high and found.high - found.low == pytest.approx(width, rel=0.15)
+def test_the_interval_of_a_mean_over_runs_is_that_of_students_t():
+    """Runs 1 to 8: standard deviation 6 ** 0.5, and t of 7 degrees of freedom is 2.3646."""
+    values = {"a": of_runs(*([run] for run in range(1, 9)))}
+    found = foretelling.estimate(values, lambda means: float(means["a"].mean()))
+    half = 2.3646 * (6 / 8) ** 0.5
+    assert found[:3] == pytest.approx((4.5, 4.5 - half, 4.5 + half), rel=1e-4) and found.seeds == (4.5,)
 
 
 def test_runs_differ_in_one_thing_each(monkeypatch, tmp_path):
