@@ -17,11 +17,11 @@ from sample import load_model
 
 
 class Questions:
-    """The questions of a file of multiple choice, asked as `eval.py --task choices --chat` asks the run."""
+    """The questions of a file of multiple choice, asked as `eval.py --task choices` asks the run, or with --chat."""
 
-    def __init__(self, run: Path, data: Path, limit: int = 0):
+    def __init__(self, run: Path, data: Path, limit: int = 0, chat: bool = True):
         model, tokenizer = load_model(str(run))
-        words = dict(model=(str(run),), task="choices", data=str(data), chat=True, limit=limit)
+        words = dict(model=(str(run),), task="choices", data=str(data), chat=chat, limit=limit)
         config = settled(evaluation.Config(**words), evaluation.PROTOCOLS)
         config = asked_in_chat(config, str(run), tokenizer, False)
         self.questions = evaluation.make_questions(model, tokenizer, config, World())

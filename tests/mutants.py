@@ -54,6 +54,15 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     # ---- two models at once, and the recipes of papers ----
+    Mutant("a dip is at the lowest step of the same questions", "recipes/stability.py",
+           "right[:, 1 - half :: 2]", "right[:, half::2]",
+           "stability: random"),
+    Mutant("an n-gram's rest is not that of its context", "recipes/ngrams.py",
+           "left + self.discount * kinds[known] * found", "left + self.discount * found",
+           "stability: by_hand or distribution"),
+    Mutant("early and late are measured on the same items", "recipes/foretelling.py",
+           "means[late][1 - half, :, -1]", "means[late][half, :, -1]",
+           "fineline: luck"),
     Mutant("a rejected guess is drawn from the model as it is", "lib/speculative.py",
            "(p - q).clamp(min=0)[None]", "p[None]",
            "decoding: own_distribution or by_hand"),
