@@ -3,7 +3,7 @@
 Paper       K2-65B, LLM360 2025, arXiv:2501.07124; the going back is PaLM's (Chowdhery et al. 2022, arXiv:2204.02311).
 Command     python recipes/spikes.py
 Hardware    not run yet
-Claim       Of the spikes in a long training most are benign and pass by themselves; malignant ones stay, and K2's makers
+Claim       Of the spikes in a long training most are benign and pass by themselves; malignant ones stay, and its makers
             went back to a checkpoint for them. (In kind, from its model cards; no figure of the paper is tested here.)
 Miniature   A model of two layers, 64 wide, 240 steps of 1,024 tokens on the standard library, and after step 110 a
             planted fault (recipes/faults.py): one batch of shuffled tokens, thirty of them, or a tenfold learning rate
