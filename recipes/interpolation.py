@@ -3,16 +3,16 @@
 Paper       Chen et al. 2023, arXiv:2306.15595.
 Command     python recipes/interpolation.py
 Hardware    not run yet
-Claim       LLaMA-7B, window 2,048, on PG19 at 8,192: perplexity above 1,000 as it is, 16.10 with positions divided by 4,
-            6.95 after 1,000 steps of tuning so (7.13 at 2,048, where the original has 7.20), 7.69 after ten times as
+Claim       LLaMA-7B, window 2,048, on PG19 at 8,192: perplexity above 1,000 as it is, 16.10 with positions divided by
+            4, 6.95 after 1,000 steps of tuning so (7.13 at 2,048, where the original has 7.20), 7.69 after ten times as
             many without dividing; keys found 8,192 tokens back after 200 steps, 2,560 without dividing.
-Miniature   The laptop's model, window 256, which first learns to find a key (a word, as five digits are too hard for it)
-            in texts of at most 256 tokens. Then 100 steps at 1,024, positions divided by 4 or not, on library code and
-            the same short texts; beside them 100 steps at 256. 17 documents, 8 blocks of 32 tokens each, always the
-            same, read with windows of 64 to 1,024; 320 new keys at 32 distances. Three seeds.
-Predicted   before the run: as it is, worse at 1,024 than at 256; divided without tuning better than that, but worse than
-            the original at 256; tuned within 2 % of a model tuned at 256, there, and better at 1,024 than at 256; direct
-            tuning worse than divided at 1,024, and finds fewer keys beyond 256 tokens.
+Miniature   The laptop's model, window 256, which first learns to find a key (a word, as five digits are too hard for
+            it) in texts of at most 256 tokens. Then 100 steps at 1,024, positions divided by 4 or not, on library code
+            and the same short texts; beside them 100 steps at 256. 17 documents, 8 blocks of 32 tokens each, always
+            the same, read with windows of 64 to 1,024; 320 new keys at 32 distances. Three seeds.
+Predicted   before the run: as it is, worse at 1,024 than at 256; divided without tuning better than that, but worse
+            than the original at 256; tuned within 2 % of a model tuned at 256, there, and better at 1,024 than at 256;
+            direct tuning worse than divided at 1,024, and finds fewer keys beyond 256 tokens.
 Result      not run yet
 """
 
