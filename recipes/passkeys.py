@@ -8,6 +8,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def keys_of(tokenizer: Tokenizer) -> list[str]:
     known = prompt("", 5, 0)
     words = [word for word in words if len(word) > 3 and word not in known]
     sizes = [len(tokenizer.encode(f"{prompt(word, 0, 0)} {word}.")) for word in words]
-    return [word for word, size in zip(words, sizes) if size == min(sizes)]
+    usual = mode(sizes)
+    return [word for word, size in zip(words, sizes) if size == usual]
 
 
 def most_sentences(tokenizer: Tokenizer, window: int) -> int:

@@ -98,6 +98,15 @@ def test_a_key_is_found_as_far_as_a_reader_sees(tokenizer):
     assert right.mean() < 0.1 and passkeys.farthest(distances, right) < 200  # by chance alone
 
 
+def test_keys_are_words_of_one_token_in_their_place(tokenizer):
+    keys = passkeys.keys_of(tokenizer)
+    assert len(keys) > 10
+    for key in keys:
+        asked = passkeys.prompt(key, 2, 3)
+        assert len(tokenizer.encode(f"{asked} {key}")) == len(tokenizer.encode(asked)) + 1
+        assert len(tokenizer.encode(asked)) == len(tokenizer.encode(passkeys.prompt(keys[0], 2, 3)))
+
+
 def test_texts_with_keys_fit_in_the_short_window(tokenizer, tmp_path, monkeypatch, shared):
     made = []
     monkeypatch.setattr(passkeys, "text", lambda: shared("stories260K"))
