@@ -55,18 +55,21 @@ def planted(fault: str, at: int) -> Iterator[None]:
         train.Mixture.batch, train.learning_rate = read, rate
 
 
-def trained(seed: int, fault: str, policy: str) -> Path:
+def trained(seed: int, fault: str, policy: str, spike: int = 10) -> Path:
     """The run of a seed with a fault ("" for its twin without) under a policy, trained where it is not there yet.
+
+    spike is the guard's threshold in standard deviations.
 
     One that was interrupted is begun again, since a fault of the rate does not know how long it has lasted.
     """
-    out = HERE / f"{fault.replace(' ', '_') or 'twin'}_{policy}_{seed}"
+    name = f"{fault.replace(' ', '_') or 'twin'}_{policy}"
+    out = HERE / (f"{name}_{seed}" if spike == 10 else f"{name}_at_{spike}_{seed}")
     marker = out.with_name(f"{out.name}.finished")
     if not marker.exists():
         shutil.rmtree(out, ignore_errors=True)
         shape = dict(num_layers=2, dim=64, num_heads=4, ffn_dim=176, seq_len=128, batch_size=BATCH)
         often = dict(log_every=1, eval_every=10, eval_tokens=4096, save_every=50, max_bad_steps=100)
-        words = dict(data=(str(text()),), out=str(out), seed=seed, steps=STEPS, on_spike=policy, sample="")
+        words = dict(data=(str(text()),), out=str(out), seed=seed, steps=STEPS, sample="", spike=spike, on_spike=policy)
         print("+ a run of train.py,", out, flush=True)
         with planted(fault, AT):
             train.main(train.Config(**shape, **often, **words))
