@@ -103,11 +103,10 @@ def measure(report: Report, config: Config):
         sums = [" ".join(str(cost[what]) for cost in found) for what in ("spikes", "skipped", "returns", "undone")]
         shown = " ".join("never" if steps is None else str(steps) for steps in back)
         rows.append([*name, shown, *sums, difference(twin, last[name])])
-    report.say(f"Runs of a model of two layers, {STEPS} steps with a fault after step {AT}, and their twins without, by "
-               f"seed: the guard's threshold in standard deviations; steps from the fault until validation stays within "
-               f"{NEAR} bits a byte of the twin's; spikes that the guard saw; "
-               "updates left out; returns to a checkpoint; steps that these undid. Last, bits a byte of validation at "
-               "the end above the twin's.")  # fmt: skip
+    report.say(f"Runs of a model of two layers, {STEPS} steps with a fault after step {AT}, and their twins without, "
+               "by seed: the guard's threshold in standard deviations; steps from the fault until validation stays "
+               f"within {NEAR} bits a byte of the twin's; spikes that the guard saw; updates left out; returns to a "
+               "checkpoint; steps that these undid. Last, bits a byte of validation at the end above the twin's.")
     head = ["fault", "policy", "guard", "back after", "spikes", "skipped", "returns", "undone", "at the end"]
     report.table(head, rows)
     for threshold in (3, 5, 10):
