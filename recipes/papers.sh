@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# All papers of recipes/README.md, one after the other, on two cores: about HOURS hours with everything that they share.
-# What has its report in out/papers is skipped, so that after an interruption the same command goes on.
+# All papers of recipes/README.md, one after the other, on two cores: about HOURS hours, the sum of the minutes there, and a
+# quarter of an hour for the three models that they share. What has its report in out/papers is skipped, so that after an
+# interruption the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 recipes=(
     speculate contrast contrast_writing consensus tax compeft cabrita membership
-    stability fineline interpolation spikes self_instruct write_data specialize choosing
+    stability fineline interpolation spikes write_data engrave specialize choosing
     qlora_formats qlora bezoar attention incite llava
 )
 for name in "${recipes[@]}"; do
