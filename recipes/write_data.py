@@ -49,15 +49,15 @@ SCHEMES = {
 }  # fmt: skip
 TOPICAL = ("LaMini", "SELF-ALIGN")
 ABOUT = """Self-Instruct (arXiv:2212.10560), Alpaca, LaMini (2304.14402), Evol-Instruct (2304.12244), Orca (2306.02707),
-SELF-ALIGN (2305.03047) and Self-Specialization (2310.00160) are schemes by which a model writes training data. Here each
-has {calls} calls of one writer, {writer}. They write in stages: whole *tasks* (instruction, input, output) or
+SELF-ALIGN (2305.03047) and Self-Specialization (2310.00160) are schemes by which a model writes training data. Here
+each has {calls} calls of one writer, {writer}. They write in stages: whole *tasks* (instruction, input, output) or
 *instructions*, then *answers*. Each text is kept, or counted under the first filter that drops it. *ROUGE-L above 0.7*:
 as alike as that to a seed or an instruction kept before. *Not three parts*: not an instruction, an input and an output.
 *No example in it*: the marks that LaMini asks for are missing. Lists of eight instructions are gone on with to the
 fifteenth: seven new ones a call. *Prompts* are those of all stages of a scheme; *cut* ones lost their beginning, for
 which the model's window has no room. Nothing was trained on what is kept."""
-OWN = """a LLaMA-2 model of 1.3 M parameters that was taught facts about Python's library, with 20 of the questions that it
-was taught, and their answers, as seeds"""
+OWN = """a LLaMA-2 model of 1.3 M parameters that was taught facts about Python's library, with 20 of the questions that
+it was taught, and their answers, as seeds"""
 
 
 @dataclass
