@@ -55,7 +55,7 @@ each has {calls} calls of one writer, {writer}. They write in stages: whole *tas
 as alike as that to a seed or an instruction kept before. *Not three parts*: not an instruction, an input and an output.
 *No example in it*: the marks that LaMini asks for are missing. Lists of eight instructions are gone on with to the
 fifteenth: seven new ones a call. *Prompts* are those of all stages of a scheme; *cut* ones lost their beginning, for
-which the model's window has no room. Nothing was trained on what is kept."""
+which the model's window has no room: their scheme may fail by that alone. Nothing was trained on what is kept."""
 OWN = """a LLaMA-2 model of 1.3 M parameters that was taught facts about Python's library, with 20 of the questions that
 it was taught, and their answers, as seeds"""
 
