@@ -50,11 +50,12 @@ model of 1.3 M parameters, pretrained on Python's standard library (*the base*),
 questions with answers, chosen until the answers have {size:,} bytes. An answer is *good* if LIMA's rules keep it: of
 100 to 700 characters, no "I" or "my", no word of other answers. *Random*: drawn from all. *Rules*: from the good ones.
 *Many sources*: of the good ones, a source drawn with the power 1/3 of its size, then one of its examples, as LIMA did;
-*few sources*: one whole source after the other. Sources are {sources}. *GME*: one by one, each time the example that
-brings the entropies of the chosen nearest to the highest; *GME and rules*: the same among the good ones. *4 times*: so
-many bytes, and so about four times the steps. Entropies (nats) are those of the chosen: of sources, of words in
-questions and in answers, of lengths of answers in powers of 2. Bits a byte of held-out answers, all or good: lower is
-better. Last, how many of {written} answers that the tuned model writes to held-out questions end and are good."""
+*few sources*: one whole source after the other (entropy 0: one is enough). Sources are {sources}. *GME*: one by one,
+each time the example that brings the entropies of the chosen nearest to the highest; *GME and rules*: the same among
+the good ones. *4 times*: so many bytes, and so about four times the steps. Entropies (nats) are those of the chosen: of
+sources, of words in questions and in answers, of lengths of answers in powers of 2. Bits a byte of held-out answers,
+all or good: lower is better. Last, what share of {written} answers that the tuned model writes to held-out questions
+end and are good, which says nothing of truth."""
 
 
 @dataclass
