@@ -161,7 +161,7 @@ def results(report: Report, config: Config):
     report.say(f"Right answers in per cent, {TESTS} questions a kind, {config.seeds} seeds: color, shape (chance 25), "
                "count (33), left of (50), all (33). Then color and shape of held-out pairs: the asked object has one "
                "of five pairs that no training had (chance 20; an arm that learned never to say them has 0). Last, "
-               "bits a byte of text without pictures, lower is better; of the untouched 1.3 M as in *stage 1 alone*.")  # fmt: skip
+               "bits a byte of text without pictures, lower is better (untouched 1.3 M: *stage 1 alone*).")  # fmt: skip
     report.table(["", *ANSWERS, "all", "held-out color", "held-out shape", "bits a byte"], rows)
 
     def gap(first, second) -> Difference:
