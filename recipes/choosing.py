@@ -2,32 +2,33 @@
 
 Paper       LIMA, Zhou et al. 2023, arXiv:2305.11206; InvestLM, Yang et al. 2023, arXiv:2309.13064 (the same in one
             domain); the GME sampler, Delmas et al. 2023, arXiv:2311.06364.
-Command     python recipes/choosing.py                             (docstrings: the domain that the base knows)
-            python recipes/choosing.py --records alpaca            (instructions; downloaded, or a local file)
+Command     python recipes/choosing.py                                      (docstrings: the domain that the base knows)
+            python recipes/choosing.py --records alpaca_random_9k.json      (instructions: a random subset of Alpaca, to
+            be fetched before as data/random/random_9k.json of github.com/gpt4life/alpagasus: 9,229 records, of which
+            8,340 fit the window. --records alpaca downloads all of Alpaca and makes another report.)
 Hardware    one core, no GPU; 9 and 13 minutes of its time (2026-11-27, AMD EPYC), without the bases.
 Claim       LIMA: tuned on 1,000 chosen examples, a large model answers well; quality and diversity of examples help,
             their number alone does not. GME: a set as diverse and even as can be, each item chosen for its entropies.
-Miniature   The laptop's model, three seeds, three epochs on examples whose answers have 60,000 bytes, whatever their
-            number, and on four times as many at random. LIMA's rules with lengths of 100 to 700 characters, for a
-            window of 256 tokens. Bits a byte of held-out answers, all of them and the good ones, which the rules keep;
-            and of 150 answers written at LIMA's settings the share that end and are good. LIMA used people's judgement.
+Miniature   The laptop's model, three seeds; arms and measures as in ABOUT. Lengths of 100 to 700 characters stand for
+            LIMA's, for a window of 256 tokens; they also used people's judgement. 150 answers, at LIMA's settings.
 Predicted   before the run, for both sources: GME's entropies above those of 100 random draws; GME better than random
             on all held-out answers, by little. On good ones: rules better than random; LIMA's draw of sources better
             than few sources; GME among good ones better than chance among them; four times as many at random better
             than good ones, against LIMA, as this base has little to align. Rules: more good answers written.
-Result      docstrings, then Alpaca (9,229 random records), in bits a byte. GME's entropies are above all 100 draws'.
-            Not decided: GME less random, all answers, -0.006 (-0.015 to +0.002; by seed -0.003, -0.011, -0.004) and
-            +0.001 (-0.006 to +0.008; +0.005, -0.002, -0.000); rules less random -0.003 (-0.009 to +0.004; -0.005,
-            -0.007, +0.005) and +0.002 (-0.004 to +0.007; +0.001, +0.003, +0.000). Four times the docstrings held out
-            could tell 0.006. Confirmed: many sources less few -0.058 (-0.066 to -0.049; -0.062, -0.048, -0.064) and
-            -0.034 (-0.042 to -0.026; -0.027, -0.037, -0.038); four times as many less the rules -0.054 (-0.062 to
-            -0.045; -0.054, -0.050, -0.056) and -0.271 (-0.294 to -0.249; -0.276, -0.262, -0.276). GME among good ones
-            -0.010 (-0.018 to -0.002; -0.003, -0.009, -0.017), confirmed, and -0.006 (-0.013 to +0.001; +0.001, -0.012,
+Result      docstrings, then Alpaca, in bits a byte. GME's entropies are above all 100 draws'. Not decided: GME less
+            random, all answers, -0.006 (-0.015 to +0.002; by seed -0.003, -0.011, -0.004) and +0.001 (-0.006 to +0.008;
+            +0.005, -0.002, -0.000); rules less random -0.003 (-0.009 to +0.004; -0.005, -0.007, +0.005) and +0.002
+            (-0.004 to +0.007; +0.001, +0.003, +0.000). Four times the docstrings held out could tell 0.006. Confirmed:
+            many sources less few -0.058 (-0.066 to -0.049; -0.062, -0.048, -0.064) and -0.034 (-0.042 to -0.026;
+            -0.027, -0.037, -0.038): few cost, but many are no better than the rules alone (2.103 and 2.109, 2.506 and
+            2.506; not tested). Four times as many, in four times the steps, less the rules -0.054 (-0.062 to -0.045;
+            -0.054, -0.050, -0.056) and -0.271 (-0.294 to -0.249; -0.276, -0.262, -0.276). GME among good ones -0.010
+            (-0.018 to -0.002; -0.003, -0.009, -0.017), confirmed, and -0.006 (-0.013 to +0.001; +0.001, -0.012,
             -0.008), not decided. Rules write 52 % good answers for random's 22, four times as many 16: +30 points (+23
-            to +36; +27, +32, +30); Alpaca 56, 30, 22: +27 (+20 to +33; +17, +27, +36); confirmed.
+            to +36; +27, +32, +30); Alpaca 56, 30, 22: +27 (+20 to +33; +17, +27, +36); confirmed. Few sources write
+            most, 56 and 58 %: what is good is mostly a length, and says nothing of truth.
 """
 
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,17 +37,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from answering import fitting, measure, tuned
-from curating import Record, by_temperature, categories, good, library, read, whole_groups
-from entropy import gme
+from answering import WINDOW, fitting, measure, tuned
+from curating import ARMS, LENGTHS, Record, categories, choose, good, library, read
 from study import OUT, Report, base, difference, text
 
 from data import Tokenizer
-from lib.cli import BadInput, run_command
+from lib.cli import run_command
 
-ARMS = ("random", "rules", "many sources", "few sources", "GME", "GME and rules", "random, 4 times")
-LENGTHS = (100, 700)  # characters of a good answer
 BASE = "none, the base"
+ABOUT = """Which few examples are best to tune on (LIMA, arXiv:2305.11206; the GME sampler, arXiv:2311.06364)? A LLaMA-2
+model of 1.3 M parameters, pretrained on Python's standard library (*the base*), is fine-tuned for three epochs on
+questions with answers, chosen until the answers have {size:,} bytes. An answer is *good* if LIMA's rules keep it: of
+100 to 700 characters, no "I" or "my", no word of other answers. *Random*: drawn from all. *Rules*: from the good ones.
+*Many sources*: of the good ones, a source drawn with the power 1/3 of its size, then one of its examples, as LIMA did;
+*few sources*: one whole source after the other (entropy 0: one is enough). Sources are {sources}. *GME*: one by one,
+each time the example that brings the entropies of the chosen nearest to the highest; *GME and rules*: the same among
+the good ones. *4 times*: so many bytes, and so about four times the steps. Entropies (nats) are those of the chosen: of
+sources, of words in questions and in answers, of lengths of answers in powers of 2. Bits a byte of held-out answers,
+all or good: lower is better. Last, what share of {written} answers that the tuned model writes to held-out questions
+end and are good, which says nothing of truth."""
 
 
 @dataclass
@@ -62,7 +71,6 @@ class Config:
 
 
 def records_of(config: Config) -> tuple[list[Record], list[Record]]:
-    """The pool, and what is held out: docstrings of other files, or other records."""
     tokenizer = Tokenizer(text())
     if config.records == "library":
         pool, tests = (fitting(library(text(), split, tokenizer), tokenizer) for split in ("train", "val"))
@@ -70,28 +78,6 @@ def records_of(config: Config) -> tuple[list[Record], list[Record]]:
         records = fitting(read(config.records, OUT / "downloads"), tokenizer)
         pool, tests = records[config.tests :], records
     return pool[: config.pool], tests[: config.tests]
-
-
-def choose(arm: str, pool: list[Record], seed: int, size: int) -> list[int]:
-    """Places in the pool: the first in an arm's order whose answers have so many bytes together."""
-    draw, places = random.Random(seed), list(range(len(pool)))
-    if "rules" in arm or "sources" in arm:
-        places = [place for place in places if good(pool[place].answer, *LENGTHS)]
-    some = [pool[place] for place in places]
-    groups = [record.group for record in some]
-    if "GME" in arm:
-        order = (item for item, _ in gme(*categories(some)))
-    elif "sources" in arm:
-        order = by_temperature(groups, draw) if arm == "many sources" else whole_groups(groups, draw)
-    else:
-        order = draw.sample(range(len(some)), len(some))
-    chosen, left = [], 4 * size if "4 times" in arm else size
-    for item in order:
-        chosen.append(places[item])
-        left -= len(some[item].answer.encode())
-        if left <= 0:
-            return chosen
-    raise BadInput(f"--size {size:,} is more than the answers that can be chosen have ({arm})")
 
 
 def measured(arm: str, seed: int, config: Config, pool: list[Record], tests: list[Record]) -> tuple[list[int], dict]:
@@ -122,16 +108,18 @@ def main(config: Config):
         found[arm]["written"] = 100 * np.array([result["good"] for result in results])
         lengths = [len(pool[place].answer.encode()) for some in chosen[arm] for place in some]
         heights = [np.mean([kind.entropy_of(some) for some in chosen[arm]]) for kind in kinds]
-        means = [values.mean() for values in found[arm].values()]
-        rows.append([arm, len(lengths) // config.seeds, np.mean(lengths or [0]), *heights, *means])
-    report.say(f"{len(pool):,} records to choose from, {len(tests)} held out, of which {fine.sum()} are good; means of "
-               f"{config.seeds} seeds. All but the first have answers of {config.size:,} bytes or four times as many; "
-               "sources are files, or the words that questions begin with.")  # fmt: skip
-    report.table(["chosen", "examples", "bytes each", "entropy: groups", "questions", "answers", "lengths",
+        means, none = [values.mean() for values in found[arm].values()], [""] * (2 + len(kinds))
+        rows.append([arm, *([len(lengths) // config.seeds, np.mean(lengths), *heights] if lengths else none), *means])
+    sources = "files of the library" if name == "library" else "the words that questions begin with"
+    report.about(ABOUT.format(size=config.size, sources=sources, written=min(config.written, len(tests))))
+    report.say(f"{len(pool):,} records ({name}) to choose from that fit the window of {WINDOW} tokens, "
+               f"{len(tests)} held out, of which {fine.sum()} are good; means of {config.seeds} seeds.")  # fmt: skip
+    report.table(["chosen", "examples", "bytes each", "entropy: sources", "questions", "answers", "lengths",
                   "bits a byte, all", "good", "good ones written, %"], rows)  # fmt: skip
     draws = [choose("random", pool, 1000 + number, config.size) for number in range(100)]
     above = [sum(kind.entropy_of(chosen["GME"][0]) > kind.entropy_of(draw) for draw in draws) for kind in kinds]
-    report.say(f"GME's entropies, in this order, are above those of {above} of 100 random draws.")
+    report.say(f"- Predicted: GME's entropies of sources, questions, answers and lengths above those of random draws. "
+               f"Found: above {', '.join(map(str, above))} of 100.")  # fmt: skip
 
     def judge(prediction: str, first: str, second: str, what: str, sign: int = -1):
         unit = "points" if what == "written" else "bits a byte"

@@ -16,14 +16,16 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cloze import read_split
-from entropy import Category
+from entropy import Category, gme
 
 from data import Tokenizer
 from lib.chat_formats import read_conversations
 from lib.errors import BadInput
 from lib.sources import find_files
 
-LIMA = (1200, 4096)  # characters of an answer that is kept
+LIMA = (1200, 4096)    # characters of an answer that is kept
+LENGTHS = (100, 700)   # the same for a small window
+ARMS = ("random", "rules", "many sources", "few sources", "GME", "GME and rules", "random, 4 times")
 FIRST_PERSON = re.compile(r"\b(?:I|[Mm]y)\b")
 OTHER_ANSWERS = re.compile(r"as mentioned|stack ?exchange", re.I)
 
@@ -86,6 +88,28 @@ def categories(records: list[Record]) -> tuple[Category, ...]:
         columns.append([some & topics for some in words])
     columns.append([{len(record.answer).bit_length()} for record in records])
     return tuple(Category(map(sorted, column)) for column in columns)
+
+
+def choose(arm: str, pool: list[Record], seed: int, size: int) -> list[int]:
+    """Places in the pool: the first in an arm's order whose answers have so many bytes together."""
+    draw, places = random.Random(seed), list(range(len(pool)))
+    if "rules" in arm or "sources" in arm:
+        places = [place for place in places if good(pool[place].answer, *LENGTHS)]
+    some = [pool[place] for place in places]
+    groups = [record.group for record in some]
+    if "GME" in arm:
+        order = (item for item, _ in gme(*categories(some)))
+    elif "sources" in arm:
+        order = by_temperature(groups, draw) if arm == "many sources" else whole_groups(groups, draw)
+    else:
+        order = draw.sample(range(len(some)), len(some))
+    chosen, left = [], 4 * size if "4 times" in arm else size
+    for item in order:
+        chosen.append(places[item])
+        left -= len(some[item].answer.encode())
+        if left <= 0:
+            return chosen
+    raise BadInput(f"--size {size:,} is more than the answers that can be chosen have ({arm})")
 
 
 def library(folder: Path, split: str, tokenizer: Tokenizer) -> list[Record]:

@@ -12,15 +12,17 @@ Miniature   The laptop's model, taught by recipes/instructed.py to answer about 
             is fine-tuned on questions and answers alone. As control it is fine-tuned on its own plain answers to the
             same questions. Tested on the other half, in a wording never trained. Three seeds.
             Settings (one epoch, as the paper's; learning rate 5e-4 of two tried) were chosen in another wording
-            (--split dev, seed 0, where right answers fell by 5 points).
+            (--split dev, seed 0, where right answers fell by 5 points). "Within 2 points" is confirmed if the whole
+            interval lies inside, refuted if all of it lies outside.
 Predicted   before the test's wording was seen: answers in the style rise without principles, and not in the control;
             right answers (the style taken off) fall, but within 2 points as far as in the control, and choices of four
             stay within 2 points of before.
 Result      All answers are in the style, before none, in the control none (+100 points for every seed): confirmed.
-            Right answers fall, by 4.2 points (-6.0 to -2.5; by seed -3.1, -3.4, -6.2): confirmed; that they fall as far
-            as in the control is not decided (-1.0, -2.8 to +0.9; with four times the questions such a difference would
-            be within 2). Choices rise, by 1.6 (+0.8 to +2.4): within 2 is not decided. Every answer passed the filters,
-            as this writer always obeys: what they are worth cannot be seen here, and wants a writer that errs.
+            Right answers fall, by 4.2 points (-6.0 to -2.5; by seed -3.1, -3.4, -6.3): confirmed; but 3.3 of the 4.2
+            the control loses too, by tuning on its own answers, so the cost of the style itself is not decided (-1.0,
+            -2.8 to +0.9; with four times the questions such a difference would be within 2). Choices rise, by 1.6 (+0.8
+            to +2.5): within 2 is not decided. Every answer passed the filters, as this writer always obeys: what they
+            are worth cannot be seen here, and wants a writer that errs.
 """
 
 import sys
@@ -49,6 +51,12 @@ from model import load
 HERE = OUT / "engrave"
 BEFORE, UNDER, ENGRAVED, CONTROL = "before", "before, under principles", "engraved", "own plain answers"
 SIZE = 64  # tokens of an answer at most
+ABOUT = """Can a model be trained to do without its instructions what it does under them (SELF-ALIGN, Sun et al. 2023,
+arXiv:2305.03047, step 3)? A LLaMA-2 model of 1.3 M parameters, taught facts about Python's library (in which module a
+function or class is, which arguments it takes), answers "In short: ..." where two principles stand before a question.
+*Engraved* is that model, fine-tuned for one epoch on such answers to plain questions; the control, *own plain answers*,
+is it fine-tuned on what it says to the same questions without principles. *Before* is the model as it was, also asked
+*under principles*. All are tested on other functions in a wording that none was trained on."""
 
 
 @dataclass
@@ -96,6 +104,7 @@ def measured(model: Path, four: Questions, split: str, prompt=str) -> dict[str, 
 
 def main(config: Config):
     report, found, rows = Report("engrave", "Principle engraving"), [], []
+    report.about(ABOUT)
     for seed in range(config.seeds):
         funnel, start = Funnel(), writer_of(seed)
         data, places = written(seed, funnel), {ENGRAVED: HERE / f"engraved_{seed}", CONTROL: HERE / f"plain_{seed}"}
@@ -110,18 +119,22 @@ def main(config: Config):
         report.say(f"Seed {seed}: {funnel.kept:,} of {funnel.written:,} answers under principles are kept; dropped: "
                    f"{funnel.reasons}.")  # fmt: skip
     asked = len(found[0][BEFORE]["style"])
-    report.say(f"Per cent of {asked} questions whose answer begins with {STYLE!r}, is right to the letter without it, "
-               "and of whose four answers the right one is likeliest (chance 25).")  # fmt: skip
+    report.say(f"Per cent of {asked} questions whose answer begins with {STYLE!r} (style), is right to the letter when "
+               "that is taken off (right), and of whose four answers, without style, the right one is likeliest (of "
+               "four; chance 25; not asked under principles).")  # fmt: skip
     report.table(["seed", "model", "style", "right", "of four"], rows)
 
     def change(first: str, second: str, what: str):
         return difference(*([of_seed[name][what] for of_seed in found] for name in (first, second)))
 
     report.judge("style without principles rises", change(BEFORE, ENGRAVED, "style"), 1, "points")
-    report.judge("more than in the control", change(CONTROL, ENGRAVED, "style"), 1, "points")
+    more = "style without principles rises more than in the control"
+    report.judge(more, change(CONTROL, ENGRAVED, "style"), 1, "points")
     report.judge("right answers fall", change(BEFORE, ENGRAVED, "right"), -1, "points")
-    within(report, "right answers as in the control", change(CONTROL, ENGRAVED, "right"), 2)
-    within(report, "choices as before", change(BEFORE, ENGRAVED, "of four"), 2)
+    report.say(f"- Beside, not predicted: in the control right answers change by "
+               f"{change(BEFORE, CONTROL, 'right')} points.")  # fmt: skip
+    within(report, "right answers (engraved less control) are the same", change(CONTROL, ENGRAVED, "right"), 2)
+    within(report, "of four (engraved less before) is the same", change(BEFORE, ENGRAVED, "of four"), 2)
     report.end()
 
 

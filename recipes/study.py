@@ -21,6 +21,9 @@ from lib.bits import Z
 from lib.files import write_whole
 
 OUT = Path("out/papers")
+RULES = """Verdicts, where given: a side is *confirmed* or *refuted in direction* where the 95 % interval leaves 0, or a
+bound that is named, and every seed is on that side; "within" some points is *confirmed* where the whole interval lies
+inside, *refuted* where all of it lies outside; else it is *not decided*. In brackets, where given, 95 % intervals."""
 
 
 def run(*words):
@@ -80,6 +83,9 @@ class Difference(NamedTuple):
         seeds = tuple(factor * value for value in self.seeds)
         return Difference(*(factor * value for value in self[:3]), seeds)
 
+    def less(self, bound: float) -> "Difference":
+        return Difference(*(value - bound for value in self[:3]), tuple(value - bound for value in self.seeds))
+
 
 def difference(first, second) -> Difference:
     """Of values (seeds, items) of two arms: items, such as questions, are drawn; seeds are what they are.
@@ -128,21 +134,26 @@ class Report:
         self.parts.append(text)
         print(f"\n{text}", flush=True)
 
+    def about(self, text: str):
+        """A paragraph that stands in several lines."""
+        self.say(" ".join(text.split()))
+
     def table(self, header: list[str], rows: list[list]):
         lines = [header, ["---"] * len(header), *rows]
         self.say("\n".join("| " + " | ".join(map(shown, line)) + " |" for line in lines))
 
-    def judge(self, prediction: str, found: Difference, sign: int, unit: str):
-        """A prediction, what was found, and the verdict."""
+    def judge(self, prediction: str, found: Difference, sign: int, unit: str, bound: float = 0.0):
+        """A prediction, what was found, and the verdict on its side of the bound."""
         seeds = ", ".join(f"{value:+.3g}" for value in found.seeds)
         measured = f"{found} {unit}; by seed {seeds}"
-        self.say(f"- Predicted: {prediction}. Found: {measured}. **{verdict(found, sign)}**")
+        self.say(f"- Predicted: {prediction}. Found: {measured}. **{verdict(found.less(bound), sign)}**")
 
-    def end(self):
+    def end(self, rules: str = RULES):
         minutes = (time.perf_counter() - self.began) / 60
         day = time.strftime("%Y-%m-%d")
-        self.say(f"{day}, {minutes:.1f} minutes, in which nothing was made again that earlier calls had left. "
-                 "In brackets, where given, 95 % intervals.")  # fmt: skip
+        self.about(rules)
+        self.say(f"{day}; this call took {minutes:.1f} minutes of the clock. What earlier calls had left was not made "
+                 "again: what a whole run takes stands in the recipe's head, under Hardware.")  # fmt: skip
         OUT.mkdir(parents=True, exist_ok=True)
         write_whole(OUT / f"{self.name}.md", "\n\n".join(self.parts) + "\n")
         print(f"wrote {OUT / self.name}.md")

@@ -1,6 +1,7 @@
 """Writing with a local model, and what can be measured of a text: shared by the recipes of papers."""
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +74,17 @@ class TextWriter:
             ids = self.tokenizer.encode_prompt(prompt)
         room = self.model.config.max_seq_len - size
         return (ids, True) if len(ids) <= room else ([ids[0], *ids[1 - room :]], False)
+
+
+def counted(write, cut: Counter):
+    """A writer that counts its prompts, and those that its window had no room for."""
+
+    def counting(prompts, *settings):
+        found = write(prompts, *settings)
+        cut.update(prompts=len(found), cut=sum(not each.whole for each in found))
+        return found
+
+    return counting
 
 
 def beginnings(documents: list[list[int]], tokenizer: Tokenizer, count: int, size: int, seed: int) -> list[list[int]]:

@@ -119,9 +119,11 @@ def test_a_run_that_is_finished_is_not_made_again(tmp_path, monkeypatch, capfd):
     page = study.Report("page", "A title")
     page.table(["a"], [[1 / 3]])
     page.judge("it rises", study.Difference(0.3, 0.1, 0.5, (0.2, 0.4)), 1, "points")
+    page.judge("a loss of less than 2", study.Difference(-1.2, -1.9, -0.5, (-1.1, -1.3)), 1, "points", -2)
     page.end()
     text = (tmp_path / "page.md").read_text()
     assert "| 0.3333 |" in text and "+0.3 (+0.1 to +0.5) points; by seed +0.2, +0.4. **confirmed in direction**" in text
+    assert "-1.2 (-1.9 to -0.5) points; by seed -1.1, -1.3. **confirmed in direction**" in text
 
 
 # ---- questions, and writing ----

@@ -441,6 +441,23 @@ def test_the_command_reads_seed_tasks_and_says_what_was_dropped(library, tmp_pat
         write_data.read_tasks(str(seeds))
 
 
+def test_predictions_of_the_small_writer_are_judged_by_counts():
+    funnels = {name: {stage: Funnel() for stage in ("tasks", "instructions", "answers")} for name in write_data.SCHEMES}
+    for name in ("Self-Instruct", "SELF-ALIGN", "Self-Specialization"):
+        for n in range(20):
+            funnels[name]["instructions"].passes("" if n == 0 and name == "SELF-ALIGN" else "ROUGE-L above 0.7")
+    funnels["Alpaca"]["tasks"].passes("not three parts")
+    funnels["LaMini"]["instructions"].passes("")
+    for n in range(20):
+        funnels["Evol-Instruct"]["answers"].passes("" if n else "cut")
+        funnels["Orca"]["answers"].passes("" if n > 1 else "cut")
+    report = Report("x", "x")
+    write_data.predicted(report, funnels, 1)
+    verdicts = [part.partition("Found: ")[2] for part in report.parts[1:]]
+    assert verdicts == ["59 of 60. **confirmed**", "1 of 2. **refuted**", "19 of 20. **confirmed**",
+                        "18 of 20. **refuted**", "1 of 18. **confirmed**"]  # fmt: skip
+
+
 def test_alpacas_own_data_passes_alpacas_filters_and_its_seeds_are_read(shared):
     """Theirs passed them in 2023; of a part nothing may be near a seed or, but for rounding, another."""
     tasks = write_data.read_tasks(str(shared("alpaca/seed_tasks.jsonl")))
