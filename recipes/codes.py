@@ -73,7 +73,7 @@ def values_of(code: str) -> Tensor:
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
     """Each of x as the nearest of rising values."""
-    return values[torch.bucketize(x, (values[1:] + values[:-1]) / 2)]
+    return values[torch.bucketize(x.contiguous(), (values[1:] + values[:-1]) / 2)]
 
 
 def with_scales(blocks: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
