@@ -76,7 +76,7 @@ def prepare(config: Config) -> dict[str, Path]:
     for name, rows in lines.items():
         source, made[name] = HERE / f"{name}.jsonl", HERE / name
         write_lines(source, rows)
-        flags = "--template plain --max_len 128 --val_fraction 0.02".split()
+        flags = "--template plain --max_len 128 --val_fraction 0.05".split()
         once(made[name], "data.py", "--source", source, *flags, "--tokenizer", base(0), "--out", made[name])
     return made
 
