@@ -26,11 +26,18 @@ class Questions:
         config = asked_in_chat(config, str(run), tokenizer, False)
         self.questions = evaluation.make_questions(model, tokenizer, config, World())
 
-    def right(self, model) -> np.ndarray:
-        """Whether the likeliest choice is the right one, of each question."""
+    def logprobs(self, model) -> np.ndarray:
+        """The log-probability of each choice (questions, choices), in nats."""
         scores, reader = defaultdict(dict), evaluation.Reader(model.eval())
         for batch in make_batches(self.questions, list(rows_to_read(self.questions)), 2048):
             for question, choice, logprob in reader.score(batch):
                 scores[question][choice] = logprob
-        chosen = [max(scores[number], key=scores[number].get) for number in range(len(self.questions))]
-        return np.array([question.gold == [choice] for question, choice in zip(self.questions, chosen)])
+        return np.array([[scores[n][choice] for choice in sorted(scores[n])] for n in range(len(self.questions))])
+
+    def gold(self) -> np.ndarray:
+        """The right choice of each question."""
+        return np.array([question.gold[0] for question in self.questions])
+
+    def right(self, model) -> np.ndarray:
+        """Whether the likeliest choice is the right one, of each question."""
+        return self.logprobs(model).argmax(1) == self.gold()
