@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All papers of recipes/README.md, one after the other, on two cores: about HOURS hours, the sum of the minutes there, and a
-# quarter of an hour for the three models that they share. What has its report in out/papers is skipped, so that after an
+# All papers of recipes/README.md, one after the other, on two cores: about five hours and a quarter, the sum of the minutes
+# there and of the three models that they share. What has its report in out/papers is skipped, so that after an
 # interruption the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
