@@ -175,7 +175,7 @@ MUTANTS = [
            'start = train(HERE / f"{done}{seed}", *words', 'made = train(HERE / f"{done}{seed}", *words',
            "bezoar: stages"),
     Mutant("the rejected answer may be the right one", "recipes/bezoar.py",
-           '"rejected": row["choices"][1 - right]', '"rejected": row["choices"][0]',
+           'row["choices"][1 - row["answer"]]) for', 'row["choices"][0]) for',
            "bezoar: a_pair"),
     # ---- variants and ablations ----
     Mutant("code in somebody else's folder runs", "lib/variants.py",

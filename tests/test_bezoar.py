@@ -26,7 +26,7 @@ def test_the_examples_in_docstrings_are_right():
 
 
 def test_a_pair_is_a_right_answer_and_one_that_is_right_for_another():
-    rows = list(bezoar.pairs(SUBJECTS, 2))
+    rows = bezoar.pairs(SUBJECTS, 2)
     assert len(rows) == 2 * 2 * len(SUBJECTS) and len({row["prompt"] for row in rows}) == len(rows)
     rights = {subject.facts[kind] for subject in SUBJECTS for kind in subject.facts}
     for row in rows:
@@ -38,7 +38,7 @@ def test_a_pair_is_a_right_answer_and_one_that_is_right_for_another():
 def test_a_set_is_about_one_kind_and_what_is_tested_is_in_none(tmp_path, monkeypatch):
     texts = [row["instruction"] + row["output"] for row in bezoar.chats(SUBJECTS, "module")]
     assert len(texts) == 2 * len(SUBJECTS) and all("module" in text for text in texts)
-    assert not list(bezoar.chats(SUBJECTS, "purpose"))
+    assert not bezoar.chats(SUBJECTS, "purpose")
     made = {}
     monkeypatch.setattr(bezoar, "HERE", tmp_path)
     monkeypatch.setattr(bezoar, "base", lambda seed: tmp_path)
