@@ -163,6 +163,9 @@ class Recorded:
             if not free:
                 return None
             self.rooms.remove(free.pop(0))
-        room = Room(cache, tokens)
+        try:
+            room = Room(cache, tokens)
+        except torch.OutOfMemoryError:  # the cache itself is still there
+            return None
         self.rooms.append(room)
         return room

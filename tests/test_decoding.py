@@ -366,6 +366,16 @@ def test_rooms_take_no_more_than_their_share_of_memory(recorded):
     assert sum(room.nbytes for room in model.hidden.rooms) <= most < 8 * model.hidden.rooms[0].nbytes
 
 
+def test_without_memory_for_a_room_a_cache_stays_where_it_is(recorded, monkeypatch):
+    def full(like, tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain, model = recorded
+    monkeypatch.setattr(recording, "Room", full)
+    assert generate(model, prompts_of(2), 30) == generate(plain, prompts_of(2), 30)
+    assert not model.hidden.rooms
+
+
 @pytest.mark.parametrize("then", [[1] * 20, [1, 2]])
 def test_a_cache_in_a_room_still_takes_as_much_as_it_was_made_for(then, recorded):
     """Its room is of 16 tokens, and it was made for 60."""
