@@ -120,7 +120,7 @@ def main(config: Config):
     judge(f"extrapolated, {LONG} worse than {SHORT}", (raw, SHORT), (raw, LONG), 1)
     judge(f"interpolated without tuning, {LONG} better than extrapolated", (raw, LONG), ("interpolated", LONG), -1)
     judge(f"but worse than the original at {SHORT}", (raw, SHORT), ("interpolated", LONG), 1)
-    judge(f"tuned, at {SHORT} within 2 % of one tuned there", (same, SHORT), (tuned, SHORT), -1, 1.02)
+    judge(f"tuned, at {SHORT} below 1.02 times one tuned there", (same, SHORT), (tuned, SHORT), -1, 1.02)
     judge(f"tuned, {LONG} better than {SHORT}", (tuned, SHORT), (tuned, LONG), -1)
     judge(f"tuned directly, {LONG} worse than interpolated and tuned", (tuned, LONG), (direct, LONG), 1)
     found = {name: [right[far].ravel() for right in keys[name]] for name in (direct, tuned)}
