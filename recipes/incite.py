@@ -45,6 +45,14 @@ from sample import load_model
 
 HERE = OUT / "incite"
 ARMS = {"fp32": (23, 1), "bf16": (7, 1), "fp16, scaled": (10, 4096), "fp16": (10, 1)}  # mantissa, scale of the loss
+ABOUT = """Did training in fp16 cost RedPajama-INCITE its likelihoods (data in Weber et al. 2024, arXiv:2411.12372)? A
+LLaMA-2 model of 1.3 M parameters is trained for {steps} steps of 1,024 tokens on Python's standard library, from the
+same first weights in four arithmetics: what would be stored is rounded to *fp32*, *bf16*, or fp16, with the loss times
+{scale:,} before gradients are rounded (*fp16, scaled*) or not (*fp16*). All are measured in fp32, on held-out text,
+{seeds} seeds. *Bits a byte* of {windows} windows: lower is better, mean, then by seed. *Right by likelihood*: per cent
+of {questions} questions, which of four pieces goes on a text (chance 25). *Next word right*: per cent of the same texts
+whose next word it writes. Of both, higher is better. A margin (0.01 bits, 3 points) is part of a difference where a
+prediction names it."""
 
 
 @dataclass
@@ -87,7 +95,7 @@ def by_arithmetic(report: Report, config: Config):
         bits, *rights = (arm(name, measure).mean(1) for measure in range(3))
         by_seed = ", ".join(f"{each:.4f}" for each in bits)
         rows.append([name, f"{bits.mean():.4f}", by_seed, *(100 * float(each.mean()) for each in rights)])
-    report.say(f"Trained for {config.steps} steps, measured in fp32. Right in per cent; chance is 25 by likelihood.")
+    report.about(ABOUT.format(scale=ARMS["fp16, scaled"][1], **vars(config)))
     report.table(["arithmetic", "bits a byte", "by seed", "right by likelihood", "next word right"], rows)
     for first, second in (("bf16", "fp16, scaled"), ("fp32", "bf16")):
         lost = difference(arm(first, 0), arm(second, 0) - 0.01)
@@ -108,7 +116,8 @@ def by_part(report: Report, config: Config):
     data = Dataset(text(), "train", 256)
     found = [flushed(load_model(str(base(seed)))[0], data, 4) for seed in range(config.seeds)]
     rows = [[part, *np.mean([each[part] for each in found], 0).tolist()] for part in found[0]]
-    report.say("Gradients that fp16 would round to 0, per cent, of a step's mean loss over 1,024 targets.")
+    report.say("Gradients that fp16 would round to 0, per cent, of a step's mean loss over 1,024 targets, in the fully "
+               "pretrained model of each seed: by what they are of, and by what the loss is multiplied with before.")
     report.table(["of", *(f"loss times {scale:,}" for scale in SCALES)], rows)
     seeds = ", ".join(f"{each['logits'][0]:.1f}" for each in found)
     report.say(f"- Predicted: of the logits, without a scale, more than 10 %. Found, by seed: {seeds}.")
@@ -120,8 +129,9 @@ def by_protocol(report: Report, config: Config):
     lines = [row for row in read_lines(attention.HERE / "test.jsonl") if row["subject"] == "new wording"]
     found = [answered(run, lines[: config.asked], HERE / "asked.jsonl") for run in runs]
     values = np.array([list(each.values()) for each in found], float)  # by seed, step, measure
-    report.say(f"Chat models, {config.asked} questions: right in per cent by the likeliest of four choices, and "
-               "written to the letter, by seed.")  # fmt: skip
+    report.say(f"Chat models (these, tuned on chats about 300 functions), by steps of tuning: {config.asked} "
+               "questions in new wordings, right in per cent by the likeliest of four choices, and written to the "
+               "letter, by seed. Kendall's tau of both over the steps: 1 is the same order, 0 none.")  # fmt: skip
     rows = [[step, *(", ".join(f"{100 * each:.1f}" for each in by_seed) for by_seed in means)]
             for step, means in zip(found[0], values.mean(3).transpose(1, 2, 0))]  # fmt: skip
     report.table(["step", "by likelihood", "by writing"], rows)

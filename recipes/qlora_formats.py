@@ -7,10 +7,7 @@ Command     python recipes/qlora_formats.py
 Hardware    one core, no GPU; 6 minutes (2026-11-27, AMD EPYC), stories260K in it, without recipes/compeft.py's models.
 Claim       NF4, quantiles of the normal distribution, keeps a model better than floats or whole numbers of four bits;
             scales of eight bits (double quantisation, DQ) make 4.5 bits a weight 4.127 and cost nothing.
-Miniature   The laptop's models, three seeds, and stories260K as a model that somebody else trained. All matrices of the
-            blocks are written and read back, embeddings are not. Error of the weights, by matrix; loss on 192 windows
-            of validation text; right choices of models that were tuned on chats (recipes/compeft.py) before. FP4 is
-            bitsandbytes', E2M1 and E3M0 are IEEE's form with fewer bits.
+Miniature   The laptop's models, three seeds, and stories260K, which somebody else trained. Forms and measures: ABOUT.
 Predicted   before the full run, with four forms in blocks of 64 known from a try (seed 0, 16 windows, stories260K): NF4
             below int4 and FP4 in error and in loss; DQ adds less than a tenth of what NF4 loses; int8 costs choices
             (expected: not decided).
@@ -49,6 +46,14 @@ FORMS = (
 )
 INT8, NF4, FP4, INT4, DOUBLE = Form("int8"), Form("NF4"), Form("FP4"), Form("int4"), Form("NF4", 64, True)
 LENGTH = 512  # of windows of stories260K
+ABOUT = """What do four bits a weight lose, by their values, blocks and scales (QLoRA, Dettmers et al. 2023,
+arXiv:2305.14314)? In LLaMA-2 models of 1.3 M parameters, pretrained on Python's standard library, all matrices of the
+layers are written in codes of four bits (*int8*: eight) and read back; embeddings are not. *Values*: *NF4*, quantiles
+of the normal distribution; *int*, whole numbers; *FP4*, bitsandbytes' floats, *E2M1*, *E3M0* in IEEE's form. *Block*:
+so many weights share a scale, fp32 or, with double quantisation (*DQ*), of eight bits. *Bits a weight*, with scales, in
+these matrices, and *large*, in one of 2^24 weights. *Error*: the norm of what is wrong in a matrix over its own. *Loss
+more*: nats a token above {loss:.4f} on {windows} windows of held-out text. Of all these lower is better. *Choices
+more*: points of right choices above the {right:.1f} % of models tuned on chats (negative: lost). {seeds} seeds."""
 
 
 @dataclass
@@ -85,8 +90,7 @@ def stories(path: str, tokenizer: Tokenizer, count: int) -> tuple:
 
 
 def measure(models: list, windows: tuple) -> dict:
-    """Errors (models, matrices), losses (models, windows) and bits a weight of each form; None is the models as they
-    are."""
+    """Errors (models, matrices), losses (models, windows), bits a weight of each form; None is as they are."""
     found = {None: ([], [losses(model, *windows) for model in models], 32)}
     for form in FORMS:
         made = [quantized(model, form) for model in models]
@@ -109,7 +113,7 @@ def tell(report: Report, found: dict, right: dict):
         errors, nats, bits = found[form]
         row = [form, bits, size(2**24, form) / 2**24, 100 * float(np.mean(errors)), difference(found[None][1], nats)]
         rows.append(row + [difference(right[None], right[form]).times(100) for _ in right and [0]])
-    header = ["values, block", "bits a weight", "large", "error %", "loss more", "choices less"]
+    header = ["values, block", "bits a weight", "large", "error %", "loss more", "choices more"]
     report.table(header[: len(rows[0])], rows)
 
 
@@ -120,26 +124,23 @@ def judge(report: Report, found: dict, models: str):
             report.judge(f"NF4 below {other.code} in {name}, {models}", less, -1, unit)
     plain, single, double = (np.array(found[form][1]) for form in (None, NF4, DOUBLE))
     more = difference((single - plain) / 10, double - single)
-    report.judge(f"DQ adds less than a tenth of NF4's loss, {models}", more, -1, "nats a token")
+    report.judge(f"DQ adds less than a tenth of NF4's loss (less that tenth), {models}", more, -1, "nats a token")
 
 
 def main(config: Config):
     if len(config.stories) not in (0, 3):
         raise BadInput("--stories takes three files: a model, its tokenizer and a text")
     report = Report("qlora_formats", "QLoRA's formats: weights in four bits")
-    found, right = measure([load(base(seed)) for seed in range(config.seeds)], library(config.windows)), {}
+    found = measure([load(base(seed)) for seed in range(config.seeds)], library(config.windows))
     right = choices(config.seeds)
-    report.say("Matrices as they are read back from codes. Bits a weight are of these small matrices, and of large "
-               "ones. Error: the norm of what is wrong over the matrix's own. Loss: nats a token above "
-               f"{np.mean(found[None][1]):.4f}. Choices: points of right ones away from the "
-               f"{100 * np.mean(right[None]):.1f} % of models tuned before. {config.seeds} seeds.")  # fmt: skip
+    report.about(ABOUT.format(loss=np.mean(found[None][1]), right=100 * np.mean(right[None]), **vars(config)))
     tell(report, found, right)
     judge(report, found, "the laptop's")
     report.judge("int8 costs choices", difference(right[None], right[INT8]).times(100), -1, "points")
     if config.stories:
         model, tokenizer, path = config.stories
         found = measure([load(model)], stories(path, Tokenizer(tokenizer), config.windows))
-        report.say(f"stories260K, whose loss as it is is {np.mean(found[None][1]):.4f}:")
+        report.say(f"stories260K, one model, on stories; its loss as it is: {np.mean(found[None][1]):.4f}.")
         tell(report, found, {})
         judge(report, found, "stories260K")
     report.end()

@@ -5,10 +5,8 @@ Command     python recipes/spikes.py
 Hardware    one core, no GPU; 15 minutes of the clock (2026-11-27, AMD EPYC), beside other work.
 Claim       Of the spikes in a long training most are benign and pass by themselves; malignant ones stay, and its makers
             went back to a checkpoint for them. (In kind, from its model cards; no figure of the paper is tested here.)
-Miniature   A model of two layers, 64 wide, 240 steps of 1,024 tokens on the standard library, and after step 110 a
-            planted fault (recipes/faults.py): one batch of shuffled tokens, thirty of them, or a tenfold learning rate
-            for ten steps. Each under --on_spike log, skip and rollback, beside a twin of the same seed without a fault.
-            Three seeds; bits a byte of the same 96 validation windows at the end, and how long the way back took.
+Miniature   A small model with planted faults (recipes/faults.py), each under --on_spike log, skip and rollback, beside
+            a twin of the same seed without a fault; three seeds. What is trained and measured: ABOUT.
 Predicted   before the run: one batch heals, to less than 0.01 above the twin; thirty leave more than that, and skipping
             helps; against the rate skipping does not help, as the harm is done before a loss shows it, and going back
             does; the guard's 10 standard deviations raise no false alarm on the twins.
@@ -45,6 +43,15 @@ from model import load
 POLICIES = ("log", "skip", "rollback")
 LOWER = [(fault, policy, 3) for fault in ("30 batches", "rate x 10") for policy in ("skip", "rollback")]
 NEAR = 0.01                  # bits a byte within which a run is back at its twin's
+ABOUT = """Which loss spikes heal by themselves, and what do skipping and going back bring (K2-65B, arXiv:2501.07124)? A
+LLaMA-2 model of two layers, 64 wide, is trained for {steps} steps of 1,024 tokens on Python's standard library, {seeds}
+seeds. After step {at} comes a *fault*: *1 batch* or *30 batches* of shuffled tokens, or ten steps at ten times the
+learning rate (*rate x 10*). Its *twin* is the same run without. A *guard* of so many standard deviations calls a step a
+*spike* whose loss or gradient norm lies so far above its running mean. *Policies*: *log* only notes that, *skip* leaves
+the update out, *rollback* returns to the last checkpoint (one every 50 steps) and goes on past that data. By seed:
+*back after* so many steps from the fault validation stays within {near} bits a byte of the twin's, or never; *spikes*
+seen; updates *skipped*; *returns*; steps *undone* by these, which are trained again. *At the end*: bits a byte of
+{windows} windows of validation above the twin's; lower is better."""
 
 
 @dataclass
@@ -111,16 +118,12 @@ def measure(report: Report, config: Config):
         sums = [" ".join(str(cost[what]) for cost in found) for what in ("spikes", "skipped", "returns", "undone")]
         shown = " ".join("never" if steps is None else str(steps) for steps in back)
         rows.append([*name, shown, *sums, difference(twin, last[name])])
-    report.say(f"Runs of a model of two layers, {STEPS} steps with a fault after step {AT}, and their twins without, "
-               "by seed: the guard's threshold in standard deviations; steps from the fault until validation stays "
-               f"within {NEAR} bits a byte of the twin's; spikes that the guard saw; updates left out; returns to a "
-               "checkpoint; steps that these undid. Last, bits a byte of validation at the end above the twin's.")
+    report.about(ABOUT.format(steps=STEPS, at=AT, near=NEAR, **vars(config)))
     head = ["fault", "policy", "guard", "back after", "spikes", "skipped", "returns", "undone", "at the end"]
     report.table(head, rows)
     for threshold in (3, 5, 10):
         counts = [alarms(logs[*names[0], seed], threshold) for seed in range(config.seeds)]
-        report.say(f"False alarms of a guard of {threshold} standard deviations in the {STEPS} steps of the twins: "
-                   f"{', '.join(map(str, counts))}.")  # fmt: skip
+        report.say(f"False alarms, a guard of {threshold}, {STEPS} steps of each twin: {', '.join(map(str, counts))}.")
 
     def judge(prediction: str, lower, higher, sign: int = 1):
         report.judge(prediction, difference(lower, higher), sign, "bits a byte")
@@ -129,12 +132,12 @@ def measure(report: Report, config: Config):
     near = [bits + NEAR for bits in twin]
     judge(f"one bad batch heals by itself: less than {NEAR} above the twin", near, last["1 batch", "log", 10], -1)
     judge("thirty bad batches leave more than that", near, last[bad, "log", 10])
-    judge("skipping helps against thirty bad batches", last[bad, "skip", 10], last[bad, "log", 10])
-    judge("skipping does not help against the rate", last[rate, "log", 10], last[rate, "skip", 10])
-    judge("going back helps against the rate", last[rate, "rollback", 10], last[rate, "log", 10])
+    judge("skipping helps against thirty bad batches (log less skip)", last[bad, "skip", 10], last[bad, "log", 10])
+    judge("skipping does not help against the rate (skip less log)", last[rate, "log", 10], last[rate, "skip", 10])
+    judge("going back helps against the rate (log less rollback)", last[rate, "rollback", 10], last[rate, "log", 10])
     report.say("Asked after these runs, in which the guard saw no bad batch, with a threshold of 3:")
-    for fault, policy, threshold in LOWER:
-        judge(f"{policy} helps against {fault}", last[fault, policy, threshold], last[fault, "log", 10])
+    for fault, policy, guard in LOWER:
+        judge(f"{policy} helps against {fault} (log less {policy})", last[fault, policy, guard], last[fault, "log", 10])
 
 
 def main(config: Config):

@@ -7,11 +7,8 @@ Claim       OpenLLaMA-3B on 50 B medical tokens: accuracy on medical and general
             while medical perplexity falls from the start. Less of a gap, and more in the end, have: a subset of proper
             size for several epochs; its best part, of lowest perplexity under n-grams of a reference; the mixture of
             pretraining. Medical average 36.2 before, 37.4 after all tokens once, 40.7 with the three.
-Miniature   From the standard library to PyTorch's own code (recipes/subsets.py). The laptop's bases go on for 120
-            steps of 1,024 tokens, the rate up over 12 to half the base's peak, then a cosine; the moments are fresh.
-            Arms of equal length: A new code, once; B a random tenth of that, about 11 epochs; C the best such part; D
-            82 % C, as in the paper, 18 % the base's own data; Z, the control, the base's own data alone. Measured: 600
-            questions of each kind, bits a byte. A dip is start less lowest step, this chosen on the other half of them.
+Miniature   The laptop's bases go on from the standard library to PyTorch's own code (recipes/subsets.py), the rate up
+            over 12 steps to half the base's peak, then a cosine; the moments are fresh. Arms and measures: ABOUT.
 Predicted   before the run, all but the last as in the paper: A dips in both kinds and comes back, while the domain's
             bits fall; B, C, D dip less in the domain; D ends above A in both. A dips more than Z, so that it is the
             text. Z's bits of its own text rise at first, so that some of every dip is the rate and the fresh moments.
@@ -50,6 +47,15 @@ ARMS = {  # subsets by weight
     "Z control": {"stdlib": 1},
 }
 FLAGS = "--learning_rate 1e-3 --warmup 0.1 --batch_size 4 --eval_tokens 2048 --save_every 10 --keep_every 10".split()
+ABOUT = """Does a model that goes on with another kind of text first lose skill, and is it the text that does it (Guo et
+al. 2024, arXiv:2406.14833)? A LLaMA-2 model of 1.3 M parameters, pretrained on Python's standard library (*stdlib*),
+goes on for {steps} steps of {tokens:,} tokens with PyTorch's own code (*torch*, the domain). Arms differ in the text of
+these steps. *A*: all new code, once. *B*: a random part of it of a tenth of these tokens, for about 11 epochs. *C*: as
+much, of the passages that n-grams of a reference hold for likeliest. *D*: 82 % C, 18 % stdlib. *Z*, the control: stdlib
+alone. Columns are steps, 0 before the first; means of {seeds} seeds. *Right*: per cent of right answers to {questions}
+questions, which of four pieces goes on a held-out text (chance 25); higher is better. *Bits*: bits a byte of such
+texts; lower is better. A *dip*: points of right answers lost from step 0 to the lowest step, which is chosen on the
+other half of the questions. *Loss in the end*: the same to the last step."""
 
 
 @dataclass
@@ -82,10 +88,8 @@ def continued(seed: int, arm: str, skills: Skills) -> dict[int, dict[str, np.nda
 
 
 def dip(right: np.ndarray) -> np.ndarray:
-    """Of (steps, questions): how far each is below its start at the step where the other half of them is lowest.
-
-    So a curve that is flat but for the luck of its questions has a dip of 0 in the mean, not above.
-    """
+    """Of (steps, questions): how far each is below its start at the step where the other half of them is lowest, so
+    that luck with questions alone makes a dip of 0 in the mean."""
     found = np.empty(right.shape[1])
     for half in (0, 1):
         lowest = right[:, 1 - half :: 2].mean(1).argmin()
@@ -100,7 +104,7 @@ def tabled(report: Report, curves: dict[str, list[dict]]):
         report.table([name, *map(str, STEPS)], rows)
     halves = {arm: np.mean([one[STEPS[1]]["moved"] for one in seeds], 0) for arm, seeds in curves.items()}
     ratios = ", ".join(f"{arm[0]} {lower / upper:.2f}" for arm, (lower, upper) in halves.items())
-    report.say(f"Relative change of weights by step {STEPS[1]}, lower half of the layers over upper: {ratios}.")
+    report.say(f"Change of matrices by step {STEPS[1]}, in their own norms, lower half of layers over upper: {ratios}.")
 
 
 def judged(report: Report, curves: dict[str, list[dict]]):
@@ -126,12 +130,9 @@ def judged(report: Report, curves: dict[str, list[dict]]):
         points(f"D ends above A in {kind}", at("A", right, last), at("D", right, last), 1)
     for arm in "BCD":
         points(f"{arm} dips less than A in torch", dips("A", "torch right"), dips(arm, "torch right"), -1)
-    for words, arm, name, sign in (
-        ("bits of torch under A fall", "A", "torch bits", -1),
-        ("bits of stdlib under Z rise", "Z", "stdlib bits", 1),
-    ):
-        found = difference(at(arm, name, 0), at(arm, name, first))
-        report.judge(f"{words} in the first {first} steps", found, sign, "bits a byte")
+    for kind, arm, words, sign in (("torch", "A", "fall", -1), ("stdlib", "Z", "rise", 1)):
+        found = difference(*(at(arm, f"{kind} bits", step) for step in (0, first)))
+        report.judge(f"bits of {kind} under {arm} {words} in the first {first} steps", found, sign, "bits a byte")
 
 
 def main(config: Config):
@@ -139,8 +140,7 @@ def main(config: Config):
     kinds = {"torch": domain(HERE), "stdlib": text()}
     skills = Skills(base(0), kinds, HERE, config.questions)
     curves = {arm: [continued(seed, arm, skills) for seed in range(config.seeds)] for arm in ARMS}
-    report.say(f"After so many steps: right of {config.questions} questions in per cent (chance 25), and bits a byte; "
-               f"{config.seeds} seeds.")  # fmt: skip
+    report.about(ABOUT.format(steps=STEPS[-1], tokens=TOKENS, **vars(config)))
     tabled(report, curves)
     judged(report, curves)
     report.end()
