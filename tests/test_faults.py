@@ -376,7 +376,7 @@ def constant_loss(bos: int):
     def loss(tokens, targets, documents=None):
         return ((targets != IGNORE) & (targets != bos)).sum().float()
 
-    return types.SimpleNamespace(loss=loss)
+    return types.SimpleNamespace(loss=loss, config=None)
 
 
 @pytest.mark.parametrize("bos", [256, 257])

@@ -81,6 +81,7 @@ def test_a_subset_becomes_a_dataset_of_its_own_texts(data, tmp_path, monkeypatch
     monkeypatch.setattr(subsets, "text", lambda: data)
     monkeypatch.setattr(subsets, "domain", lambda where: data)
     monkeypatch.setattr(subsets, "PASSAGE", 50)
+    monkeypatch.chdir(ROOT)
     made = subsets.subset("random", tmp_path, 3000)
     whole = "".join(Tokenizer(data).decode(ids) for ids in subsets.read_split(data, "train"))
     lines = [json.loads(line)["text"] for line in (tmp_path / "random.jsonl").read_text().splitlines()]
