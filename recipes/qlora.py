@@ -46,6 +46,16 @@ HERE = OUT / "qlora"
 QLORA = {"QLoRA, NF4 DQ": Form("NF4", 64, True), "QLoRA, FP4": Form("FP4")}
 ARMS = ("all weights", "LoRA", *QLORA)
 
+ABOUT = """Are adapters on a model in four bits as good as on the model itself, and these as tuning all weights (QLoRA,
+Dettmers et al. 2023, arXiv:2305.14314)? A LLaMA-2 model of 1.3 M parameters, pretrained on Python's standard library
+(*base*), is tuned for three epochs on chats about 300 of its functions: *all weights*, or *LoRA* of rank 64 on all
+matrices of its layers. *QLoRA*: LoRA on a model whose matrices were written in four bits and read back before, as *NF4*
+(quantiles of the normal distribution), its scales in eight bits (*DQ*, double quantisation), or as *FP4* (floats of
+four bits), in blocks of 64 weights. *LoRA, then* NF4 (with DQ) or FP4: the finished LoRA model, merged, written so
+afterwards. Each then answers {count} questions in wordings, or about functions, that were not trained on, by the
+likeliest of four choices; means of {seeds} seeds. *Nats*: log-probability of the right answer, higher (nearer to 0) is
+better. *Right*: right choices in per cent (chance 25), higher is better, also by seed."""
+
 
 @dataclass
 class Config:
@@ -99,8 +109,7 @@ def main(config: Config):
     report = Report("qlora", "QLoRA: adapters on four bits")
     nats, right = answers(config)
     count = len(nats["base"][0])
-    report.say(f"{count} questions, {config.seeds} seeds: log-probability of the right answer in nats, and right "
-               "choices in per cent (chance 25).")  # fmt: skip
+    report.about(ABOUT.format(count=count, seeds=config.seeds))
     rows = []
     for name in nats:
         by_seed = ", ".join(f"{100 * np.mean(each):.1f}" for each in right[name])
@@ -114,7 +123,8 @@ def main(config: Config):
         report.judge(prediction, difference(first, second), sign, "nats an answer")
 
     judge("LoRA below all weights", whole, lora, -1)
-    judge("QLoRA in NF4 loses less than a tenth of what LoRA won", (lora - before) / 10, lora - four, -1)
+    tenth = "QLoRA in NF4 loses less than a tenth of what LoRA won (its loss less that tenth)"
+    judge(tenth, (lora - before) / 10, lora - four, -1)
     judge("QLoRA in FP4 above LoRA that is written in FP4 afterwards", nats["LoRA, then FP4"], float4, 1)
     judge("QLoRA in NF4 above FP4", float4, four, 1)
     report.end()
