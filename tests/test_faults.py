@@ -26,6 +26,7 @@ from lib.curves import draw_runs
 from lib.datasets import HASHES, changed_file
 from lib.runs import find_template, held, read_log
 from lib.shards import ShardWriter
+from lib.tensors import unwrapped
 from lib.world import join_world
 from model import IGNORE, Transformer
 from test_chat import chat_set, talk
@@ -374,6 +375,7 @@ def constant_loss(bos: int):
     """A model for which every target costs one nat, but for BOS, which costs none: packed rows have no such target."""
 
     def loss(tokens, targets, documents=None):
+        targets = unwrapped(targets)
         return ((targets != IGNORE) & (targets != bos)).sum().float()
 
     return types.SimpleNamespace(loss=loss, config=None)
