@@ -34,6 +34,13 @@ def cuda_graph(action: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return play
 
 
+def space(like, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and lengths of a model.KVCache with as many rows as this one; not filled yet."""
+    layers, rows, heads, _, width = like.keys.shape
+    keys = like.keys.new_empty(layers, rows, heads, tokens, width)
+    return keys, torch.empty_like(keys), torch.empty_like(like.lengths)
+
+
 def move(cache, keys: Tensor, values: Tensor, lengths: Tensor):
     """Let a model.KVCache live in these tensors. Behind its tokens there are zeros: what is there
     is hidden, but not if it is not finite."""
@@ -46,9 +53,7 @@ def move(cache, keys: Tensor, values: Tensor, lengths: Tensor):
 
 def move_out(cache, tokens: int):
     """Let it live in tensors of its own, with room for so many tokens."""
-    layers, rows, heads, _, width = cache.keys.shape
-    keys = cache.keys.new_empty(layers, rows, heads, tokens, width)
-    move(cache, keys, torch.empty_like(keys), torch.empty_like(cache.lengths))
+    move(cache, *space(cache, tokens))
 
 
 class Room:
@@ -56,13 +61,10 @@ class Room:
 
     def __init__(self, like, tokens: int):
         """like is a model.KVCache, of as many rows."""
-        layers, rows, heads, _, width = like.keys.shape
         self.cache = copy.copy(like)
-        self.cache.keys = like.keys.new_empty(layers, rows, heads, tokens, width)
-        self.cache.values = torch.empty_like(self.cache.keys)
-        self.cache.lengths = torch.zeros_like(like.lengths)
-        self.tokens = like.lengths.new_zeros(rows, 1)
-        self.size = (rows, tokens)
+        self.cache.keys, self.cache.values, self.cache.lengths = space(like, tokens)
+        self.tokens = like.lengths.new_zeros(len(like.lengths), 1)
+        self.size = (len(like.lengths), tokens)
         self.nbytes = 2 * self.cache.keys.nbytes
         self.tenant: Callable = lambda: None
         self.steps = 0
