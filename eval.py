@@ -212,7 +212,7 @@ class Reader:
         self.model = model
         self.device = model.norm.weight.device
         # in bf16, letters would often have equal logits
-        self.unembedding = model.unembedding.weight.float()
+        self.unembedding = model.unembedding.weight.to_dense().float()
         self.prefix = SharedPrefix(model, Decoder)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from lib import sample_flags
 from lib.chat_formats import Turn
 from lib.contrast import Contrast
 from lib.conversation import Conversation
-from lib.decoding import Quantize, prepare
+from lib.decoding import Quantize, prepare, threads_for
 from lib.growing import Rows
 from lib.probe import check_code
 from lib.prompt_files import answer_file
@@ -54,7 +54,7 @@ class Decoder:
     def __init__(self, model: Transformer, rows: int, size: int, prefix: "Decoder | None" = None):
         """Room for so many rows and tokens; each row begins with what prefix, of one row, read."""
         weight = model.norm.weight
-        self.model = model
+        self.model, self.size = model, sum(p.numel() for p in model.parameters())
         self.cache = KVCache(model.config, rows, size, weight.device, weight.dtype)
         if prefix is not None:
             length = prefix.cache.longest
@@ -80,8 +80,9 @@ class Decoder:
         They must be finite: to rule a token out, give it a very low one.
         """
         places = [len(chunk) - 1 for chunk in chunks]
-        last = self.states(chunks)[torch.arange(len(chunks)), places]
-        return self.model.unembedding(last).float()
+        with threads_for(self.size * sum(map(len, chunks))):
+            last = self.states(chunks)[torch.arange(len(chunks)), places]
+            return self.model.unembedding(last).float()
 
     def trim(self, lengths: list[int]):
         """Forget all but the first lengths[b] tokens of each row b."""

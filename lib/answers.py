@@ -34,7 +34,7 @@ def describe(config, protocol, path: str, model, tokenizer) -> dict:
     return {"model": path} | {name: getattr(config, name) for name in (*names, *beside)} | {
         "max_new_tokens": protocol.max_new_tokens,
         "stop": protocol.stop,
-        "dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
         "context_window": model.config.max_seq_len,
         "tokenizer_sha256": tokenizer.sha256,
         "git_commit": git_commit(),
@@ -52,7 +52,7 @@ def identify(
     """
     prompts = [prompt_hash(question) for question in questions]
     sources = [question.sha256.encode() for question in questions]
-    known = f"{model_hash} {model.norm.weight.dtype} {protocol}".encode()
+    known = f"{model_hash} {model.embedding.weight.dtype} {protocol}".encode()
     keys = []
     for prompt, source in zip(prompts, sources):
         keys.append(hashlib.sha256(known + prompt + source).hexdigest()[:16])

@@ -10,6 +10,7 @@ from lib.errors import BadInput
 
 MOST = {"num": 10_000, "max_new_tokens": 1_000_000}  # samples of a prompt, and their tokens
 DRAWN = 256  # random numbers that a row has in advance
+FEW = 256    # tokens that are ranked at first, among which are nearly always all that may be drawn
 NOT_FINITE = -1  # in place of a token, where the logits have infinities or NaN
 
 
@@ -61,7 +62,7 @@ def distribution(logits: Tensor, contexts: list[list[int]], sampling: Sampling) 
         return p.scatter_(-1, likeliest, 1.0)
     p, tokens = ranked(logits, sampling)
     p = p / p.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter_(-1, tokens, p)
+    return torch.zeros_like(logits).scatter_(-1, tokens, p)
 
 
 def penalise(logits: Tensor, contexts: list[list[int]], penalty: float):
@@ -77,21 +78,47 @@ def penalise(logits: Tensor, contexts: list[list[int]], penalty: float):
 
 
 def ranked(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens (B, V), likeliest first, and what each has of the mass, 0 where it is ruled out.
+    """Tokens (B, n), likeliest first, and what each has of the mass, 0 where it is ruled out.
 
-    Nucleus sampling, top_p, is Holtzman et al. 2020, arXiv:1904.09751.
+    Those that are left out are ruled out, too. Nucleus sampling, top_p, is Holtzman et al. 2020,
+    arXiv:1904.09751.
     """
-    logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(logits, dtype=torch.bool)
+    narrow = sampling.top_p < 1 or sampling.min_p > 0 or sampling.top_k > 0
+    whole = logits.size(-1)
+    if logits.device.type == "cpu" and narrow and sampling.top_k <= FEW < whole:
+        # sorting 32,000 takes half as long as a step of a small model
+        p, values, tokens = restricted(logits, FEW, sampling)
+        in_doubt = (p > 0) & (values <= values[:, -1:])  # as likely as the last may be others
+        if not in_doubt.any():
+            return p, tokens
+    p, _, tokens = restricted(logits, whole, sampling)
+    return p, tokens
+
+
+def restricted(logits: Tensor, most: int, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the `most` likeliest tokens the mass, the logits and the tokens (B, most), in order."""
+    values, tokens = likeliest(logits, most)
+    scaled = values / sampling.temperature
     if sampling.top_k:  # by rank, so that equal logits do not let more than k through
-        keep[:, sampling.top_k :] = False
-    scaled = logits / sampling.temperature
-    p = scaled.masked_fill(~keep, -math.inf).softmax(-1)
+        scaled[:, sampling.top_k :] = -math.inf
+        p = scaled.softmax(-1)
+    else:
+        normalizer = (logits / sampling.temperature).logsumexp(-1, keepdim=True)
+        p = (scaled - normalizer).exp()
     likelier = p.cumsum(-1) - p  # top_p counts what top_k leaves
-    keep &= likelier < sampling.top_p
+    keep = likelier < sampling.top_p
     least = sampling.min_p * p[:, :1]
     keep &= p >= least
-    return p * keep, tokens
+    return p * keep, values, tokens
+
+
+def likeliest(logits: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The largest logits (B, most) in order, of equal ones the first token first; their tokens."""
+    if most == logits.size(-1):
+        return logits.sort(dim=-1, descending=True, stable=True)
+    tokens = logits.topk(most, sorted=False).indices.sort(-1).values
+    values, order = logits.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(-1, order)
 
 
 def pick(p: Tensor, uniform: Tensor) -> Tensor:
@@ -109,7 +136,7 @@ def next_tokens(
     logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor
 ) -> list[int]:
     """The next token of each row, NOT_FINITE where its logits have infinities or NaN."""
-    finite = logits.isfinite().all(-1)
+    finite = logits.amax(-1).isfinite() & logits.amin(-1).isfinite()  # NaN would be both
     tokens = choose(logits, contexts, sampling, uniform)
     return torch.where(finite, tokens, NOT_FINITE).tolist()  # one wait for both
 
