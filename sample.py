@@ -205,12 +205,8 @@ class Chat(Conversation):
         generate(self.model, [ids], max_new_tokens, sampling, ends, add, self.decoder)
 
 
-def load_model(
-    path: str,
-    tokenizer: str = "",
-    dtype: str = "auto",
-    anyway: bool = False,
-    quantize: Quantize = "none",
+def load_as_it_is(
+    path: str, tokenizer: str = "", dtype: str = "auto", anyway: bool = False
 ) -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer.
 
@@ -224,7 +220,19 @@ def load_model(
         device = "cuda"
         usual = "bf16" if torch.cuda.is_bf16_supported(False) else "fp32"
     model = load(path, device, DTYPES[usual if dtype == "auto" else dtype]).eval()
-    return prepare(model, quantize), fitting_tokenizer(path, tokenizer, model.config)
+    return model, fitting_tokenizer(path, tokenizer, model.config)
+
+
+def load_model(
+    path: str,
+    tokenizer: str = "",
+    dtype: str = "auto",
+    anyway: bool = False,
+    quantize: Quantize = "none",
+) -> tuple[Transformer, Tokenizer]:
+    """As `load_as_it_is`, and made ready to read and write."""
+    model, fitting = load_as_it_is(path, tokenizer, dtype, anyway)
+    return prepare(model, quantize), fitting
 
 
 def load_beside(path: str, config, model: Transformer, tokenizer: Tokenizer) -> Transformer:
@@ -295,16 +303,17 @@ def main(config: Config):
         check_code(ModelConfig, config.model, config.anyway)
         export_adapter(config.model, config.export_adapter, config.tokenizer, ModelConfig)
         return
-    dtype = config.dtype
-    if config.export and dtype == "auto":
-        dtype = "fp32"  # the same folder on any machine
-    settings = (config.tokenizer, dtype, config.anyway, config.quantize)
-    model, tokenizer = load_model(config.model, *settings)
     if config.export:
+        dtype = "fp32" if config.dtype == "auto" else config.dtype  # the same on any machine
+        settings = (config.tokenizer, dtype, config.anyway)
+        model, tokenizer = load_as_it_is(config.model, *settings)
         template = run_template(config.template, config.model)
         save(model, config.export, tokenizer, template)
         print(f"wrote {config.export}")
-    elif config.prompts:
+        return
+    settings = (config.tokenizer, config.dtype, config.anyway, config.quantize)
+    model, tokenizer = load_model(config.model, *settings)
+    if config.prompts:
         answer_file(config, model, tokenizer, complete)
     elif config.chat or config.serve:
         template = chosen_template(config.template, config.model, tokenizer)

@@ -17,10 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from conftest import command, flags, random_model
 from data import Tokenizer
-from lib import recording, speculative
+from lib import decoding, recording, speculative
 from lib.contrast import Contrast, contrast
-from lib.decoding import FEW, Int8Linear, prepare
+from lib.decoding import FEW, Int8Linear, PackedLinear, lay_out, prepare
 from lib.errors import BadInput
+from lib.identity import weights_sha256
 from lib.recording import Recorded
 from lib.sampling import Sampling, choose, distribution, pick
 from lib.speculative import Speculation, accept
@@ -259,6 +260,107 @@ def test_matrices_that_lie_column_by_column_are_the_same_matrices():
         assert model.unembedding.weight.stride() == (1, 258)
         assert (model.embedding.weight is model.unembedding.weight) == tied
         assert generate(model, prompts, 20) == generate(expected, prompts, 20)
+
+
+def test_products_column_by_column_are_those_of_the_formula_and_have_gradients():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 40, bias=False)
+    expected = copy.deepcopy(linear)
+    lay_out(linear)
+    changed = copy.deepcopy(linear)
+    with torch.no_grad():
+        changed.weight.mul_(2)
+    for shape in ((1, 1, 24), (1, 5, 24), (3, 1, 24), (7, 24), (0, 24)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert torch.allclose(linear(x), expected(x), atol=1e-5)
+            assert torch.allclose(changed(x), 2 * expected(x), atol=1e-5)
+    x = torch.randn(5, 24)
+    linear(x).sum().backward()
+    expected(x).sum().backward()
+    assert torch.allclose(linear.weight.grad, expected.weight.grad, atol=1e-5)
+
+
+def test_a_prepared_model_has_its_log_probabilities(random_rows=(2, 9)):
+    model = random_model(TINY)
+    tokens = torch.randint(TINY.vocab_size, random_rows, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.log_probs(tokens[:, :-1], tokens[:, 1:])
+        assert torch.allclose(prepare(model, "none").log_probs(tokens[:, :-1], tokens[:, 1:]), expected, atol=1e-5)
+
+
+needs_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no products of bf16"
+)
+
+
+@needs_bf16
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_matrices_are_the_same_matrices(tied):
+    """Their products are rounded once, and what is between them is fp32: nearer than all in bf16."""
+    exact = random_model(dataclasses.replace(TINY, tie_embeddings=tied)).to(torch.bfloat16)
+    plain, packed = exact.float(), prepare(copy.deepcopy(exact).to(torch.bfloat16), "none")
+    assert isinstance(packed.unembedding, PackedLinear) and packed.norm.weight.dtype == torch.float32
+    both = (plain, packed)
+    names = [sorted(name for name, _ in model.named_parameters()) for model in both]
+    assert names[1] == sorted({*names[0], "unembedding.weight"})
+    if not tied:
+        assert weights_sha256(plain.named_parameters()) == weights_sha256(packed.named_parameters())
+    tokens = torch.randint(TINY.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (model(tokens) for model in both)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    reader = Decoder(packed, 2, 40)
+    assert reader.cache.keys.dtype == torch.float32
+    pieces = [reader.read(tokens[:, begin:end].tolist()) for begin, end in ((0, 7), (7, 8), (8, 40))]
+    assert torch.allclose(pieces[-1], found[:, -1], atol=0.02 * float(expected.abs().max()))
+
+
+@needs_bf16
+def test_a_model_in_bf16_is_exported_and_measured_as_it_is(folders, tmp_path):
+    words = flags(dict(model=folders / "model", dtype="bf16"))
+    command("sample.py", *words, *flags(dict(export=tmp_path / "exported")))
+    exported = load(tmp_path / "exported", dtype=torch.bfloat16)
+    source = load(folders / "model", dtype=torch.bfloat16)
+    assert all(map(torch.equal, exported.parameters(), source.parameters()))
+    (tmp_path / "t.txt").write_text("some text " * 20)
+    results = []
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / f"{dtype}.json"
+        command("eval.py", *flags(dict(model=folders / "model", task="perplexity", data=tmp_path / "t.txt", out=out,
+                                       dtype=dtype)))  # fmt: skip
+        results.append(json.loads(out.read_text()))
+    first, second = results
+    assert [first["dtype"], second["dtype"]] == ["float32", "bfloat16"]
+    bits = [result["scores"]["bits_per_byte"][0] for result in results]
+    assert bits[1] == pytest.approx(bits[0], rel=0.01)
+
+
+def test_little_work_takes_one_thread_and_leaves_the_others_as_they_were(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        model = random_model(TINY)
+        hidden = model.hidden
+
+        def watched(*words):
+            seen.append(torch.get_num_threads())
+            return hidden(*words)
+
+        model.hidden = watched
+        generate(model, [[1, 2, 3]], 3)
+        assert seen == [1, 1, 1] and torch.get_num_threads() == 2
+        size = sum(p.numel() for p in model.parameters())
+        monkeypatch.setattr(decoding, "LITTLE", 2 * size)  # three tokens are more, one is not
+        generate(model, [[1, 2, 3]], 3)
+        assert seen[3:] == [2, 1, 1]
+        with pytest.raises(ZeroDivisionError), decoding.threads_for(1):
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("width", [64, 40])

@@ -1,15 +1,17 @@
 """Sampling: trap 29 and what generation promises."""
 
 import json
+import math
 import random
 from collections import Counter
 
 import pytest
 import torch
 
+import lib.sampling
 from conftest import command, flags, random_model
 from data import Tokenizer
-from lib.sampling import Sampling, choose
+from lib.sampling import NOT_FINITE, Sampling, choose, distribution, next_tokens
 from lib.stream import TextStream
 from model import ModelConfig, Transformer, load, save
 from sample import complete, generate, load_model
@@ -108,6 +110,37 @@ def test_the_repetition_penalty_lowers_tokens_that_are_there_already():
     assert choose(logits.clone(), [[0], [2]], Sampling(repetition_penalty=1.5), torch.zeros(2)).tolist() == [1, 0]
     picked = choose(torch.tensor([[-1.0, -1.2]]), [[0, 0]], Sampling(repetition_penalty=1.5), torch.zeros(1))
     assert picked.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [dict(top_p=0.3), dict(top_p=0.9), dict(min_p=0.3), dict(top_k=3), dict(top_k=8), dict(top_k=9, top_p=0.5),
+     dict(top_k=5, top_p=0.5, min_p=0.1), dict(top_p=1e-9), dict()],
+)  # fmt: skip
+def test_the_few_that_are_ranked_first_give_what_ranking_all_gives(sampling, monkeypatch):
+    """Also where many logits are equal, as in bf16, and where more than the few may be drawn."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 50, generator=draw) * 2
+    logits[:150] = logits[:150].round()
+    uniform, contexts = torch.rand(300, generator=draw), [[]] * 300
+    found = {}
+    for few in (50, 8):
+        monkeypatch.setattr(lib.sampling, "FEW", few)
+        for begin in range(0, 300, 2):
+            rows = slice(begin, begin + 2)
+            tokens = choose(logits[rows].clone(), contexts[rows], Sampling(0.9, **sampling), uniform[rows])
+            p = distribution(logits[rows].clone(), contexts[rows], Sampling(0.9, **sampling))
+            found.setdefault(few, []).append((tokens, p))
+    for (tokens, p), (few_tokens, few_p) in zip(*found.values(), strict=True):
+        assert torch.equal(tokens, few_tokens) and torch.allclose(p, few_p, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_gives_no_token(bad):
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = bad
+    tokens = next_tokens(logits, [[]] * 3, Sampling(1.0, top_p=0.9), torch.full((3,), 0.5))
+    assert tokens[1] == NOT_FINITE and min(tokens[0], tokens[2]) >= 0
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
