@@ -151,7 +151,7 @@ def test_a_gpu_writes_without_whole_numbers_and_a_dtype_is_taken_alone():
     (way,) = ways_to_write(Config(dtype="bf16"), SIZES["260K"], CPU, generate)
     assert (way.name, way.dtype, len(way.writes)) == ("plainllama bf16", "bf16", 1)
     (model,) = way.writes[0].args
-    assert model.norm.weight.dtype == torch.bfloat16
+    assert model.unembedding.weight.dtype == torch.bfloat16
 
 
 def test_the_command_measures_memory_and_draws_a_picture(tmp_path):
