@@ -39,9 +39,9 @@ from lib.tensors import DTYPES
 from lib.with_model import (
     check_alike,
     chosen_template,
+    export,
     export_adapter,
     fitting_tokenizer,
-    run_template,
 )
 from model import KVCache, ModelConfig, Transformer, load, save
 
@@ -205,8 +205,12 @@ class Chat(Conversation):
         generate(self.model, [ids], max_new_tokens, sampling, ends, add, self.decoder)
 
 
-def load_as_it_is(
-    path: str, tokenizer: str = "", dtype: str = "auto", anyway: bool = False
+def load_model(
+    path: str,
+    tokenizer: str = "",
+    dtype: str = "auto",
+    anyway: bool = False,
+    quantize: Quantize = "none",
 ) -> tuple[Transformer, Tokenizer]:
     """The model at path, on the GPU where there is one, and its tokenizer.
 
@@ -220,19 +224,7 @@ def load_as_it_is(
         device = "cuda"
         usual = "bf16" if torch.cuda.is_bf16_supported(False) else "fp32"
     model = load(path, device, DTYPES[usual if dtype == "auto" else dtype]).eval()
-    return model, fitting_tokenizer(path, tokenizer, model.config)
-
-
-def load_model(
-    path: str,
-    tokenizer: str = "",
-    dtype: str = "auto",
-    anyway: bool = False,
-    quantize: Quantize = "none",
-) -> tuple[Transformer, Tokenizer]:
-    """As `load_as_it_is`, and made ready to read and write."""
-    model, fitting = load_as_it_is(path, tokenizer, dtype, anyway)
-    return prepare(model, quantize), fitting
+    return prepare(model, quantize), fitting_tokenizer(path, tokenizer, model.config)
 
 
 def load_beside(path: str, config, model: Transformer, tokenizer: Tokenizer) -> Transformer:
@@ -304,12 +296,7 @@ def main(config: Config):
         export_adapter(config.model, config.export_adapter, config.tokenizer, ModelConfig)
         return
     if config.export:
-        dtype = "fp32" if config.dtype == "auto" else config.dtype  # the same on any machine
-        settings = (config.tokenizer, dtype, config.anyway)
-        model, tokenizer = load_as_it_is(config.model, *settings)
-        template = run_template(config.template, config.model)
-        save(model, config.export, tokenizer, template)
-        print(f"wrote {config.export}")
+        export(config, ModelConfig, load, save)
         return
     settings = (config.tokenizer, config.dtype, config.anyway, config.quantize)
     model, tokenizer = load_model(config.model, *settings)

@@ -50,7 +50,7 @@ def prepare(model: nn.Module, quantize: Quantize) -> nn.Module:
             for module in model.modules():
                 if isinstance(module, nn.Linear):
                     lay_out(module)
-        elif model.norm.weight.dtype == torch.bfloat16 and _bf16_products():
+        elif model.norm.weight.dtype == torch.bfloat16 and has_packed():
             replace_matrices(model, PackedLinear)
             for module in model.modules():
                 if not isinstance(module, nn.Embedding | PackedLinear):
@@ -59,8 +59,10 @@ def prepare(model: nn.Module, quantize: Quantize) -> nn.Module:
     return model
 
 
-def _bf16_products() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def has_packed() -> bool:
+    """Whether this CPU multiplies packed matrices of bf16."""
+    onednn = torch.backends.mkldnn.is_available()
+    return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def replace_matrices(model: nn.Module, kind: type):

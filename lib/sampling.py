@@ -49,8 +49,9 @@ def choose(
     if sampling.temperature < 1e-5:  # dividing by less would overflow
         return logits.argmax(-1)
     p, tokens = ranked(logits, sampling)
-    place = pick(p, uniform)[:, None]
-    return tokens.gather(-1, place)[:, 0]
+    place = pick(p, uniform)
+    chosen = tokens.gather(-1, place[:, None])
+    return chosen[:, 0]
 
 
 def distribution(logits: Tensor, contexts: list[list[int]], sampling: Sampling) -> Tensor:
@@ -83,12 +84,15 @@ def ranked(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     Those that are left out are ruled out, too. Nucleus sampling, top_p, is Holtzman et al. 2020,
     arXiv:1904.09751.
     """
-    narrow = sampling.top_p < 1 or sampling.min_p > 0 or sampling.top_k > 0
     whole = logits.size(-1)
-    if logits.device.type == "cpu" and narrow and sampling.top_k <= FEW < whole:
+    limits = (sampling.top_k, sampling.min_p, 1 - sampling.top_p)
+    few = sampling.top_k <= FEW < whole
+    on_cpu = logits.device.type == "cpu"
+    if few and on_cpu and any(limits):
         # sorting 32,000 takes half as long as a step of a small model
         p, values, tokens = restricted(logits, FEW, sampling)
-        in_doubt = (p > 0) & (values <= values[:, -1:])  # as likely as the last may be others
+        last = values[:, -1:]
+        in_doubt = (p > 0) & (values <= last)  # others may be as likely as the last
         if not in_doubt.any():
             return p, tokens
     p, _, tokens = restricted(logits, whole, sampling)
@@ -103,7 +107,8 @@ def restricted(logits: Tensor, most: int, sampling: Sampling) -> tuple[Tensor, T
         scaled[:, sampling.top_k :] = -math.inf
         p = scaled.softmax(-1)
     else:
-        normalizer = (logits / sampling.temperature).logsumexp(-1, keepdim=True)
+        everything = logits / sampling.temperature
+        normalizer = everything.logsumexp(-1, keepdim=True)
         p = (scaled - normalizer).exp()
     likelier = p.cumsum(-1) - p  # top_p counts what top_k leaves
     keep = likelier < sampling.top_p
@@ -116,8 +121,10 @@ def likeliest(logits: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The largest logits (B, most) in order, of equal ones the first token first; their tokens."""
     if most == logits.size(-1):
         return logits.sort(dim=-1, descending=True, stable=True)
-    tokens = logits.topk(most, sorted=False).indices.sort(-1).values
-    values, order = logits.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    tokens = logits.topk(most).indices
+    tokens = tokens.sort(-1).values
+    values = logits.gather(-1, tokens)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
     return values, tokens.gather(-1, order)
 
 
@@ -136,7 +143,9 @@ def next_tokens(
     logits: Tensor, contexts: list[list[int]], sampling: Sampling, uniform: Tensor
 ) -> list[int]:
     """The next token of each row, NOT_FINITE where its logits have infinities or NaN."""
-    finite = logits.amax(-1).isfinite() & logits.amin(-1).isfinite()  # NaN would be both
+    largest = logits.amax(-1)
+    smallest = logits.amin(-1)
+    finite = largest.isfinite() & smallest.isfinite()  # NaN would be both
     tokens = choose(logits, contexts, sampling, uniform)
     return torch.where(finite, tokens, NOT_FINITE).tolist()  # one wait for both
 

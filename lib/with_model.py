@@ -1,13 +1,16 @@
 """What a model's folder brings beside its weights: its tokenizer, a chat's template, an adapter."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from lib.errors import BadInput
 from lib.jinja_template import known_template
 from lib.peft import save_adapter
+from lib.probe import check_code
 from lib.runs import find_template
 from lib.template_forms import TEMPLATES, spelled
+from lib.tensors import DTYPES
 from lib.tokenizer import Tokenizer, find_tokenizer
 from lib.weights import read_adapter, whole_adapter
 
@@ -76,6 +79,19 @@ def asked_in_chat(config, path: str, tokenizer: Tokenizer, say: bool):
     if say:
         print(f"chat template: {template} ({whose})", flush=True)
     return dataclasses.replace(config, template=template)
+
+
+def export(config, config_class: type, load: Callable, save: Callable):
+    """Write the model of sample.py's flags as a Hugging Face folder, and say so.
+
+    load and save are model.py's. In fp32 unless --dtype says otherwise: the same on any machine.
+    """
+    check_code(config_class, config.model, config.anyway)
+    dtype = "fp32" if config.dtype == "auto" else config.dtype
+    model = load(config.model, dtype=DTYPES[dtype])
+    tokenizer = fitting_tokenizer(config.model, config.tokenizer, model.config)
+    save(model, config.export, tokenizer, run_template(config.template, config.model))
+    print(f"wrote {config.export}")
 
 
 def export_adapter(path: str, out: str, named: str, config_class: type):

@@ -21,7 +21,7 @@ from bench import Config
 from conftest import ROOT, command, flags, random_model, run_ranks
 from lib.bench_flags import check_alone
 from lib.busy import busy_processes, measure_beside
-from lib.decoding import prepare
+from lib.decoding import has_packed, prepare
 from lib.growth import cases, in_order
 from lib.writing import Way, bytes_read, contests, fastest, ways_to_write
 from model import SIZES, ModelConfig, Transformer
@@ -74,7 +74,7 @@ def test_tokens_and_the_share_of_reading_are_those_of_the_seconds(bench_run):
     rows = bench_run(decode=True, dtype="auto")["rows"]
     # 260K by hand: 259,328 numbers in matrices of 3,512 rows, and 704 in norms
     weight_bytes = {"fp32": 4 * 260_032, "bf16": 2 * 260_032, "int8": 259_328 + 2 * 3_512 + 4 * 704}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # norms are fp32 then
+    if has_packed():  # norms are fp32 then
         weight_bytes["bf16"] += 2 * 704
     tokens = {"batch 1": (4, 4), "batch 3": (12, 4), "prefill of 200": (200, 1)}
     for row in rows:

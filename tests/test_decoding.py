@@ -19,7 +19,7 @@ from conftest import command, flags, random_model
 from data import Tokenizer
 from lib import decoding, recording, speculative
 from lib.contrast import Contrast, contrast
-from lib.decoding import FEW, Int8Linear, PackedLinear, lay_out, prepare
+from lib.decoding import FEW, Int8Linear, PackedLinear, has_packed, lay_out, prepare
 from lib.errors import BadInput
 from lib.identity import weights_sha256
 from lib.recording import Recorded
@@ -289,9 +289,7 @@ def test_a_prepared_model_has_its_log_probabilities(random_rows=(2, 9)):
         assert torch.allclose(prepare(model, "none").log_probs(tokens[:, :-1], tokens[:, 1:]), expected, atol=1e-5)
 
 
-needs_bf16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no products of bf16"
-)
+needs_bf16 = pytest.mark.skipif(not has_packed(), reason="this CPU has no products of bf16")
 
 
 @needs_bf16
